@@ -1,0 +1,131 @@
+"""What every script needs at its edge: flags made from a dataclass, one clear line for a user's mistake, whole files.
+
+A configuration is a dataclass and nothing else. Each field becomes a flag (`batch_size: int` is `--batch-size`), so
+what can be set, its type and its default stand in one visible place. A user's mistake (a missing file, a wrong word)
+is a `UserError`, which `run` turns into one line and exit code 2; a traceback always means a mistake of ours. Files
+are written beside their place and renamed, so that whoever reads them never sees half of one.
+"""
+
+import argparse
+import contextlib
+import errno
+import os
+import sys
+import types
+import typing
+from dataclasses import MISSING, field, fields
+from pathlib import Path
+
+
+class UserError(Exception):
+    """Something the user can mend. The text is one line: what is wrong, and what to do about it."""
+
+
+def opt(default, help):
+    """A dataclass field with its help text: `steps: int = opt(4, "network evaluations a video")`."""
+    how = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
+    return field(**how, metadata={"help": help})
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (see --help)")
+
+
+def parse(config, argv, description, presets=None):
+    """Read flags into an instance of the dataclass `config`. argv None means the command line.
+
+    Fields are int, float, str, bool (`--flag`, `--no-flag`), Literal, Optional of these (the word `none` is None), and
+    list or tuple of int, float, str (`--steps 999 749` or, for numbers, `--steps 999,749`).
+    `presets` maps a name to field values: those of the field `preset` replace the defaults, and explicit flags win.
+    Raises UserError for an unknown flag or a value of the wrong type.
+    """
+    hints = typing.get_type_hints(config)
+    parser = _Parser(description=description, allow_abbrev=False)
+    defaults = {f.name: f.default for f in fields(config) if f.default is not MISSING}
+    defaults |= {f.name: f.default_factory() for f in fields(config) if f.default_factory is not MISSING}
+    for f in fields(config):
+        text = f.metadata.get("help", "").replace("%", "%%")
+        text += f" (default: {defaults[f.name]})".replace("%", "%%") if f.name in defaults else ""
+        how = _argument(hints[f.name])
+        if f.name == "preset" and presets:
+            how["choices"] = list(presets)
+        # SUPPRESS: only what was said on the command line comes back, so that a preset can stand below it
+        flag = "--" + f.name.replace("_", "-")
+        parser.add_argument(flag, default=argparse.SUPPRESS, required=f.name not in defaults, help=text, **how)
+    said = vars(parser.parse_args(argv))
+    preset = presets[said.get("preset", defaults["preset"])] if presets else {}
+    return config(**(defaults | preset | said))
+
+
+def _argument(hint):
+    """The keywords of add_argument for one type."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if origin is typing.Literal:
+        return {"type": type(args[0]), "choices": list(args)}
+    if origin in (list, tuple):
+        return {"action": _List, "hint": hint, "nargs": "*", "metavar": args[0].__name__.upper()}
+    if origin not in (typing.Union, types.UnionType):
+        return {"type": hint, "metavar": hint.__name__.upper()}
+    inner = _argument(next(a for a in args if a is not type(None)))  # Optional
+    if "type" in inner:
+        read = inner["type"]
+        inner["type"] = lambda word: None if word.lower() == "none" else read(word)
+        inner["type"].__name__ = read.__name__  # argparse names it in its error
+    if "choices" in inner:
+        inner["choices"] = [*inner["choices"], None]
+    return inner
+
+
+class _List(argparse.Action):
+    def __init__(self, *args, hint, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.make, (self.kind, *self.more) = typing.get_origin(hint), typing.get_args(hint)
+
+    def __call__(self, parser, namespace, words, flag=None):
+        if self.kind is not str:  # numbers may be joined by commas; in a text a comma is part of it
+            words = [w for word in words for w in word.split(",") if w]
+        try:
+            values = self.make(self.kind(w) for w in words)
+        except ValueError:
+            raise argparse.ArgumentError(self, f"{' '.join(words)!r} is not a list of {self.kind.__name__}") from None
+        if self.make is tuple and ... not in self.more and len(values) != 1 + len(self.more):
+            raise argparse.ArgumentError(self, f"takes {1 + len(self.more)} values, got {len(values)}")
+        setattr(namespace, self.dest, values)
+
+
+def run(main):
+    """Call main() and leave the process: 0, 2 with one line `error: ...` for a UserError, 130 for Ctrl-C."""
+    try:
+        main()
+    except UserError as e:
+        print("error: " + " ".join(str(e).split()), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+@contextlib.contextmanager
+def atomic(path):
+    """Yield a temporary path beside `path` (same suffix); rename it to `path` on success, remove it on failure.
+
+    Missing folders are made. Raises UserError where nothing can be written (also on a full disk).
+    """
+    path = Path(path)
+    part = path.with_name(f".{path.stem}.tmp{os.getpid()}{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.touch()  # find out now, not after the work
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
+        yield part
+        os.replace(part, path)
+    except OSError as e:  # other files' errors, raised in the body, are not ours to explain
+        if e.errno in (errno.ENOSPC, errno.EDQUOT) or e.filename in (str(part), str(path), str(path.parent)):
+            raise UserError(f"cannot write {path}: {e.strerror}") from e
+        raise
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
