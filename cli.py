@@ -45,14 +45,11 @@ def parse(config, argv, description, presets=None):
     defaults = {f.name: f.default for f in fields(config) if f.default is not MISSING}
     defaults |= {f.name: f.default_factory() for f in fields(config) if f.default_factory is not MISSING}
     for f in fields(config):
-        text = f.metadata.get("help", "").replace("%", "%%")
-        text += f" (default: {defaults[f.name]})".replace("%", "%%") if f.name in defaults else ""
-        how = _argument(hints[f.name])
-        if f.name == "preset" and presets:
-            how["choices"] = list(presets)
+        text = f"{f.metadata.get('help', '')} (default: {defaults.get(f.name, 'none, required')})".replace("%", "%%")
+        how = _argument(hints[f.name]) | ({"choices": list(presets)} if f.name == "preset" and presets else {})
         # SUPPRESS: only what was said on the command line comes back, so that a preset can stand below it
-        flag = "--" + f.name.replace("_", "-")
-        parser.add_argument(flag, default=argparse.SUPPRESS, required=f.name not in defaults, help=text, **how)
+        how |= {"default": argparse.SUPPRESS, "required": f.name not in defaults, "help": text}
+        parser.add_argument("--" + f.name.replace("_", "-"), **how)
     said = vars(parser.parse_args(argv))
     preset = presets[said.get("preset", defaults["preset"])] if presets else {}
     return config(**(defaults | preset | said))
@@ -66,33 +63,27 @@ def _argument(hint):
     if origin is typing.Literal:
         return {"type": type(args[0]), "choices": list(args)}
     if origin in (list, tuple):
-        return {"action": _List, "hint": hint, "nargs": "*", "metavar": args[0].__name__.upper()}
+        return {"action": _List, "const": hint, "nargs": "*", "metavar": args[0].__name__.upper()}
     if origin not in (typing.Union, types.UnionType):
         return {"type": hint, "metavar": hint.__name__.upper()}
     inner = _argument(next(a for a in args if a is not type(None)))  # Optional
     if "type" in inner:
-        read = inner["type"]
-        inner["type"] = lambda word: None if word.lower() == "none" else read(word)
+        read, inner["type"] = inner["type"], lambda word: None if word.lower() == "none" else read(word)
         inner["type"].__name__ = read.__name__  # argparse names it in its error
-    if "choices" in inner:
-        inner["choices"] = [*inner["choices"], None]
-    return inner
+    return inner | ({"choices": [*inner["choices"], None]} if "choices" in inner else {})
 
 
 class _List(argparse.Action):
-    def __init__(self, *args, hint, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.make, (self.kind, *self.more) = typing.get_origin(hint), typing.get_args(hint)
-
     def __call__(self, parser, namespace, words, flag=None):
-        if self.kind is not str:  # numbers may be joined by commas; in a text a comma is part of it
+        make, (kind, *more) = typing.get_origin(self.const), typing.get_args(self.const)
+        if kind is not str:  # numbers may be joined by commas; in a text a comma is part of it
             words = [w for word in words for w in word.split(",") if w]
         try:
-            values = self.make(self.kind(w) for w in words)
+            values = make(kind(w) for w in words)
         except ValueError:
-            raise argparse.ArgumentError(self, f"{' '.join(words)!r} is not a list of {self.kind.__name__}") from None
-        if self.make is tuple and ... not in self.more and len(values) != 1 + len(self.more):
-            raise argparse.ArgumentError(self, f"takes {1 + len(self.more)} values, got {len(values)}")
+            raise argparse.ArgumentError(self, f"{' '.join(words)!r} is not a list of {kind.__name__}") from None
+        if make is tuple and ... not in more and len(values) != 1 + len(more):
+            raise argparse.ArgumentError(self, f"takes {1 + len(more)} values, got {len(values)}")
         setattr(namespace, self.dest, values)
 
 
@@ -111,21 +102,24 @@ def run(main):
 def atomic(path):
     """Yield a temporary path beside `path` (same suffix); rename it to `path` on success, remove it on failure.
 
-    Missing folders are made. Raises UserError where nothing can be written (also on a full disk).
+    Missing folders are made. Raises UserError where nothing can be written, also on a full disk.
     """
     path = Path(path)
     part = path.with_name(f".{path.stem}.tmp{os.getpid()}{path.suffix}")
+    inside = False
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part.touch()  # find out now, not after the work
         if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        inside = True
         yield part
+        inside = False
         os.replace(part, path)
-    except OSError as e:  # other files' errors, raised in the body, are not ours to explain
-        if e.errno in (errno.ENOSPC, errno.EDQUOT) or e.filename in (str(part), str(path), str(path.parent)):
-            raise UserError(f"cannot write {path}: {e.strerror}") from e
-        raise
+    except OSError as e:
+        if inside and e.errno not in (errno.ENOSPC, errno.EDQUOT):  # the body's own error is not ours to explain
+            raise
+        raise UserError(f"cannot write {path}: {e.strerror}") from e
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
