@@ -50,7 +50,7 @@ class Schedule:
         table = torch.stack([torch.cat([self.a.new_tensor([1.0]), self.a]), torch.cat([self.b.new_zeros(1), self.b])])
         self._tables = {torch.device("cpu"): table}  # (2, 1001) a device; column 0 is t = -1
 
-    def _ab(self, t, x):
+    def ab(self, t, x):
         """float64 a_t, b_t that broadcast against x: without dimensions for an int, else (B, 1, ..., 1)."""
         if isinstance(t, int):
             if not -1 <= t < STEPS:
@@ -67,12 +67,12 @@ class Schedule:
 
     def add_noise(self, x0, eps, t):
         """x_t = a x_0 + b eps (Eq. 1)."""
-        a, b = self._ab(t, x0)
+        a, b = self.ab(t, x0)
         return _in(a, x0) * x0 + _in(b, x0) * eps
 
     def target(self, x0, eps, t, prediction):
         """What a network of this prediction should put out."""
-        a, b = self._ab(t, x0)
+        a, b = self.ab(t, x0)
         if prediction == "conjugate":
             return x0 - eps  # Eq. 4
         if prediction == "velocity":
@@ -81,7 +81,7 @@ class Schedule:
 
     def to_x0(self, pred, x_t, t, prediction):
         """x_0 from what the network put out at x_t (Eq. 8 for "conjugate"). ValueError for "epsilon" where a = 0."""
-        a, b = self._ab(t, x_t)
+        a, b = self.ab(t, x_t)
         if _known(prediction) == "conjugate":
             return _in(1 / (a + b), x_t) * x_t + _in(b / (a + b), x_t) * pred  # Eq. 8
         if prediction == "velocity":
@@ -93,7 +93,7 @@ class Schedule:
 
     def to_eps(self, pred, x_t, t, prediction):
         """eps from what the network put out at x_t. ValueError for "sample" where b = 0 (t = -1)."""
-        a, b = self._ab(t, x_t)
+        a, b = self.ab(t, x_t)
         if _known(prediction) == "conjugate":
             return _in(1 / (a + b), x_t) * x_t - _in(a / (a + b), x_t) * pred
         if prediction == "velocity":
@@ -123,7 +123,7 @@ class Schedule:
         """
         if not 0 <= eta <= 1 or (eta > 0 and noise is None):
             raise ValueError(f"eta = {eta}: it lies in 0..1, and above 0 it needs noise")
-        a_next, b_next = self._ab(t_next, x_t)
+        a_next, b_next = self.ab(t_next, x_t)
         _, _, std = self._posterior(x_t, t, t_next)
         sigma = eta * std
         eps = self.to_eps(x0, x_t, t, "sample")
@@ -140,7 +140,7 @@ class Schedule:
 
     def _posterior(self, x, t, t_next):
         """float64 coefficients of x_0 and x_t in the posterior's mean, and its std."""
-        (a, b), (a_next, b_next) = self._ab(t, x), self._ab(t_next, x)
+        (a, b), (a_next, b_next) = self.ab(t, x), self.ab(t_next, x)
         before = t_next < t
         if not (before if isinstance(before, bool) else before.all()):
             raise ValueError(f"t_next = {t_next} must lie before t = {t}")
