@@ -1,0 +1,152 @@
+"""Latent reward models (Tables 11-13): a small network that learns a pixel reward from the latents alone.
+
+The true reward looks at decoded pixels, may be large, slow, or have no gradient (the size of a JPEG file). This one has
+190 thousand parameters, reads latents, and always has a gradient: it is trained to say what the true reward says
+(Eq. 14), and the student is tuned through it (Eq. 15), without decoder or reward in memory.
+
+    ImageLRM       2D CNN frame by frame, mean of the frames' rewards                       189,441 parameters
+    TextImageLRM   the same, and the frame's feature attends over the prompt's tokens       763,009 parameters
+    VideoLRM       as ImageLRM ("frames"), or a 3D CNN over the clip ("3d")
+    TextVideoLRM   as TextImageLRM ("frames"), or the 3D CNN's one feature attends ("3d")
+
+Counts are for 12 channels and 4096-wide text, and are the paper's. Two things are not as its tables print them.
+Table 12's first convolution has padding 1: then no kernel reaches the last row and column of the latents, and they get
+no gradient; with padding 0 the map has the same size and all is seen. Table 13 averages the text into one key; a
+softmax over one key is 1 whatever the image, so the reward depends on the text alone and its gradient with respect to
+the latents is zero. Here the image attends over all tokens and its own feature is added back; `literal=True` is Table
+13's form, kept for the test that shows this. The text's Linear has a bias, Q, K and V have none: that, with GroupNorm's
+scales and shifts, is what gives the paper's total.
+
+Where the tables are silent: GroupNorm has 8 groups (small latents end as a map of one pixel, where each group is
+normalised over its channels alone: many small groups would leave little of the signal); every text token is attended
+to, padding included, as the encoder gives it; the attention has one head and is scaled by 1 / sqrt(width).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+GROUPS = 8
+
+
+@dataclass
+class ImageLRMConfig:
+    channels: int = 12  # of the latents
+    width: int = 128
+
+
+@dataclass
+class TextImageLRMConfig:
+    channels: int = 12
+    text_dim: int = 4096
+    literal: bool = False  # Table 13 as printed: blind to the image
+    width: int = 128
+
+
+@dataclass
+class VideoLRMConfig:
+    channels: int = 12
+    width: int = 128
+    backbone: str = "frames"  # or "3d"
+
+
+@dataclass
+class TextVideoLRMConfig:
+    channels: int = 12
+    text_dim: int = 4096
+    literal: bool = False
+    width: int = 128
+    backbone: str = "frames"
+
+
+class VideoLRM(nn.Module):
+    """Latents (B, C, T, h, w) -> reward (B,), for any T, h, w >= 1.
+
+    Made from a Config or from its fields; seed: of the first weights. ValueError for an unknown backbone, and for
+    latents of another number of channels.
+    """
+
+    Config = VideoLRMConfig
+
+    def __init__(self, *args, seed=0, **fields):
+        super().__init__()
+        self.config = args[0] if args and isinstance(args[0], self.Config) else self.Config(*args, **fields)
+        width, text_dim = self.config.width, getattr(self.config, "text_dim", None)
+        backbone = getattr(self.config, "backbone", "frames")
+        if backbone == "frames":
+            first = nn.Conv2d(self.config.channels, width, 4, stride=4)
+            second = nn.Conv2d(width, width, 3, stride=2, padding=1)
+            self.project = nn.Conv2d(width, width, 1)
+        elif backbone == "3d":
+            first = nn.Conv3d(self.config.channels, width, (3, 4, 4), stride=(1, 4, 4), padding=(1, 0, 0))
+            second = nn.Conv3d(width, width, 3, stride=2, padding=1)
+            self.project = nn.Conv3d(width, width, 1)
+        else:
+            raise ValueError(f"unknown backbone {backbone!r}: frames or 3d")
+        self.frames = backbone == "frames"
+        norms = [nn.GroupNorm(GROUPS, width) for _ in range(2)]
+        self.cnn = nn.Sequential(first, norms[0], nn.SiLU(), second, norms[1], nn.SiLU())
+        if text_dim is not None:
+            self.text = nn.Linear(text_dim, width)
+            self.query, self.key, self.value = (nn.Linear(width, width, bias=False) for _ in range(3))
+        self.head = nn.Linear(width, 1)
+        self.init_weights(seed)
+
+    @torch.no_grad()
+    def init_weights(self, seed):
+        """PyTorch's own uniform initialisation, from a seed of its own."""
+        generator = torch.Generator().manual_seed(seed)
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.Conv3d, nn.Linear)):
+                bound = module.weight[0].numel() ** -0.5
+                for p in module.parameters():
+                    p.copy_(torch.empty(p.shape, device="cpu").uniform_(-bound, bound, generator=generator))
+
+    def features(self, x):
+        """Latents (B, C, T, h, w) -> (B, T, width), or (B, 1, width) of the 3D CNN.
+
+        A height or width that is no multiple of 4 is filled up by repeating the last row or column: the first
+        convolution would otherwise cut the rest off, unseen and without gradient.
+        """
+        if x.ndim != 5 or x.shape[1] != self.config.channels:
+            raise ValueError(f"latents must be (B, {self.config.channels}, T, h, w), got {tuple(x.shape)}")
+        B, *_, h, w = x.shape
+        if h % 4 or w % 4:
+            x = F.pad(x, (0, -w % 4, 0, -h % 4, 0, 0), mode="replicate")
+        if self.frames:
+            x = x.transpose(1, 2).flatten(0, 1)  # (B T, C, h, w)
+        x = self.cnn(x)  # (B T, width, h/8, w/8)
+        x = x.mean(dim=tuple(range(2, x.ndim)), keepdim=True)  # (B T, width, 1, 1)
+        return self.project(x).reshape(B, -1, self.config.width)  # (B, T, width)
+
+    def forward(self, x):
+        return self.head(self.features(x)).mean(dim=(1, 2))  # (B,)
+
+
+class TextVideoLRM(VideoLRM):
+    """Latents (B, C, T, h, w) and text (B, L, D) -> reward (B,), for any T, h, w, L >= 1."""
+
+    Config = TextVideoLRMConfig
+
+    def forward(self, x, text):
+        image = self.features(x)  # (B, T, width)
+        text = self.text(text)  # (B, L, width)
+        if self.config.literal:
+            text = text.mean(dim=1, keepdim=True)  # (B, 1, width): one key, so the softmax below is 1
+        scores = self.query(image) @ self.key(text).transpose(1, 2)  # (B, T, L)
+        mixed = (scores * self.config.width**-0.5).softmax(dim=-1) @ self.value(text)  # (B, T, width)
+        return self.head(mixed if self.config.literal else image + mixed).mean(dim=(1, 2))  # (B,)
+
+
+class ImageLRM(VideoLRM):
+    """Table 12: the frames' backbone alone. An image is a clip of one frame; a clip has the mean of its frames."""
+
+    Config = ImageLRMConfig
+
+
+class TextImageLRM(TextVideoLRM):
+    """Table 13, the frames' backbone alone: mean over the frames, each attending over the tokens by itself."""
+
+    Config = TextImageLRMConfig
