@@ -1,0 +1,331 @@
+"""The inputs of Algorithm 1: the autoencoder, the teacher (Eq. 4), and the judges that read what they draw.
+
+    python pretrain.py vae      --out runs/vae       # the causal 3D VAE, on rendered clips
+    python pretrain.py teacher  --out runs/teacher   # the teacher v_theta', on that VAE's latents
+    python pretrain.py judge    --out runs/judge     # reads every factor off a clip; --kind attention is the rewarding one
+
+All three run on the small world of shapes.py, in which data never ends. Each writes into --out: checkpoint.pt (what
+--resume goes on from, to the bit), log.jsonl (a line every --log-every steps), a picture now and then, and at the end
+one safetensors file that knows what it is and how it was made.
+"""
+
+import json
+import math
+import random
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import checkpoint
+import dit
+import shapes
+import vae3d
+from cli import UserError, atomic, opt, parse, run
+from judge import Judge, JudgeConfig
+from losses import conjugate_velocity_loss
+from schedule import Schedule, ddim, denoise, timesteps
+from text import WordTable
+from video import write_grid
+
+HELD_OUT = 1_000_000  # seed of the clips that nothing is trained on
+
+
+@dataclass
+class Config:
+    out: str = opt("", "folder for checkpoints, logs and the final weights (default runs/NAME)")
+    iterations: int = opt(0, "optimizer steps")
+    batch: int = opt(0, "clips a step")
+    lr: float = opt(0.0, "peak learning rate (AdamW; linear warm-up, cosine to zero)")
+    warmup: int = opt(100, "steps of warm-up")
+    seed: int = opt(0, "seed of weights, clips and noise")
+    resume: bool = opt(False, "go on from --out/checkpoint.pt")
+    save_every: int = opt(200, "steps between checkpoints")
+    log_every: int = opt(20, "steps between lines of log.jsonl")
+    threads: int = opt(0, "CPU threads (0: all)")
+    device: str = opt("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
+
+
+@dataclass
+class VAEConfig(Config):
+    iterations: int = opt(3000, "optimizer steps")
+    batch: int = opt(8, "clips a step")
+    lr: float = opt(1e-3, "peak learning rate")
+    images: int = opt(500, "first steps, on single frames alone: what is drawn before how it moves")
+    kl: float = opt(1e-6, "weight of the KL term: a trace, or the objects are the first thing to go")
+    object_weight: float = opt(4.0, "additional weight of the objects' pixels, fading to zero over the run")
+
+
+@dataclass
+class TeacherConfig(Config):
+    vae: str = opt("weights/vae.safetensors", "the autoencoder")
+    preset: str = opt("shapes", "size of the transformer, a name in dit.PRESETS")
+    iterations: int = opt(8000, "optimizer steps")
+    batch: int = opt(64, "clips a step")
+    lr: float = opt(1e-3, "peak learning rate")
+    clips: int = opt(20000, "clips encoded before training; their captions are drawn anew at every step")
+    drop_text: float = opt(0.1, "share of captions left empty, for classifier-free guidance")
+    ema: float = opt(0.999, "decay of the averaged weights, which are the ones kept")
+
+
+@dataclass
+class JudgeRunConfig(Config):
+    kind: str = opt("conv", "conv (the one that evaluates) or attention (the one that rewards)")
+    width: int = opt(24, "channels after the stem")
+    iterations: int = opt(4000, "optimizer steps")
+    batch: int = opt(32, "clips a step")
+    lr: float = opt(1e-3, "peak learning rate")
+
+
+def clips(cfg: Config, step: int) -> list[shapes.Clip]:
+    """The clips of one step: they follow from (seed, step) alone, so a resumed run sees what an unbroken one sees."""
+    return [shapes.Clip.make(cfg.seed, step * cfg.batch + i) for i in range(cfg.batch)]
+
+
+def fit(cfg: Config, model: torch.nn.Module, loss_of, show, ema_decay: float = 0.0) -> torch.nn.Module:
+    """Train `model` by loss_of(step) -> (loss, dict of numbers); show(model, step) now and then; returns the result.
+
+    Exact resume: the state holds weights, average, optimizer and step, and all randomness follows from the step.
+    """
+    out = Path(cfg.out)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.01)
+    average = {k: v.detach().clone() for k, v in model.state_dict().items()}
+    first = 0
+    state_file = out / "checkpoint.pt"
+    if cfg.resume:
+        if not state_file.exists():
+            raise UserError(f"{state_file} does not exist: leave out --resume to start, or name the folder of a run")
+        state = torch.load(state_file, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        average, first = state["average"], state["step"]
+
+    def save(step):
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average, "step": step}
+        with atomic(state_file) as part:
+            torch.save(state, part)
+
+    bar = tqdm(range(first, cfg.iterations), initial=first, total=cfg.iterations, desc=out.name, dynamic_ncols=True)
+    log, start = open_log(out, first), time.time()
+    for step in bar:
+        rate = min(1.0, (step + 1) / cfg.warmup) * 0.5 * (1 + math.cos(math.pi * step / cfg.iterations))
+        for group in optimizer.param_groups:
+            group["lr"] = cfg.lr * rate
+        with torch.autocast(cfg.device, torch.bfloat16):
+            loss, numbers = loss_of(step)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        if not torch.isfinite(norm):  # nothing has been changed by this step yet
+            save(step)
+            raise UserError(f"loss or gradient is not finite at step {step}: saved {state_file}, try a lower --lr")
+        optimizer.step()
+        with torch.no_grad():  # a short memory at first, or the average would keep the random beginning
+            decay = min(ema_decay, (step + 1) / (step + 10)) if ema_decay else 0.0
+            for k, v in model.state_dict().items():
+                average[k].lerp_(v, 1 - decay) if v.is_floating_point() else average[k].copy_(v)
+        if step % cfg.log_every == 0 or step == cfg.iterations - 1:
+            numbers = {"loss": loss.item(), **numbers, "grad_norm": norm.item()}
+            bar.set_postfix({k: f"{v:.3g}" for k, v in numbers.items()})
+            log.write(json.dumps({"step": step, "seconds": round(time.time() - start, 1), **numbers}) + "\n")
+            log.flush()
+        if (step + 1) % cfg.save_every == 0:
+            save(step + 1)
+        if (step + 1) % (5 * cfg.save_every) == 0:
+            show(model, step + 1)
+    save(cfg.iterations)
+    model.load_state_dict(average)
+    model.eval()
+    show(model, cfg.iterations)
+    return model
+
+
+def open_log(out: Path, first: int):
+    """Append to log.jsonl, after dropping the lines of steps that a resumed run will take again."""
+    file = out / "log.jsonl"
+    kept = [line for line in file.read_text().splitlines() if json.loads(line)["step"] < first] if first else []
+    with atomic(file) as part:
+        part.write_text("".join(line + "\n" for line in kept))
+    return open(file, "a")
+
+
+def made(cfg: Config) -> dict:
+    """What a file of weights says of its own making."""
+    return {
+        "command": " ".join(["python", *sys.argv]),
+        "date": time.strftime("%Y-%m-%d"),
+        "seed": cfg.seed,
+        "steps_trained": cfg.iterations,
+        "settings": asdict(cfg),
+    }
+
+
+def train_vae(cfg: VAEConfig) -> None:
+    torch.manual_seed(cfg.seed)
+    model = vae3d.VAE3D(vae3d.PRESETS["shapes"]).to(cfg.device, memory_format=torch.channels_last_3d)
+    print(f"VAE: {sum(p.numel() for p in model.parameters()):,} parameters")
+
+    def loss_of(step):
+        if step < cfg.images or step % 8 == 0:  # many frames of as many clips cost what a few clips do
+            frames = random.Random(f"frame {cfg.seed} {step}")
+            picks = [(shapes.render(c), frames.randrange(shapes.FRAMES)) for c in clips(replace(cfg, batch=24), step)]
+            pairs = [(v[:, f : f + 1], m[:, f : f + 1]) for (v, m), f in picks]
+        else:
+            pairs = [shapes.render(c) for c in clips(cfg, step)]
+        video = torch.stack([v for v, _ in pairs]).to(cfg.device, memory_format=torch.channels_last_3d)
+        mask = torch.stack([m for _, m in pairs]).to(cfg.device)
+        mean, logvar = model.moments(video)
+        noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(step)).to(cfg.device)
+        z = mean + (0.5 * logvar).exp() * noise
+        error = model.decode(z * model.config.scaling_factor).float() - video
+        weight = 1 + cfg.object_weight * (1 - step / cfg.iterations) * mask
+        kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).float().sum((1, 2, 3, 4)).mean()
+        loss = (weight * (error**2 + 0.1 * error.abs())).mean() + cfg.kl * kl
+        return loss, {"psnr": psnr(error).mean().item(), "kl": kl.item()}
+
+    held_out = shapes.render_batch([shapes.Clip.make(HELD_OUT, i) for i in range(6)])
+
+    def show(model, step):
+        with torch.no_grad():
+            drawn = model.decode(model.encode(held_out.to(cfg.device))).cpu()
+        rows = [v for pair in zip(held_out, drawn) for v in pair]
+        write_grid(Path(cfg.out) / f"step{step:06d}.png", rows, frames=8)
+
+    model = fit(cfg, model, loss_of, show)
+    scores, latents = [], []
+    with torch.no_grad():
+        for i in range(32):
+            video = shapes.render_batch([shapes.Clip.make(HELD_OUT, i * 8 + j) for j in range(8)]).to(cfg.device)
+            latents.append(model.encode(video))
+            scores.append(psnr(model.decode(latents[-1]) - video))
+    scores = torch.cat(scores).sort().values
+    # latents of unit variance are what the noise schedule expects; the factor is part of the weights from here on
+    model.config.scaling_factor = model.config.scaling_factor / torch.cat(latents).std().item()
+    results = {"psnr": scores.mean().item(), "psnr_worst_tenth": scores[: len(scores) // 10].mean().item()}
+    print(f"held-out clips: {results}")
+    checkpoint.save_model(Path(cfg.out) / "vae.safetensors", model, torch.float16, **made(cfg), results=results)
+
+
+def psnr(error: torch.Tensor) -> torch.Tensor:
+    """Peak signal to noise ratio in dB of each clip; error (B, 3, F, H, W) of pixels in [-1, 1]."""
+    return -10 * ((error.float() / 2) ** 2).mean((1, 2, 3, 4)).log10()
+
+
+@torch.no_grad()
+def encode_world(cfg: TeacherConfig, vae: vae3d.VAE3D) -> torch.Tensor:
+    """Latents of the clips 0..cfg.clips-1, bf16 (N, C, T, h, w), kept beside the run so that a resume has them."""
+    file = Path(cfg.out) / "latents.safetensors"
+    with open(cfg.vae, "rb") as f:
+        identity = {"vae": str(hash_file(f)), "clips": cfg.clips, "seed": cfg.seed}
+    if file.exists():
+        tensors, metadata = checkpoint.load(file)
+        if metadata == identity:
+            return tensors["latents"]
+    parts = []
+    for i in tqdm(range(0, cfg.clips, 16), desc="encoding", dynamic_ncols=True):
+        batch = [shapes.Clip.make(cfg.seed, j) for j in range(i, min(i + 16, cfg.clips))]
+        video = shapes.render_batch(batch).to(cfg.device, memory_format=torch.channels_last_3d)
+        with torch.autocast(cfg.device, torch.bfloat16):
+            parts.append(vae.encode(video).to("cpu", torch.bfloat16))
+    checkpoint.save(file, {"latents": torch.cat(parts)}, identity)
+    return torch.cat(parts)
+
+
+def train_teacher(cfg: TeacherConfig) -> None:
+    if cfg.preset not in dit.PRESETS:
+        raise UserError(f"unknown --preset {cfg.preset!r}: choose from {', '.join(dit.PRESETS)}")
+    vae, _ = checkpoint.load_model(cfg.vae, vae3d.VAE3D, cfg.device)
+    vae = vae.to(memory_format=torch.channels_last_3d)
+    latents = encode_world(cfg, vae)
+    model = dit.DiT(dit.PRESETS[cfg.preset])
+    model.init_weights(cfg.seed)
+    model.to(cfg.device)
+    print(f"teacher: {sum(p.numel() for p in model.parameters()):,} parameters, {len(latents)} encoded clips")
+    words = WordTable(shapes.WORDS, model.config.text_dim, model.config.text_length)
+    schedule, prediction = Schedule(model.config.schedule, model.config.snr_shift), model.config.prediction
+
+    def loss_of(step):
+        rng, noise = random.Random(f"caption {cfg.seed} {step}"), torch.Generator().manual_seed(step)
+        index = torch.randint(len(latents), (cfg.batch,), generator=noise)
+        prompts = [shapes.caption(shapes.Clip.make(cfg.seed, int(i)), "train", rng)[0] for i in index]
+        prompts = ["" if rng.random() < cfg.drop_text else p for p in prompts]
+        x0 = latents[index].float().to(cfg.device)
+        t = torch.randint(1000, (cfg.batch,), generator=noise).to(cfg.device)
+        eps = torch.randn(x0.shape, generator=noise).to(cfg.device)
+        text = words.encode(prompts).to(cfg.device)
+        return conjugate_velocity_loss(lambda x, t: model(x, t, text), schedule, x0, t, eps, prediction), {}
+
+    held_out = [shapes.Clip.make(HELD_OUT, i) for i in range(8)]
+    prompts = [shapes.caption(c, "long")[0] for c in held_out]
+
+    def show(model, step):
+        text, null = words.encode(prompts).to(cfg.device), words.encode([""]).to(cfg.device)
+        x = torch.randn(len(prompts), *latents.shape[1:], generator=torch.Generator().manual_seed(0)).to(cfg.device)
+        with torch.no_grad(), torch.autocast(cfg.device, torch.bfloat16):
+            predict = lambda x, t: denoise(model, schedule, x, t, text, prediction, w=2.0, null=null)
+            video = vae.decode(ddim(predict, schedule, x, timesteps(25))).float().cpu()
+        write_grid(Path(cfg.out) / f"step{step:06d}.png", list(video), prompts, frames=8)
+
+    model = fit(cfg, model, loss_of, show, cfg.ema)
+    checkpoint.save_model(Path(cfg.out) / "teacher.safetensors", model, torch.float16, kind="teacher", **made(cfg))
+
+
+def hash_file(f) -> str:
+    import hashlib
+
+    return hashlib.file_digest(f, "sha256").hexdigest()[:16]
+
+
+def train_judge(cfg: JudgeRunConfig) -> None:
+    torch.manual_seed(cfg.seed)
+    model = Judge(JudgeConfig(cfg.kind, cfg.width)).to(cfg.device, memory_format=torch.channels_last_3d)
+    print(f"judge: {sum(p.numel() for p in model.parameters()):,} parameters")
+
+    def loss_of(step):
+        batch = clips(cfg, step)
+        video = shapes.render_batch(batch).to(cfg.device, memory_format=torch.channels_last_3d)
+        # a trace of noise and of blur: what it will judge comes out of a decoder, not out of the renderer
+        noise = torch.Generator().manual_seed(step)
+        strength = 0.1 * torch.rand(len(video), 1, 1, 1, 1, generator=noise)
+        video = video + strength.to(cfg.device) * torch.randn(video.shape, generator=noise).to(cfg.device)
+        blurred = F.avg_pool3d(video, (1, 3, 3), 1, (0, 1, 1), count_include_pad=False)
+        blur = (torch.rand(len(video), 1, 1, 1, 1, generator=noise) < 0.25).to(cfg.device)
+        truth = torch.tensor([c.truth() for c in batch]).to(cfg.device)
+        return model.loss(torch.where(blur, blurred, video), truth), {}
+
+    def accuracy(model, n):
+        right = torch.zeros(len(shapes.FACTORS))
+        asked = torch.zeros(len(shapes.FACTORS))
+        for i in range(0, n, 32):
+            batch = [shapes.Clip.make(HELD_OUT, j) for j in range(i, i + 32)]
+            truth = torch.tensor([c.truth() for c in batch])
+            with torch.autocast(cfg.device, torch.bfloat16):
+                read = model.read(shapes.render_batch(batch).to(cfg.device)).cpu()
+            right += (read == truth).sum(0)
+            asked += (truth >= 0).sum(0)
+        return {name: round((r / a).item(), 4) for name, r, a in zip(shapes.FACTORS, right, asked)}
+
+    model = fit(cfg, model, loss_of, lambda model, step: tqdm.write(f"{step} {accuracy(model, 256)}"), 0.995)
+    results = accuracy(model, 4096)
+    print(f"held-out clips: {results}")
+    checkpoint.save_model(Path(cfg.out) / "judge.safetensors", model, torch.float16, **made(cfg), results=results)
+
+
+def main():
+    jobs = {"vae": (VAEConfig, train_vae), "teacher": (TeacherConfig, train_teacher), "judge": (JudgeRunConfig, train_judge)}
+    if len(sys.argv) < 2 or sys.argv[1] not in jobs:
+        raise UserError(f"say what to train: python pretrain.py {'|'.join(jobs)} (each has --help)")
+    config, job = jobs[sys.argv[1]]
+    cfg = parse(config, sys.argv[2:], __doc__)
+    cfg.out = cfg.out or f"runs/{sys.argv[1]}"
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    job(cfg)
+
+
+if __name__ == "__main__":
+    run(main)
