@@ -1,0 +1,253 @@
+"""The text-to-video diffusion transformer: CogVideoX's architecture, and its published weights in and out.
+
+A video's latents are cut into 2x2 patches, one token each. Text tokens and video tokens form one sequence, and every
+token attends to every other: there is no separate attention over space, time or text, so an object can follow its word
+through the whole clip. The step t reaches the network only through adaLN: each block shifts, scales and gates the two
+kinds of token with numbers computed from t, each kind with its own ("expert" adaLN), while the norm, the attention and
+the feed-forward are shared.
+
+    text (B,L,D) -> Linear ----------------+                            (text is dropped)
+                                           +-> block x depth -> norm -> adaLN norm -> Linear -> unpatchify
+    x (B,C,T,H,W) -> patches -> Linear ----+                              (B,C,T,H,W)
+    t (B,) -> sinusoid -> MLP -> c, given to every block
+
+Where a token stands is said in one of two ways: a fixed sine-cosine table added once (the 2B family), or a rotation of
+queries and keys (the 5B family). Neither is learned, so any clip size works, and neither is saved. Both are computed
+when first needed and kept beside the model, not in it: `.to(bfloat16)` cannot round them, and building on the meta
+device cannot lose them.
+
+What a network predicts and on which schedule is part of its weights, so the config carries it.
+The forward pass and every default follow `CogVideoXTransformer3DModel` of diffusers; the 1.5 and image-to-video models
+differ in their patches and inputs and are refused by name.
+Sources: CogVideoX, arXiv:2408.06072, section 2; DiT, arXiv:2212.09748 (adaLN and its zero start).
+"""
+
+import functools
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    channels: int = 12  # of the latents
+    width: int = 256  # of a token
+    depth: int = 6  # blocks
+    heads: int = 4  # of width / heads each
+    patch: int = 2  # in space; a latent frame is never merged with its neighbour
+    text_dim: int = 128  # of a text token as the encoder gives it
+    text_length: int = 32  # tokens a caption is padded to; padding is attended, as in the published models
+    time_dim: int = 64  # of the embedding of t
+    latents: tuple[int, int, int] = (5, 8, 8)  # frames, height, width in training; others work (see rotary_table)
+    rotary: bool = False  # positions by rotation (5B) or by an added sine-cosine table (2B)
+    spatial_scale: float = 1.0  # sine-cosine positions are divided by these
+    temporal_scale: float = 1.0
+    norm_eps: float = 1e-5
+    prediction: Literal["conjugate", "velocity", "epsilon", "sample"] = "conjugate"
+    schedule: Literal["ddpm", "cogvideox", "flow"] = "ddpm"
+    snr_shift: float = 3.0  # of the cogvideox schedule alone
+
+    def __post_init__(self):
+        object.__setattr__(self, "latents", tuple(self.latents))  # a list when it comes out of JSON
+        unit = self.width // self.heads if self.rotary else self.width
+        if self.width % self.heads or unit % 16:
+            raise ValueError(
+                f"width {self.width} must be a multiple of heads {self.heads}, and "
+                f"{'width / heads' if self.rotary else 'width'} of 16 (positions split it as 4 : 6 : 6)"
+            )
+
+
+_2B = DiTConfig(
+    channels=16, width=1920, depth=30, heads=30, text_dim=4096, text_length=226, time_dim=512, latents=(13, 60, 90),
+    spatial_scale=1.875, prediction="velocity", schedule="cogvideox",
+)  # fmt: skip
+PRESETS = {
+    "shapes": DiTConfig(),
+    "dollar": replace(_2B, channels=12, text_length=256, latents=(40, 24, 40), prediction="conjugate", schedule="ddpm"),
+    "cogvideox-2b": _2B,
+    "cogvideox-5b": replace(_2B, width=3072, depth=42, heads=48, rotary=True, snr_shift=1.0),
+}
+
+
+@functools.lru_cache(maxsize=4)  # teacher, student and fake score share one
+@torch.inference_mode(False)  # what sampling puts in the cache, training may take out
+def sincos_table(width, frames, rows, cols, spatial_scale, temporal_scale, dtype, device):
+    """The fixed positions of the 2B family, (1, frames * rows * cols, width), in patches: time, then column, then row.
+
+    A quarter of the width is for time, three eighths each for column and row; each part is sines, then cosines.
+    """
+
+    def axis(n, dim, scale):
+        freqs = 10000.0 ** (-torch.arange(dim // 2, dtype=torch.float64, device="cpu") / (dim // 2))
+        angle = torch.outer(torch.arange(n, dtype=torch.float64, device="cpu") / scale, freqs)
+        return torch.cat([angle.sin(), angle.cos()], -1)  # (n, dim)
+
+    t = axis(frames, width // 4, temporal_scale)[:, None, None].expand(-1, rows, cols, -1)
+    x = axis(cols, width // 8 * 3, spatial_scale)[None, None].expand(frames, rows, -1, -1)
+    y = axis(rows, width // 8 * 3, spatial_scale)[None, :, None].expand(frames, -1, cols, -1)
+    return torch.cat([t, x, y], -1).reshape(1, -1, width).to(device, dtype)
+
+
+@functools.lru_cache(maxsize=4)
+@torch.inference_mode(False)
+def rotary_table(dim, frames, rows, cols, base_rows, base_cols, text_length, device):
+    """Cosines and sines of the 5B family's rotation, (2, text_length + frames * rows * cols, 1, dim / 2), float32.
+
+    Frames count 0, 1, 2, ...; rows and columns are those of the largest centred box of this shape inside the training
+    size (base_rows, base_cols), so a clip of another size spans the positions it was trained on. Text does not rotate.
+    """
+    if rows / cols > base_rows / base_cols:
+        height, width = base_rows, round(base_rows / rows * cols)
+    else:
+        height, width = round(base_cols / cols * rows), base_cols
+    top, left = round((base_rows - height) / 2), round((base_cols - width) / 2)
+
+    def axis(start, stop, n, dim):
+        freqs = 10000.0 ** (-torch.arange(0, dim, 2, dtype=torch.float64, device="cpu") / dim)
+        place = torch.linspace(start, stop * (n - 1) / n, n, dtype=torch.float64, device="cpu")
+        return torch.outer(place, freqs)  # (n, dim / 2)
+
+    t = axis(0, frames, frames, dim // 4)[:, None, None].expand(-1, rows, cols, -1)
+    y = axis(top, top + height, rows, dim // 8 * 3)[None, :, None].expand(frames, -1, cols, -1)
+    x = axis(left, left + width, cols, dim // 8 * 3)[None, None].expand(frames, rows, -1, -1)
+    angle = F.pad(torch.cat([t, y, x], -1).flatten(0, 2), (0, 0, text_length, 0))  # (L + N, dim / 2)
+    return torch.stack([angle.cos(), angle.sin()])[:, :, None].to(device, torch.float32)
+
+
+def rotate(x, table):
+    """Turn neighbouring pairs of x (B, S, heads, dim) by the angles of rotary_table, in float32."""
+    (cos, sin), (a, b) = table, x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2).to(x.dtype)
+
+
+def timestep_sinusoid(t, width):
+    """Cosines, then sines, of t (B,) at width / 2 frequencies from 1 down to 1 / 10000: (B, width), float32."""
+    freqs = torch.exp(-math.log(10000) * torch.arange(width // 2, dtype=torch.float32, device=t.device) / (width // 2))
+    angle = t[:, None].float() * freqs
+    return torch.cat([angle.cos(), angle.sin()], -1)
+
+
+class Block(nn.Module):
+    """Attention, then feed-forward, over text and video tokens together; both gated by t."""
+
+    def __init__(self, config):
+        super().__init__()
+        width, self.heads = config.width, config.heads
+        self.modulation1 = nn.Linear(config.time_dim, 6 * width)
+        self.norm1 = nn.LayerNorm(width, config.norm_eps)  # one norm for both kinds of token
+        self.q, self.k, self.v = nn.Linear(width, width), nn.Linear(width, width), nn.Linear(width, width)
+        self.norm_q = nn.LayerNorm(width // self.heads, 1e-6)
+        self.norm_k = nn.LayerNorm(width // self.heads, 1e-6)
+        self.out = nn.Linear(width, width)
+        self.modulation2 = nn.Linear(config.time_dim, 6 * width)
+        self.norm2 = nn.LayerNorm(width, config.norm_eps)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+
+    def forward(self, text, video, c, table):
+        """text (B,L,D), video (B,N,D), c (B,1,time_dim) after SiLU, table of rotary_table or None -> text, video."""
+        length = text.shape[1]
+        joint, text_gate, gate = self.modulate(self.modulation1, self.norm1, text, video, c)
+        q = self.norm_q(self.q(joint).unflatten(-1, (self.heads, -1)))  # (B, L+N, heads, D/heads)
+        k = self.norm_k(self.k(joint).unflatten(-1, (self.heads, -1)))
+        v = self.v(joint).unflatten(-1, (self.heads, -1))
+        if table is not None:
+            q, k = rotate(q, table), rotate(k, table)
+        y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        y = self.out(y.transpose(1, 2).flatten(2))  # (B, L+N, D)
+        text, video = torch.addcmul(text, text_gate, y[:, :length]), torch.addcmul(video, gate, y[:, length:])
+
+        joint, text_gate, gate = self.modulate(self.modulation2, self.norm2, text, video, c)
+        y = self.down(F.gelu(self.up(joint), approximate="tanh"))
+        return torch.addcmul(text, text_gate, y[:, :length]), torch.addcmul(video, gate, y[:, length:])
+
+    def modulate(self, modulation, norm, text, video, c):
+        shift, scale, gate, text_shift, text_scale, text_gate = modulation(c).chunk(6, -1)  # (B, 1, D) each
+        text = torch.addcmul(text_shift, norm(text), 1 + text_scale)
+        video = torch.addcmul(shift, norm(video), 1 + scale)
+        return torch.cat([text, video], 1), text_gate, gate
+
+
+class DiT(nn.Module):
+    """The network. Set `checkpoint_activations` to recompute each block in the backward pass instead of storing it."""
+
+    Config = DiTConfig
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, width = config, config.width
+        self.checkpoint_activations = False
+        device = torch.get_default_device()
+        with torch.device("meta"):  # PyTorch's own initialisation would cost a second draw, from the global generator
+            self.patch_in = nn.Conv2d(config.channels, width, config.patch, config.patch)
+            self.text_in = nn.Linear(config.text_dim, width)
+            self.time_in, self.time_out = nn.Linear(width, config.time_dim), nn.Linear(config.time_dim, config.time_dim)
+            self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+            self.norm = nn.LayerNorm(width, config.norm_eps)
+            self.modulation_out = nn.Linear(config.time_dim, 2 * width)
+            self.norm_out = nn.LayerNorm(width, config.norm_eps)
+            self.out = nn.Linear(width, config.channels * config.patch**2)
+        if device.type != "meta":
+            self.to_empty(device=device)
+            self.init_weights(0)
+
+    def forward(self, x, t, text):
+        """Noisy latents x (B,C,T,H,W), steps t (B,) int64, text (B,L,text_dim) -> (B,C,T,H,W) in x's dtype.
+
+        H and W are multiples of the patch; T, H, W and L need not be those of the config. The weights' dtype decides
+        the arithmetic (x and text are cast to it), except under autocast, where the residual stream keeps it.
+        Raises ValueError for shapes that do not fit.
+        """
+        config, p = self.config, self.config.patch
+        (B, C, T, H, W), dtype = x.shape, self.patch_in.weight.dtype
+        if config.channels != C or H % p or W % p or t.shape != (B,) or text.shape[::2] != (B, config.text_dim):
+            raise ValueError(
+                f"x {tuple(x.shape)}, t {tuple(t.shape)}, text {tuple(text.shape)} do not fit: want (B, "
+                f"{config.channels}, T, H, W) with H and W multiples of {p}, (B,) and (B, L, {config.text_dim})"
+            )
+        h, w = H // p, W // p
+        # a convolution whose stride is its size is one matrix product over the patches
+        video = x.to(dtype).reshape(B, C, T, h, p, w, p).permute(0, 2, 3, 5, 1, 4, 6).reshape(B, T * h * w, C * p * p)
+        video = F.linear(video, self.patch_in.weight.flatten(1), self.patch_in.bias).to(dtype)  # (B, N, D)
+        text = self.text_in(text.to(dtype)).to(dtype)  # (B, L, D)
+        c = self.time_out(F.silu(self.time_in(timestep_sinusoid(t, config.width).to(dtype))))
+        c = F.silu(c)[:, None]  # (B, 1, time_dim); every use begins with this SiLU
+        table = None
+        if config.rotary:
+            base = config.latents[1] // p, config.latents[2] // p
+            table = rotary_table(config.width // config.heads, T, h, w, *base, text.shape[1], x.device)
+        else:
+            scales = config.spatial_scale, config.temporal_scale
+            video = video + sincos_table(config.width, T, h, w, *scales, dtype, x.device)
+        for block in self.blocks:
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                text, video = checkpoint(block, text, video, c, table, use_reentrant=False, preserve_rng_state=False)
+            else:
+                text, video = block(text, video, c, table)
+        shift, scale = self.modulation_out(c).chunk(2, -1)  # (B, 1, D)
+        y = self.out(torch.addcmul(shift, self.norm_out(self.norm(video)), 1 + scale))  # (B, N, C * p * p)
+        return y.reshape(B, T, h, w, C, p, p).permute(0, 4, 1, 2, 5, 3, 6).reshape(x.shape).to(x.dtype)
+
+    @torch.no_grad()
+    def init_weights(self, seed):
+        """Draw every parameter anew from `seed`, the same on every device and with every way of sharding.
+
+        Matrices are Xavier uniform and biases zero. The adaLN layers and the last one start at zero, so each block is
+        the identity and the output 0 (DiT, section 3.2). Makes a network built on the meta device usable after
+        `to_empty`.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        for name, p in self.named_parameters():
+            module = name.split(".")[-2]
+            full = torch.zeros(p.shape, device="cpu")
+            if "norm" in module and name.endswith("weight"):
+                full += 1
+            elif name.endswith("weight") and not module.startswith("modulation") and name != "out.weight":
+                bound = math.sqrt(6 / (p.shape[0] + p.shape[1:].numel()))
+                full.uniform_(-bound, bound, generator=generator)
+            p.copy_(full)
