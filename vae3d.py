@@ -1,0 +1,287 @@
+"""The causal 3D VAE: a video becomes latents 8 times smaller in height and width and 4 times in time, and comes back.
+
+The architecture is CogVideoX's, so that its published weights load without touching the forward pass: residual blocks
+of two 3x3x3 convolutions that look only backward in time, pairs of frames averaged on the way down and repeated on the
+way up, and decoder norms whose scale and shift are read off the latents. The posterior is a diagonal Gaussian.
+
+A clip is coded chunk by chunk, so that memory does not grow with its length, in one of two ways:
+
+independent  (DOLLAR and the shapes world) every 16 frames on their own. The first frame is repeated once in front, and
+             these 17 frames give 1 + 16 / 4 = 5 latents; after decoding the extra frame is dropped. An image is a clip
+             of one frame and one latent.
+streaming    (CogVideoX) 8 frames or 2 latents at a time, each convolution keeping its last two input frames for the
+             next chunk; what is left over goes into the first chunk. 1, 8k and 8k + 1 frames come back as they were.
+
+One thing is ours: `patch` folds patch x patch pixels into channels before the first convolution and unfolds them after
+the last one, in place of as many spatial samplers. Almost all of the work in a VAE is done at full resolution; this is
+what lets two CPU cores train one.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class VAEConfig:
+    """The defaults are CogVideoX-2B's. Height and width are compressed by 8 and time by 4, whatever the fields say."""
+
+    channels: tuple = (128, 256, 256, 512)  # of every level, finest first
+    latent_channels: int = 16
+    layers_per_block: int = 3  # residual blocks a level in the encoder; the decoder has one more
+    groups: int = 32  # of every group norm
+    patch: int = 1  # pixels folded into channels, per side: 1, 2, 4 or 8
+    chunking: Literal["independent", "streaming"] = "streaming"
+    chunk_frames: int = 8  # frames coded at a time
+    scaling_factor: float = 1.15258426  # latents are the posterior mean times this, about unit variance
+
+    def __post_init__(self):
+        self.channels = tuple(self.channels)  # JSON has lists
+        space = int(math.log2(8 // self.patch)) if self.patch in (1, 2, 4, 8) else -1
+        if space < 0 or len(self.channels) <= max(2, space):
+            raise ValueError(
+                f"patch {self.patch} is 1, 2, 4 or 8, and needs more than {max(2, space)} levels of channels"
+            )
+        if any(c % self.groups for c in self.channels) or self.chunk_frames % 4:
+            raise ValueError("channels must be multiples of groups, chunk_frames of 4")
+
+    def samplers(self):
+        """[(halves time, halves space)] of the encoder's levels but the last. Finest first: cheapest afterwards."""
+        space = int(math.log2(8 // self.patch))
+        return [(i < 2, i < space) for i in range(len(self.channels) - 1)]
+
+
+PRESETS = {
+    "shapes": VAEConfig(
+        channels=(64, 128, 128),
+        latent_channels=12,
+        layers_per_block=1,
+        groups=16,
+        patch=4,
+        chunking="independent",
+        chunk_frames=16,
+        scaling_factor=1.0,
+    ),
+    "dollar": VAEConfig(latent_channels=12, chunking="independent", chunk_frames=16, scaling_factor=1.0),
+    "cogvideox-2b": VAEConfig(),
+    "cogvideox-5b": VAEConfig(scaling_factor=0.7),
+}
+
+
+class CausalConv3d(nn.Conv3d):
+    """3x3x3, zeros around the picture, and in front of the first frame that frame twice, or the end of the last chunk.
+
+    `cache` is a dict from layer to its last two input frames, filled as the chunks of one clip pass, or None.
+    """
+
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs, 3, padding=(0, 1, 1))
+
+    def forward(self, x, cache=None):
+        front = cache[self] if cache and self in cache else x[:, :, :1].expand(-1, -1, 2, -1, -1)
+        x = torch.cat([front, x], 2)  # (B, C, 2 + T, H, W); F.pad's replicate mode is many times slower
+        if cache is not None:
+            cache[self] = x[:, :, -2:].clone()
+        return super().forward(x)
+
+
+class Norm(nn.GroupNorm):
+    """Group norm; in the decoder also a scale and a shift at every place, linear in the latents z that belong there."""
+
+    def __init__(self, channels, groups, latent_channels=None):
+        super().__init__(groups, channels, eps=1e-6)
+        if latent_channels:
+            self.scale = nn.Conv3d(latent_channels, channels, 1)
+            self.shift = nn.Conv3d(latent_channels, channels, 1)
+
+    def forward(self, x, z=None):
+        x = super().forward(x)  # (B, C, T, H, W)
+        if z is None:
+            return x
+        # Each z serves a block of places. A 1x1 convolution commutes with repeating, so it is done on z itself.
+        T, t, (h, w) = x.shape[2], z.shape[2], z.shape[3:]
+        one = T % 2 if T > 1 else 0  # the first frame of an odd number stands alone, as in the sampler
+        when = [0] * one + [one + i * (t - one) // (T - one) for i in range(T - one)]
+        scale, shift = ((f(z) if T == t else f(z)[:, :, when])[..., None, :, None] for f in (self.scale, self.shift))
+        blocks = x.unflatten(4, (w, -1)).unflatten(3, (h, -1))  # (B, C, T, h, H/h, w, W/w)
+        return (blocks * scale + shift).flatten(5, 6).flatten(3, 4)
+
+
+class ResBlock(nn.Module):
+    def __init__(self, inputs, outputs, groups, latent_channels=None):
+        super().__init__()
+        self.norm1 = Norm(inputs, groups, latent_channels)
+        self.conv1 = CausalConv3d(inputs, outputs)
+        self.norm2 = Norm(outputs, groups, latent_channels)
+        self.conv2 = CausalConv3d(outputs, outputs)
+        self.shortcut = nn.Conv3d(inputs, outputs, 1) if inputs != outputs else None
+
+    def forward(self, x, z, cache):
+        h = self.conv1(F.silu(self.norm1(x, z)), cache)
+        h = self.conv2(F.silu(self.norm2(h, z)), cache)
+        return h + (x if self.shortcut is None else self.shortcut(x))
+
+
+class Down(nn.Module):
+    """Average pairs of frames (of an odd number the first stays alone), then a strided convolution within each."""
+
+    def __init__(self, channels, time, space):
+        super().__init__()
+        self.time = time
+        self.conv = nn.Conv3d(channels, channels, (1, 3, 3), stride=(1, 2, 2)) if space else None
+
+    def forward(self, x):
+        if self.time and x.shape[2] > 1:
+            one = x.shape[2] % 2
+            pairs = (x[:, :, one::2] + x[:, :, one + 1 :: 2]) / 2
+            x = torch.cat([x[:, :, :1], pairs], 2) if one else pairs
+        return x if self.conv is None else self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Up(nn.Module):
+    """Repeat frames (of an odd number the first stays alone), double every pixel, then a convolution within each."""
+
+    def __init__(self, channels, time, space):
+        super().__init__()
+        self.time = time
+        self.conv = nn.Conv3d(channels, channels, (1, 3, 3), padding=(0, 1, 1)) if space else None
+
+    def forward(self, x):
+        T = x.shape[2]
+        if self.time and T > 1:
+            x = x[:, :, [i // 2 for i in range(T % 2, 2 * T)]]  # 0 1 1 2 2 or 0 0 1 1
+        return x if self.conv is None else self.conv(F.interpolate(x, scale_factor=(1, 2, 2)))
+
+
+def per_frame(f, x):
+    """Apply f to the frames of x (B, C, T, H, W) as pictures (B*T, C, H, W)."""
+    return f(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+
+
+class Encoder(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.patch = c.patch
+        self.conv_in = CausalConv3d(3 * c.patch**2, c.channels[0])
+        self.blocks, self.down = nn.ModuleList(), nn.ModuleList()
+        for i, width in enumerate(c.channels):
+            inputs = [c.channels[max(i - 1, 0)]] + [width] * (c.layers_per_block - 1)
+            self.blocks.append(nn.ModuleList(ResBlock(n, width, c.groups) for n in inputs))
+        self.down.extend(Down(n, time, space) for n, (time, space) in zip(c.channels, c.samplers()))
+        self.mid = nn.ModuleList(ResBlock(width, width, c.groups) for _ in range(2))
+        self.norm_out = Norm(width, c.groups)
+        self.conv_out = CausalConv3d(width, 2 * c.latent_channels)
+
+    def forward(self, x, cache=None):
+        if self.patch > 1:
+            x = per_frame(lambda f: F.pixel_unshuffle(f, self.patch), x)
+        x = self.conv_in(x, cache)
+        for i, blocks in enumerate(self.blocks):
+            for block in blocks:
+                x = block(x, None, cache)
+            if i < len(self.down):
+                x = self.down[i](x)
+        for block in self.mid:
+            x = block(x, None, cache)
+        return self.conv_out(F.silu(self.norm_out(x)), cache)  # (B, 2C, T, h, w)
+
+
+class Decoder(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.patch = c.patch
+        channels = c.channels[::-1]
+        self.conv_in = CausalConv3d(c.latent_channels, channels[0])
+        self.mid = nn.ModuleList(ResBlock(channels[0], channels[0], c.groups, c.latent_channels) for _ in range(2))
+        self.blocks, self.up = nn.ModuleList(), nn.ModuleList()
+        for i, width in enumerate(channels):
+            inputs = [channels[max(i - 1, 0)]] + [width] * c.layers_per_block
+            self.blocks.append(nn.ModuleList(ResBlock(n, width, c.groups, c.latent_channels) for n in inputs))
+        for i, (_, space) in enumerate(c.samplers()[::-1]):
+            self.up.append(Up(channels[i], i < 2, space))  # time doubles first, at the coarsest levels
+        self.norm_out = Norm(width, c.groups, c.latent_channels)
+        self.conv_out = CausalConv3d(width, 3 * c.patch**2)
+
+    def forward(self, z, cache=None):
+        x = self.conv_in(z, cache)
+        for block in self.mid:
+            x = block(x, z, cache)
+        for i, blocks in enumerate(self.blocks):
+            for block in blocks:
+                x = block(x, z, cache)
+            if i < len(self.up):
+                x = self.up[i](x)
+        x = self.conv_out(F.silu(self.norm_out(x, z)), cache)
+        return per_frame(lambda f: F.pixel_shuffle(f, self.patch), x) if self.patch > 1 else x
+
+
+class VAE3D(nn.Module):
+    """Videos (B, 3, F, H, W) in [-1, 1] to latents (B, C, T, H/8, W/8) and back; results have the input's dtype."""
+
+    Config = VAEConfig
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+
+    def moments(self, video):
+        """video (B, 3, F, H, W) in [-1, 1] -> mean, log-variance of the posterior, unscaled, each (B, C, T, H/8, W/8).
+
+        T is 1 for one frame; independent chunks: F = 16k gives 5k; streaming: 8k gives 2k, 8k + 1 gives 2k + 1.
+        Raises ValueError for another F, or a height or width that is not a multiple of 8.
+        """
+        c, frames = self.config, video.shape[2]
+        if video.shape[3] % 8 or video.shape[4] % 8:
+            raise ValueError(f"height and width must be multiples of 8, got {video.shape[3]}x{video.shape[4]}")
+        independent = c.chunking == "independent"
+        if frames != 1 and (frames < c.chunk_frames or frames % c.chunk_frames > (not independent)):
+            allowed = f"1 or {c.chunk_frames}k" + ("" if independent else f" or {c.chunk_frames}k + 1")
+            raise ValueError(f"{frames} frames cannot be encoded: a clip has {allowed} frames")
+        x = video.to(self.encoder.conv_in.weight.dtype)
+        if frames == 1:
+            h = self.encoder(x)
+        elif independent:
+            h = join(self.encoder(torch.cat([f[:, :, :1], f], 2)) for f in x.split(c.chunk_frames, 2))
+        else:
+            cache = {}
+            h = join(self.encoder(f, cache) for f in x.split(remainder_first(frames, c.chunk_frames), 2))
+        mean, logvar = h.to(video.dtype).chunk(2, 1)
+        return mean, logvar.clamp(-30, 20)
+
+    def encode(self, video):
+        """video (B, 3, F, H, W) in [-1, 1] -> latents (B, C, T, H/8, W/8): posterior mean times scaling_factor."""
+        return self.moments(video)[0] * self.config.scaling_factor
+
+    def decode(self, latents):
+        """latents (B, C, T, h, w) as `encode` gives them -> video (B, 3, F, 8h, 8w), not clamped.
+
+        Independent chunks: T is 1 or 5k, else ValueError. Streaming: an odd T gives 4T - 3 frames, an even one 4T.
+        """
+        c, T = self.config, latents.shape[2]
+        size = c.chunk_frames // 4
+        z = (latents / c.scaling_factor).to(self.decoder.conv_in.weight.dtype)
+        if T == 1:
+            x = self.decoder(z)
+        elif c.chunking == "independent":
+            if T % (size + 1):
+                raise ValueError(f"{T} latent frames cannot be decoded: there are 1 or {size + 1}k")
+            x = join(self.decoder(f)[:, :, 1:] for f in z.split(size + 1, 2))
+        else:
+            cache = {}
+            x = join(self.decoder(f, cache) for f in z.split(remainder_first(T, size), 2))
+        return x.to(latents.dtype)
+
+
+def remainder_first(n, size):
+    """Chunk sizes of n frames: all `size`, the first one larger by what is left over."""
+    return [size + n % size] + [size] * (n // size - 1)
+
+
+def join(chunks):
+    return torch.cat(list(chunks), 2)
