@@ -75,19 +75,18 @@ class VideoLRM(nn.Module):
         self.config = args[0] if args and isinstance(args[0], self.Config) else self.Config(*args, **fields)
         width, text_dim = self.config.width, getattr(self.config, "text_dim", None)
         backbone = getattr(self.config, "backbone", "frames")
-        if backbone == "frames":
-            first = nn.Conv2d(self.config.channels, width, 4, stride=4)
-            second = nn.Conv2d(width, width, 3, stride=2, padding=1)
-            self.project = nn.Conv2d(width, width, 1)
-        elif backbone == "3d":
-            first = nn.Conv3d(self.config.channels, width, (3, 4, 4), stride=(1, 4, 4), padding=(1, 0, 0))
-            second = nn.Conv3d(width, width, 3, stride=2, padding=1)
-            self.project = nn.Conv3d(width, width, 1)
-        else:
+        if backbone not in ("frames", "3d"):
             raise ValueError(f"unknown backbone {backbone!r}: frames or 3d")
         self.frames = backbone == "frames"
+        if self.frames:
+            first = nn.Conv2d(self.config.channels, width, 4, stride=4)
+            second, third = nn.Conv2d(width, width, 3, stride=2, padding=1), nn.Conv2d(width, width, 1)
+        else:
+            first = nn.Conv3d(self.config.channels, width, (3, 4, 4), stride=(1, 4, 4), padding=(1, 0, 0))
+            second, third = nn.Conv3d(width, width, 3, stride=2, padding=1), nn.Conv3d(width, width, 1)
         norms = [nn.GroupNorm(GROUPS, width) for _ in range(2)]
         self.cnn = nn.Sequential(first, norms[0], nn.SiLU(), second, norms[1], nn.SiLU())
+        self.project = third
         if text_dim is not None:
             self.text = nn.Linear(text_dim, width)
             self.query, self.key, self.value = (nn.Linear(width, width, bias=False) for _ in range(3))
