@@ -23,14 +23,24 @@ Sources: CogVideoX, arXiv:2408.06072, section 2; DiT, arXiv:2212.09748 (adaLN an
 """
 
 import functools
+import json
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
+
+from cli import UserError, atomic
+
+Prediction = Literal["conjugate", "velocity", "epsilon", "sample"]
+Kind = Literal["ddpm", "cogvideox", "flow"]
 
 
 @dataclass(frozen=True)
@@ -48,17 +58,19 @@ class DiTConfig:
     spatial_scale: float = 1.0  # sine-cosine positions are divided by these
     temporal_scale: float = 1.0
     norm_eps: float = 1e-5
-    prediction: Literal["conjugate", "velocity", "epsilon", "sample"] = "conjugate"
-    schedule: Literal["ddpm", "cogvideox", "flow"] = "ddpm"
+    prediction: Prediction = "conjugate"
+    schedule: Kind = "ddpm"
     snr_shift: float = 3.0  # of the cogvideox schedule alone
 
     def __post_init__(self):
         object.__setattr__(self, "latents", tuple(self.latents))  # a list when it comes out of JSON
-        unit = self.width // self.heads if self.rotary else self.width
-        if self.width % self.heads or unit % 16:
+        for name, words in (("prediction", Prediction), ("schedule", Kind)):
+            if getattr(self, name) not in get_args(words):
+                raise ValueError(f"{name} {getattr(self, name)!r} is none of {', '.join(get_args(words))}")
+        if self.width % self.heads or (self.width // self.heads if self.rotary else self.width) % 16:
             raise ValueError(
-                f"width {self.width} must be a multiple of heads {self.heads}, and "
-                f"{'width / heads' if self.rotary else 'width'} of 16 (positions split it as 4 : 6 : 6)"
+                f"width {self.width} must be a multiple of heads {self.heads}, and of 16 (with rotary, of 16 heads): "
+                "positions divide it as 4 : 6 : 6"
             )
 
 
@@ -250,4 +262,167 @@ class DiT(nn.Module):
             elif name.endswith("weight") and not module.startswith("modulation") and name != "out.weight":
                 bound = math.sqrt(6 / (p.shape[0] + p.shape[1:].numel()))
                 full.uniform_(-bound, bound, generator=generator)
+            if isinstance(p, DTensor):  # every rank draws the whole and keeps its part
+                full = distribute_tensor(full.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
             p.copy_(full)
+
+    @classmethod
+    def from_cogvideox(cls, folder, dtype=None):
+        """Published weights: `folder` is the `transformer` folder of a diffusers pipeline, in one file or in shards.
+
+        dtype None keeps each tensor's own. The tensors are read one at a time into a network built without memory, so
+        the peak is the weights and one tensor. What the network predicts and its schedule are taken from our own entry
+        in config.json if we saved it, else from `scheduler/scheduler_config.json` beside the folder, else they are
+        those CogVideoX published for the family. Raises UserError naming the file, key or tensor that does not fit.
+        """
+        folder = Path(folder)
+        config = _read_config(folder)
+        with torch.device("meta"):
+            model = cls(config)
+        names = weight_names(config.depth)
+        for key, tensor in _read_tensors(folder):
+            if key in DROPPED:
+                continue
+            if key not in names:
+                raise UserError(f"{folder}: a CogVideoX transformer of {config.depth} layers has no tensor {key}")
+            module, leaf = names.pop(key).rsplit(".", 1)
+            module = model.get_submodule(module)
+            want, got = tuple(getattr(module, leaf).shape), tuple(tensor.shape)
+            if got != want:
+                raise UserError(f"{folder}: {key} has shape {got}, but config.json asks for {want}")
+            setattr(module, leaf, nn.Parameter(tensor.to(dtype or tensor.dtype, copy=True)))
+        if names:
+            raise UserError(f"{folder}: {len(names)} tensors are missing, the first is {next(iter(names))}")
+        return model
+
+    def save_cogvideox(self, folder):
+        """Write config.json and one safetensors file that diffusers' CogVideoXTransformer3DModel loads, in our dtype.
+
+        diffusers skips config entries that begin with an underscore: there we keep what the network predicts.
+        Raises UserError if the folder cannot be written, or holds other weights that would be read instead.
+        """
+        folder = Path(folder)
+        file = folder / "diffusion_pytorch_model.safetensors"
+        if others := [p for p in _weight_files(folder) if p != file]:
+            raise UserError(f"{folder} already holds {others[0].name}: give another folder")
+        weights = {key: self.get_parameter(name).data.cpu() for key, name in weight_names(self.config.depth).items()}
+        made = {"_class_name": CLASS, "_dollar": {name: getattr(self.config, name) for name in MADE}}
+        try:
+            with atomic(file) as part:
+                save_file(weights, part, {"format": "pt"})
+        except SafetensorError as e:
+            raise UserError(f"cannot write {file}: {e}") from e
+        with atomic(folder / "config.json") as part:
+            part.write_text(json.dumps(made | _to_diffusers(self.config), indent=2) + "\n")
+
+
+# Everything we have under its name in diffusers. Each of these modules has a weight and a bias; nothing else is stored.
+# fmt: off
+TOP = {
+    "patch_in": "patch_embed.proj", "text_in": "patch_embed.text_proj",
+    "time_in": "time_embedding.linear_1", "time_out": "time_embedding.linear_2",
+    "norm": "norm_final", "modulation_out": "norm_out.linear", "norm_out": "norm_out.norm", "out": "proj_out",
+}
+BLOCK = {  # blocks.<i>.<ours>, transformer_blocks.<i>.<theirs>
+    "modulation1": "norm1.linear", "norm1": "norm1.norm", "q": "attn1.to_q", "k": "attn1.to_k", "v": "attn1.to_v",
+    "norm_q": "attn1.norm_q", "norm_k": "attn1.norm_k", "out": "attn1.to_out.0",
+    "modulation2": "norm2.linear", "norm2": "norm2.norm", "up": "ff.net.0.proj", "down": "ff.net.2",
+}
+DROPPED = {"patch_embed.pos_embedding"}  # the fixed table, which some files store and we compute
+
+CLASS = "CogVideoXTransformer3DModel"
+CONFIG = {
+    "channels": "in_channels", "heads": "num_attention_heads", "depth": "num_layers", "patch": "patch_size",
+    "text_dim": "text_embed_dim", "text_length": "max_text_seq_length", "time_dim": "time_embed_dim",
+    "rotary": "use_rotary_positional_embeddings", "spatial_scale": "spatial_interpolation_scale",
+    "temporal_scale": "temporal_interpolation_scale", "norm_eps": "norm_eps",
+}
+FIXED = {  # other values are other models: the first is set in CogVideoX 1.5, the next two in its image-to-video kin
+    "patch_size_t": None, "ofs_embed_dim": None, "use_learned_positional_embeddings": False, "patch_bias": True,
+    "attention_bias": True, "activation_fn": "gelu-approximate", "timestep_activation_fn": "silu",
+    "norm_elementwise_affine": True, "flip_sin_to_cos": True, "freq_shift": 0,
+}
+MADE = ("prediction", "schedule", "snr_shift")  # what diffusers keeps in its scheduler, and we with the weights
+SCHEDULER = {
+    "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000,
+    "rescale_betas_zero_snr": True,
+}
+# fmt: on
+
+
+def weight_names(depth):
+    """{name in diffusers: name here} of every parameter of a network of `depth` blocks."""
+    pairs = {theirs: ours for ours, theirs in TOP.items()}
+    for i in range(depth):
+        pairs |= {f"transformer_blocks.{i}.{theirs}": f"blocks.{i}.{ours}" for ours, theirs in BLOCK.items()}
+    return {f"{theirs}.{kind}": f"{ours}.{kind}" for theirs, ours in pairs.items() for kind in ("weight", "bias")}
+
+
+def _to_diffusers(config):
+    frames, height, width = config.latents
+    made = {theirs: getattr(config, ours) for ours, theirs in CONFIG.items()} | FIXED
+    made |= {"attention_head_dim": config.width // config.heads, "out_channels": config.channels}
+    made |= {"sample_frames": 4 * (frames - 1) + 1, "temporal_compression_ratio": 4}  # it counts the video's frames
+    return made | {"sample_height": height, "sample_width": width}
+
+
+def _read_config(folder):
+    path, default = folder / "config.json", PRESETS["cogvideox-2b"]
+    get = _to_diffusers(default) | _read_json(path)  # the 2B's are diffusers' defaults
+    for key, value in ({"_class_name": CLASS, "out_channels": get["in_channels"]} | FIXED).items():
+        if get.get(key) != value:
+            raise UserError(f"{path}: {key} is {get.get(key)}, not {value}: want CogVideoX 2B or 5B, text to video")
+    shift = PRESETS["cogvideox-5b" if get["use_rotary_positional_embeddings"] else "cogvideox-2b"].snr_shift
+    made = {"prediction": default.prediction, "schedule": default.schedule, "snr_shift": shift}
+    try:
+        if "_dollar" in get:
+            made = {name: get["_dollar"][name] for name in MADE}
+        elif (beside := folder.parent / "scheduler" / "scheduler_config.json").exists():
+            scheduler = {"prediction_type": "v_prediction", "snr_shift_scale": shift} | SCHEDULER | _read_json(beside)
+            for key, value in SCHEDULER.items():
+                if scheduler[key] != value:
+                    raise UserError(f"{beside}: {key} is {scheduler[key]}, in CogVideoX's schedule it is {value}")
+            kind = scheduler["prediction_type"]
+            made["prediction"] = "velocity" if kind == "v_prediction" else kind
+            made["snr_shift"] = scheduler["snr_shift_scale"]
+        frames = (get["sample_frames"] - 1) // get["temporal_compression_ratio"] + 1
+        return DiTConfig(
+            **made,
+            **{ours: get[theirs] for ours, theirs in CONFIG.items()},
+            width=get["num_attention_heads"] * get["attention_head_dim"],
+            latents=(frames, get["sample_height"], get["sample_width"]),
+        )
+    except (TypeError, ValueError, KeyError, ZeroDivisionError) as e:
+        raise UserError(f"{path} does not describe a network: {e}") from e
+
+
+def _read_json(path):
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as e:
+        raise UserError(f"cannot read {path}: {e} (want the folder `transformer` of a diffusers pipeline)") from e
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is not a JSON object")
+    return value
+
+
+def _weight_files(folder):
+    return sorted(p for p in folder.glob("*.safetensors*") if not p.name.startswith("."))
+
+
+def _read_tensors(folder):
+    """Every (name, tensor) of a folder's weights, one at a time."""
+    files = [p for p in _weight_files(folder) if p.suffix == ".safetensors"]
+    if index := [p for p in _weight_files(folder) if p.name.endswith(".safetensors.index.json")]:
+        files = sorted({folder / name for name in _read_json(index[0]).get("weight_map", {}).values()})
+    elif len(files) != 1:
+        raise UserError(f"{folder} holds {len(files)} safetensors files and no index: want one file, or an index")
+    for file in files:
+        try:
+            with safe_open(file, "pt") as f:
+                keys = f.keys()
+            for key in keys:
+                with safe_open(file, "pt") as f:  # opened anew: the pages of a mapped file count until it is closed
+                    yield key, f.get_tensor(key)
+        except (SafetensorError, OSError) as e:
+            raise UserError(f"cannot read {file}: {e}") from e
