@@ -18,7 +18,7 @@ what lets two CPU cores train one.
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -57,7 +57,7 @@ class VAEConfig:
 
 PRESETS = {
     "shapes": VAEConfig(
-        channels=(64, 128, 128),
+        channels=(48, 96, 96),
         latent_channels=12,
         layers_per_block=1,
         groups=16,
@@ -82,8 +82,8 @@ class CausalConv3d(nn.Conv3d):
         super().__init__(inputs, outputs, 3, padding=(0, 1, 1))
 
     def forward(self, x, cache=None):
-        front = cache[self] if cache and self in cache else x[:, :, :1].expand(-1, -1, 2, -1, -1)
-        x = torch.cat([front, x], 2)  # (B, C, 2 + T, H, W); F.pad's replicate mode is many times slower
+        front = [cache[self]] if cache and self in cache else [x[:, :, :1]] * 2
+        x = torch.cat([*front, x], 2)  # (B, C, 2 + T, H, W); F.pad's replicate mode is many times slower
         if cache is not None:
             cache[self] = x[:, :, -2:].clone()
         return super().forward(x)
@@ -102,13 +102,17 @@ class Norm(nn.GroupNorm):
         x = super().forward(x)  # (B, C, T, H, W)
         if z is None:
             return x
-        # Each z serves a block of places. A 1x1 convolution commutes with repeating, so it is done on z itself.
-        T, t, (h, w) = x.shape[2], z.shape[2], z.shape[3:]
-        one = T % 2 if T > 1 else 0  # the first frame of an odd number stands alone, as in the sampler
-        when = [0] * one + [one + i * (t - one) // (T - one) for i in range(T - one)]
-        scale, shift = ((f(z) if T == t else f(z)[:, :, when])[..., None, :, None] for f in (self.scale, self.shift))
-        blocks = x.unflatten(4, (w, -1)).unflatten(3, (h, -1))  # (B, C, T, h, H/h, w, W/w)
-        return (blocks * scale + shift).flatten(5, 6).flatten(3, 4)
+        # Every z serves a block of places. A 1x1 convolution commutes with repeating, so it is done on z itself.
+        return x * spread(self.scale(z), x) + spread(self.shift(z), x)
+
+
+def spread(z, x):
+    """Repeat the places of z (B, C, t, h, w) to the size of x; the first frame of an odd number stands alone."""
+    if x.shape[2] > 1 and x.shape[2] % 2:
+        first, rest = z.split([1, z.shape[2] - 1], 2)
+        T, *size = x.shape[2:]
+        return torch.cat([F.interpolate(first, size=(1, *size)), F.interpolate(rest, size=(T - 1, *size))], 2)
+    return F.interpolate(z, size=x.shape[2:])
 
 
 class ResBlock(nn.Module):
@@ -136,9 +140,8 @@ class Down(nn.Module):
 
     def forward(self, x):
         if self.time and x.shape[2] > 1:
-            one = x.shape[2] % 2
-            pairs = (x[:, :, one::2] + x[:, :, one + 1 :: 2]) / 2
-            x = torch.cat([x[:, :, :1], pairs], 2) if one else pairs
+            first, rest = x.split([x.shape[2] % 2, x.shape[2] // 2 * 2], 2)
+            x = torch.cat([first, (rest[:, :, ::2] + rest[:, :, 1::2]) / 2], 2)
         return x if self.conv is None else self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
@@ -151,10 +154,14 @@ class Up(nn.Module):
         self.conv = nn.Conv3d(channels, channels, (1, 3, 3), padding=(0, 1, 1)) if space else None
 
     def forward(self, x):
-        T = x.shape[2]
+        r, T = 1 if self.conv is None else 2, x.shape[2]
         if self.time and T > 1:
-            x = x[:, :, [i // 2 for i in range(T % 2, 2 * T)]]  # 0 1 1 2 2 or 0 0 1 1
-        return x if self.conv is None else self.conv(F.interpolate(x, scale_factor=(1, 2, 2)))
+            first, rest = x.split([T % 2, T // 2 * 2], 2)
+            rest = F.interpolate(rest, scale_factor=(2, r, r))
+            x = torch.cat([F.interpolate(first, scale_factor=(1, r, r)), rest], 2) if T % 2 else rest
+        elif r == 2:
+            x = F.interpolate(x, scale_factor=(1, 2, 2))
+        return x if self.conv is None else self.conv(x)
 
 
 def per_frame(f, x):
