@@ -118,17 +118,21 @@ class Schedule:
 
         x_next = a' x_0 + sqrt(b'^2 - sigma^2) eps + sigma noise, sigma = eta times the std of the posterior of Eq. 27.
         The paper prints the last line of its proof without - sigma^2 in the coefficient of x_t; the line above it has
-        it, and only with it does x_next have the variance b'^2 of its step. noise: standard normal, for eta > 0.
+        it, and only with it does x_next have the variance b'^2 of its step. noise: standard normal, where sigma > 0.
         ValueError for eta outside 0..1, a missing noise, or t_next not before t.
         """
-        if not 0 <= eta <= 1 or (eta > 0 and noise is None):
-            raise ValueError(f"eta = {eta}: it lies in 0..1, and above 0 it needs noise")
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta lies in 0..1, got {eta}")
         a_next, b_next = self.ab(t_next, x_t)
         _, _, std = self._posterior(x_t, t, t_next)
         sigma = eta * std
         eps = self.to_eps(x0, x_t, t, "sample")
         x = _in(a_next, x_t) * x0 + _in((b_next**2 - sigma**2).clamp(min=0).sqrt(), x_t) * eps
-        return x if eta == 0 else x + _in(sigma, x_t) * noise
+        if eta == 0 or (noise is None and not sigma.any()):
+            return x
+        if noise is None:
+            raise ValueError(f"eta = {eta} needs noise")
+        return x + _in(sigma, x_t) * noise
 
     def posterior(self, x_t, x0, t, t_next):
         """mean (like x_t) and std (broadcasts against it) of q(x_next | x_t, x_0), t_next < t. std = 0 for t_next = -1.
@@ -141,8 +145,7 @@ class Schedule:
     def _posterior(self, x, t, t_next):
         """float64 coefficients of x_0 and x_t in the posterior's mean, and its std."""
         (a, b), (a_next, b_next) = self.ab(t, x), self.ab(t_next, x)
-        before = t_next < t
-        if not (before if isinstance(before, bool) else before.all()):
+        if not torch.as_tensor(t_next < t).all():
             raise ValueError(f"t_next = {t_next} must lie before t = {t}")
         r = a / a_next  # x_t = r x_next + sqrt(var) noise; a_next > 0, as only the very last a may be 0
         var = (b**2 - r**2 * b_next**2).clamp(min=0)
@@ -200,8 +203,8 @@ def _float(x):
 
 
 # The samplers take the network as predict(x_t, t) -> x_0, t int64 (B,): whether it is guided, in bf16, a teacher or a
-# student is the caller's affair. They call it once a step. noise(i) gives the standard normal tensor that is spent on
-# leaving step i, so that who calls decides on seeds. Without gradient only under the caller's no_grad, but simulate.
+# student is the caller's affair. They call it once a step. noise(i) is the standard normal tensor spent on leaving step
+# i, so that the caller decides on seeds. Only simulate turns gradients off by itself.
 
 
 def ddim(predict, schedule, x, steps, eta=0.0, noise=None):
@@ -229,11 +232,8 @@ def simulate(predict, schedule, x, steps, k, noise, transition="renoise"):
         raise ValueError(f"step {k} of {len(steps)}, transition {transition!r}: 0..{len(steps) - 1}, renoise or ddim")
     for i, (t, t_next) in enumerate(zip(_descending(steps)[:k], steps[1:])):
         x0 = predict(x, torch.full(x.shape[:1], t, device=x.device))
-        x = (
-            schedule.add_noise(x0, noise(i), t_next)
-            if transition == "renoise"
-            else schedule.ddim_step(x, x0, t, t_next)
-        )
+        ddim = transition == "ddim"
+        x = schedule.ddim_step(x, x0, t, t_next) if ddim else schedule.add_noise(x0, noise(i), t_next)
     return x
 
 
@@ -245,6 +245,6 @@ def _descending(steps):
 
 def log_prob(x, mean, std):
     """log N(x; mean, std^2) of every element, in nats (Eq. 28). ValueError for std = 0: a point has no density."""
-    std = torch.as_tensor(std, dtype=torch.float64) if not torch.is_tensor(std) else std
+    std = std if torch.is_tensor(std) else torch.tensor(std, dtype=torch.float64)
     _positive(std, "std must be above 0: the step that ends at x_0 has no log-probability")
     return -0.5 * ((x - mean) / std) ** 2 - _in(std.log(), x) - 0.5 * math.log(2 * math.pi)

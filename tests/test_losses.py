@@ -350,15 +350,17 @@ def test_vsd_gradient_reaches_neither_score():
 # Eqs. 14-15
 
 
-def test_lrm_loss_teaches_the_lrm_and_not_the_student():
-    lrm, x = ImageLRM(channels=3), normal(2, 3, 2, 8, 8, dtype=torch.float32).requires_grad_()
-    reward = torch.tensor([1.0, -2.0])
-    loss = lrm_loss(lrm, x, reward)
-    torch.testing.assert_close(loss, ((lrm(x) - reward) ** 2).mean())
+@pytest.mark.parametrize("with_text", [False, True])
+def test_lrm_loss_teaches_the_lrm_and_not_the_student(with_text):
+    lrm = TextImageLRM(channels=3, text_dim=5) if with_text else ImageLRM(channels=3)
+    text = (normal(2, 4, 5, seed=1, dtype=torch.float32),) if with_text else ()
+    x, reward = normal(2, 3, 2, 8, 8, dtype=torch.float32).requires_grad_(), torch.tensor([1.0, -2.0])
+    loss = lrm_loss(lrm, x, reward, *text)
+    torch.testing.assert_close(loss, ((lrm(x, *text) - reward) ** 2).mean())
     loss.backward()
     assert x.grad is None and all(p.grad is not None for p in lrm.parameters())
     with pytest.raises(ValueError, match="reward"):
-        lrm_loss(lrm, x, reward[:, None])
+        lrm_loss(lrm, x, reward[:, None], *text)
 
 
 @pytest.mark.parametrize("with_text", [False, True])

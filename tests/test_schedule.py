@@ -45,7 +45,7 @@ def test_cogvideox_table_is_that_of_diffusers(snr_shift):
     )  # fmt: skip
     schedule = Schedule("cogvideox", snr_shift)
     torch.testing.assert_close(schedule.a**2, reference.alphas_cumprod, rtol=0, atol=1e-7)
-    for n in (1, 2, 3, 4, 7, 50, 1000):
+    for n in (1, 2, 3, 4, 7, 16, 50, 1000):
         reference.set_timesteps(n)
         assert timesteps(n) == reference.timesteps.tolist()
 
@@ -92,6 +92,7 @@ def test_minus_one_is_x0_itself(kind):
     for t in (999, 19):
         x_t = schedule.add_noise(x0, eps, t)
         assert torch.equal(schedule.ddim_step(x_t, x0, t, -1), x0)
+        assert torch.equal(schedule.ddim_step(x_t, x0, t, -1, 1.0), x0)  # sigma = 0 there: no noise to ask for
         mean, std = schedule.posterior(x_t, x0, t, -1)
         torch.testing.assert_close(mean, x0, rtol=0, atol=1e-15)
         assert std == 0
