@@ -1,0 +1,385 @@
+"""Captioned clips from real files: a folder of videos and images, and a cache of their latents.
+
+    python data.py cache --preset cogvideox-2b --data CLIPS --vae FOLDER/vae --text FOLDER --out CACHE
+
+`Folder` reads files of any size, length and frame rate as clips of one size: `frames` frames at `fps` from a section
+chosen by seed, the shorter side resized, the centre cut out. An image is a clip of one frame. `LatentCache` reads
+what `cache` wrote: each clip's latents, its caption's embedding, and the reward of its pixels, made once, so that
+training holds neither VAE nor text encoder in memory.
+
+A cache is a plan and shards. The plan (index.json) says which files stand in which shard, and is written first; a
+shard is a safetensors file that appears whole or not at all. So a run that was killed goes on with the shards that are
+missing, any number of processes can share the plan without speaking to each other, and no clip is lost or doubled.
+
+Both give their samples in an order that is a function of (seed, position) alone, so position is all that training
+must remember. A batch holds clips of one shape, over all ranks; an incomplete one is filled from the shape's first.
+"""
+
+import contextlib
+import json
+import math
+import os
+import random
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from cli import UserError, atomic, opt, parse, run
+from video import IMAGES, VIDEOS, frames, timeline
+
+PRESETS = {
+    "shapes": {"frames": 16, "height": 64, "width": 64, "fps": 8.0, "text_length": 32},
+    "dollar": {"frames": 128, "height": 192, "width": 320, "fps": 12.0, "text_length": 256},
+    "cogvideox-2b": {"frames": 49, "height": 480, "width": 720, "fps": 8.0, "text_length": 226},
+    "cogvideox-5b": {"frames": 49, "height": 480, "width": 720, "fps": 8.0, "text_length": 226},
+}
+
+
+def list_clips(folder):
+    """All videos and images below `folder` -> ({name: caption}, {name: why it is skipped}), sorted by name.
+
+    Captions stand in metadata.jsonl (`{"file_name": ..., "text": ...}`, Hugging Face's convention) or in a .txt beside
+    the file. Raises UserError for a folder that is missing or a metadata.jsonl that cannot be read.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"no such folder: {folder}")
+    names = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.suffix.lower() in IMAGES + VIDEOS}
+    said, captions, skipped = {}, {}, {}
+    if (table := folder / "metadata.jsonl").exists():
+        for number, line in enumerate(table.read_text("utf-8", errors="replace").splitlines(), 1):
+            try:
+                if line.strip():
+                    row = json.loads(line)
+                    said[Path(row["file_name"]).as_posix()] = row.get("text")
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise UserError(f"{table}, line {number}: not a JSON object with file_name and text") from None
+    for name in sorted(names | set(said)):
+        beside = (folder / name).with_suffix(".txt")
+        text = said.get(name) or (beside.read_text("utf-8", errors="replace") if beside.is_file() else "")
+        if name not in names:
+            skipped[name] = "it is not there" if not (folder / name).exists() else "it is neither video nor image"
+        elif not (text := " ".join(str(text).split())):
+            skipped[name] = "it has no caption"
+        else:
+            captions[name] = text
+    return captions, skipped
+
+
+def section(path, n, fps, seed=0):
+    """The times in seconds of n frames at `fps`, from a start chosen by seed; an image has the one time 0.
+
+    Raises UserError where the file cannot be opened or is too short.
+    """
+    shown = timeline(path)
+    if Path(path).suffix.lower() in IMAGES:
+        return shown
+    room = shown[-1] - (n - 1) / fps
+    if room < -0.5 * shown[-1] / max(1, len(shown) - 1) or len(shown) < min(n, 2):  # each needs a frame close by
+        raise UserError(f"{path} is too short: {len(shown)} frames in {shown[-1]:.2f} s, {n} at {fps:g} fps are needed")
+    start = max(0.0, room) * random.Random(f"{seed}/{Path(path).name}").random()
+    return [start + i / fps for i in range(n)]
+
+
+def load_clip(path, n, height, width, fps, seed=0):
+    """One file -> (3, F, H, W) in [-1, 1], F = n, or 1 for an image. Raises UserError as `section` and `frames` do."""
+    return torch.stack([_fit(frame, height, width) for frame in frames(path, section(path, n, fps, seed))], 1)
+
+
+def _fit(picture, height, width):
+    """uint8 (h, w, 3) -> (3, H, W) in [-1, 1]: the largest centred part of that shape, resized with antialiasing."""
+    h, w, _ = picture.shape
+    scale = max(height / h, width / w)
+    size = max(height, round(h * scale)), max(width, round(w * scale))
+    x = torch.from_numpy(picture).permute(2, 0, 1)[None].float()  # (1, 3, h, w)
+    x = F.interpolate(x, size=size, mode="bicubic", antialias=True).clamp(0, 255)[0]
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    return x[:, top : top + height, left : left + width] / 127.5 - 1
+
+
+class _Samples:
+    """Samples of several shapes, in an order without state. `shapes` has one hashable value a sample."""
+
+    def __init__(self, shapes):
+        self.shapes, self._memo = shapes, (None, None)
+        self.groups = {}
+        for i, shape in enumerate(shapes):
+            self.groups.setdefault(shape, []).append(i)
+
+    def __len__(self):
+        return len(self.shapes)
+
+    def order(self, seed, epoch, size=1):
+        """The epoch's batches: lists of `size` indices of one shape; every sample is in at least one of them."""
+        if self._memo[0] != (seed, epoch, size):
+            draw, batches = random.Random(f"{seed}/{epoch}"), []
+            for group in self.groups.values():
+                group = draw.sample(group, len(group))
+                full = group + group * math.ceil(size / len(group))
+                batches += [full[i : i + size] for i in range(0, len(group), size)]
+            draw.shuffle(batches)
+            self._memo = (seed, epoch, size), batches
+        return self._memo[1]
+
+    def at(self, seed, position, size, rank=0, world=1):
+        """Indices of this rank's batch at step `position` of training, counted from 0 over all epochs."""
+        epoch, step = divmod(position, sum(math.ceil(len(g) / (size * world)) for g in self.groups.values()))
+        return self.order(seed, epoch, size * world)[step][rank * size : (rank + 1) * size]
+
+
+class Folder(_Samples):
+    """Clips (F, H, W) = (n, height, width) at `fps` of a folder's videos and images, decoded when asked for.
+
+    Files that cannot be used are skipped and named in one line; raises UserError if none is left.
+    """
+
+    def __init__(self, folder, n, height, width, fps, seed=0):
+        self.folder, self.how, self.seed = Path(folder), (n, height, width, fps), seed
+        self.captions, skipped = list_clips(folder)
+        for name in list(self.captions):
+            try:
+                next(frames(self.folder / name, section(self.folder / name, n, fps)[:1]))
+            except UserError as e:
+                skipped[name] = str(e)
+                del self.captions[name]
+        self.names = list(self.captions)
+        _report(folder, len(self.names), skipped)
+        super().__init__([1 if Path(name).suffix.lower() in IMAGES else n for name in self.names])
+
+    def batch(self, indices, epoch=0):
+        """-> video (B, 3, F, H, W) in [-1, 1], list of B captions. Each epoch shows other sections of the files.
+
+        A file that turns out to be damaged further in is named and gives way to the next of its shape.
+        """
+        videos, captions = [], []
+        for i in indices:
+            same = self.groups[self.shapes[i]]
+            for name in [self.names[j] for j in same[same.index(i) :] + same[: same.index(i)]]:
+                try:
+                    videos.append(load_clip(self.folder / name, *self.how, f"{self.seed}/{epoch}"))
+                    captions.append(self.captions[name])
+                    break
+                except UserError as e:
+                    print(f"skipped: {e}", file=sys.stderr)
+            else:
+                raise UserError(f"no usable clip in {self.folder}")
+        return torch.stack(videos), captions
+
+
+def _report(folder, usable, skipped):
+    why = [f"{name} ({text.removeprefix(f'cannot read {Path(folder) / name}: ')})" for name, text in skipped.items()]
+    if why:
+        print(f"skipped {len(why)} of {usable + len(why)} files in {folder}: {'; '.join(why)}", file=sys.stderr)
+    if not usable:
+        raise UserError(f"no usable clip in {folder}: it needs videos or images with captions")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the cache
+
+
+def fingerprint(model):
+    """A model's identity: its configuration and the first values of every weight."""
+    some = {name: w.flatten()[:16].double().tolist() for name, w in model.state_dict().items()}
+    return sha256(json.dumps([asdict(model.config), some], sort_keys=True).encode()).hexdigest()
+
+
+def cache(data, out, vae, text, made, reward=None, shard=64, rank=0, world=1, device="cpu"):
+    """Encode every clip of the folder `data` once into the folder `out`; goes on where an earlier run stopped.
+
+    `vae.encode` and `text.encode` as in vae3d.py and text.py; `reward(video (1, 3, F, H, W), [caption]) -> (1,)`.
+    `made` says how, and must be the same each time: frames, height, width, fps, seed, vae (its fingerprint), reward
+    (its name or None). Files that are new in `data` since the last run are added. Of `world` processes each makes its
+    share of the shards. Returns how many clips the finished shards hold.
+    Raises UserError for a cache that was made otherwise, and where no clip is usable.
+    """
+    data, out, made = Path(data), Path(out), made | {"text": text.fingerprint}
+    captions, skipped = list_clips(data)
+    shards = _plan(out, made)["shards"] if (out / "index.json").exists() else []
+    new = sorted(set(captions).difference(*shards))
+    shards += [new[i : i + shard] for i in range(0, len(new), shard)]
+    if not shards:
+        _report(data, 0, skipped)
+    with atomic(out / "null.safetensors") as part:
+        save_file({"text": text.null.to("cpu", text.dtype)}, part)
+    with atomic(out / "index.json") as part:  # every process writes the same
+        part.write_text(json.dumps({"made": made, "shards": shards}))
+
+    mine = range(rank, len(shards), world)
+    todo = [k for k in mine if not _shard(out, k).exists()]
+    total, left = (sum(len(shards[k]) for k in some) for some in (mine, todo))
+    size = [made[key] for key in ("frames", "height", "width", "fps", "seed")]
+    with ThreadPoolExecutor(1) as pool, tqdm(total=total, initial=total - left, unit="clip", disable=rank > 0) as bar:
+        for k in todo:
+            tensors, samples, bad = {}, [], {}
+            ahead = pool.submit(load_clip, data / shards[k][0], *size)
+            for name, after in zip(shards[k], [*shards[k][1:], None]):
+                now, ahead = ahead, after and pool.submit(load_clip, data / after, *size)  # decodes while we encode
+                try:
+                    video = now.result()[None].to(device)  # (1, 3, F, H, W)
+                    if (caption := captions.get(name)) is None:
+                        raise UserError("its caption is gone")
+                    embedding = text.encode([caption])  # (1, L, D)
+                except UserError as e:
+                    bad[name] = str(e)
+                else:
+                    sample = {"latents": _encode(vae, video).half(), "text": embedding.to(text.dtype)}
+                    if reward is not None:
+                        sample["reward"] = reward(video, [caption]).detach().float()
+                    tensors |= {f"{len(samples)}.{key}": x[0].cpu().contiguous() for key, x in sample.items()}
+                    samples.append({"name": name, "caption": caption, "shape": list(sample["latents"].shape[1:])})
+                bar.update()
+            with atomic(_shard(out, k)) as part:
+                save_file(tensors, part, {"samples": json.dumps(samples), "skipped": json.dumps(bad)})
+
+    heads = {k: _head(_shard(out, k)) for k in range(len(shards)) if _shard(out, k).exists()}
+    skipped = {} if rank else skipped
+    for k in set(mine) & set(heads):
+        skipped |= heads[k][1]
+    usable = sum(len(samples) for samples, _ in heads.values())
+    _report(data, usable if len(heads) == len(shards) else max(1, usable), skipped)
+    return usable
+
+
+def _encode(vae, video):
+    try:
+        with torch.no_grad():
+            return vae.encode(video)  # (1, C, T, h, w)
+    except ValueError as e:  # it knows which sizes it takes
+        raise UserError(f"the VAE does not take such clips: {e}") from e
+
+
+def _shard(out, k):
+    return Path(out) / f"shard-{k:05d}.safetensors"
+
+
+def _plan(folder, made):
+    """Read index.json; what `made` says must agree with it."""
+    try:
+        plan = json.loads((Path(folder) / "index.json").read_text())
+        found = plan["made"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{folder} is not a cache (no index.json that can be read): make one, data.py cache") from None
+    for key, value in made.items():
+        if found.get(key) != value:
+            there, here = str(found.get(key))[:12], str(value)[:12]
+            raise UserError(f"{folder} was made with another {key} ({there}, not {here}): make a new cache")
+    return plan
+
+
+@contextlib.contextmanager
+def _opened(path):
+    """Open a safetensors file. It is compared with its own header, so one that was cut off is found here."""
+    try:
+        with safe_open(path, "pt") as f:
+            yield f
+    except (OSError, SafetensorError, TypeError, KeyError) as e:  # the last two: a file without our metadata and names
+        raise UserError(f"{path} is missing or damaged: delete it and run data.py cache again ({e})") from None
+
+
+def _head(path):
+    with _opened(path) as f:
+        return [json.loads(f.metadata()[key]) for key in ("samples", "skipped")]
+
+
+class LatentCache(_Samples):
+    """What `cache` wrote: latents, text embeddings and rewards, read sample by sample from the disk.
+
+    Keywords such as vae=FINGERPRINT, text=FINGERPRINT are compared with how the cache was made. Attributes: `made`,
+    `captions`, `null` (1, L, D). Raises UserError for another maker, a cache that is unfinished, or a damaged shard.
+    """
+
+    def __init__(self, folder, **made):
+        plan = _plan(folder, made)
+        self.folder, self.made, files = (
+            Path(folder),
+            plan["made"],
+            [_shard(folder, k) for k in range(len(plan["shards"]))],
+        )
+        if missing := [file.name for file in files if not file.exists()]:
+            raise UserError(
+                f"the cache {folder} is unfinished, {len(missing)} of {len(files)} shards are missing, "
+                f"first {missing[0]}: run data.py cache again"
+            )
+        samples = [(file, i, sample) for file in files for i, sample in enumerate(_head(file)[0])]
+        if not samples:
+            raise UserError(f"the cache {folder} holds no clip")
+        self.places = [(file, i) for file, i, _ in samples]
+        self.captions = [sample["caption"] for *_, sample in samples]
+        with _opened(self.folder / "null.safetensors") as f:
+            self.null = f.get_tensor("text").float()
+        super().__init__([tuple(sample["shape"]) for *_, sample in samples])
+
+    def batch(self, indices):
+        """-> dict: latents (B, C, T, h, w), text (B, L, D), float32; captions; reward (B,) if one was cached, or None.
+
+        Raises ValueError for samples of several shapes.
+        """
+        if len({self.shapes[i] for i in indices}) != 1:
+            raise ValueError("a batch holds samples of one shape; see `order`")
+        batch = {"latents": [], "text": []} | ({"reward": []} if self.made["reward"] else {})
+        for file, number in (self.places[i] for i in indices):
+            with _opened(file) as f:
+                for key, values in batch.items():
+                    values.append(f.get_tensor(f"{number}.{key}").float())
+        batch = {key: torch.stack(values) for key, values in batch.items()}
+        return {"reward": None} | batch | {"captions": [self.captions[i] for i in indices]}
+
+
+@dataclass
+class Config:
+    preset: Literal["shapes", "dollar", "cogvideox-2b", "cogvideox-5b"] = opt("shapes", "size of the clips")
+    data: str = opt("", "folder of videos and images with captions")
+    vae: str = opt("weights/vae.safetensors", "the VAE: a file of ours, or a folder in diffusers' layout")
+    text: str = opt("words", "the text encoder: a T5 folder, or `words`, the small world's word table")
+    out: str = opt("", "folder of the cache")
+    frames: int = opt(16, "frames of a clip")
+    height: int = opt(64, "pixels")
+    width: int = opt(64, "pixels")
+    fps: float = opt(8.0, "frames a second")
+    text_length: int = opt(32, "tokens of a prompt")
+    reward: str | None = opt(None, "also keep this reward of the pixels (see rewards.py)")
+    reward_weights: str | None = opt(None, "the reward's weights, file or folder")
+    shard: int = opt(64, "clips a shard")
+    seed: int = opt(0, "which section of a longer video is taken")
+    device: str = opt("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
+
+
+def main():
+    if sys.argv[1:2] != ["cache"]:
+        raise UserError(
+            "say what to do: python data.py cache --data CLIPS --vae VAE --text TEXT --out CACHE (see cache --help)"
+        )
+    cfg = parse(Config, sys.argv[2:], "Encode a folder of captioned clips once, for training.", PRESETS)
+    if not cfg.data or not cfg.out:
+        raise UserError("--data and --out are required")
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cfg.device == "cuda" else cfg.device
+    # here, since whoever only reads a cache or a folder needs none of these
+    import checkpoint
+    import rewards
+    import shapes
+    from text import T5, WordTable
+    from vae3d import VAE3D
+
+    vae = VAE3D.from_cogvideox(cfg.vae) if Path(cfg.vae).is_dir() else checkpoint.load_model(cfg.vae, VAE3D)[0]
+    words = cfg.text == "words"
+    text = WordTable(shapes.WORDS, length=cfg.text_length) if words else T5(cfg.text, cfg.text_length, device=device)
+    reward = rewards.make(cfg.reward, cfg.reward_weights, device=device) if cfg.reward else None
+    made = {k: getattr(cfg, k) for k in ("frames", "height", "width", "fps", "seed", "reward")}
+    made["vae"] = fingerprint(vae)
+    n = cache(cfg.data, cfg.out, vae.eval().to(device), text, made, reward, cfg.shard, rank, world, device)
+    print(f"{cfg.out}: {n} clips" + (f" of rank {rank}" if world > 1 else ""))
+
+
+if __name__ == "__main__":
+    run(main)

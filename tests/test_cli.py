@@ -1,0 +1,149 @@
+"""cli.py: flags from a dataclass, one-line errors with exit code 2, files that are whole or absent."""
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from cli import UserError, atomic, opt, parse
+
+
+@dataclass
+class Config:
+    preset: Literal["small", "large"] = opt("small", "which sizes")
+    batch_size: int = opt(4, "clips a step, 100% of them")
+    lr: float = opt(1e-4, "learning rate")
+    resume: bool = opt(False, "go on")
+    grid: bool = True
+    name: str = "a"
+    limit: int | None = None
+    kind: Literal["x", "y"] | None = None
+    steps: tuple[int, ...] = (999, 499)
+    size: tuple[int, int] = (2, 3)
+    prompts: list[str] = opt(["one"], "texts")  # noqa: RUF009
+
+
+PRESETS = {"small": {}, "large": {"lr": 2e-5, "batch_size": 64, "limit": 7}}
+
+
+def read(*argv, presets=None):
+    return parse(Config, list(argv), "test", presets)
+
+
+def test_defaults_and_every_type():
+    assert read() == Config()
+    got = read(
+        *["--batch-size", "8", "--lr", "2", "--resume", "--no-grid", "--name=b", "--limit", "5", "--kind", "y"],
+        *["--size", "7", "8", "--steps", "9", "8", "--prompts", "a red, round thing", "b"],
+    )
+    assert got == Config(
+        batch_size=8, lr=2.0, resume=True, grid=False, name="b", limit=5, kind="y", size=(7, 8), steps=(9, 8),
+        prompts=["a red, round thing", "b"],
+    )  # fmt: skip
+    assert isinstance(got.lr, float)
+    assert read("--steps", "999,749", "4").steps == (999, 749, 4)
+    assert read("--prompts").prompts == []
+
+
+def test_a_default_list_is_not_shared():
+    read().prompts.append("x")
+    Config().prompts.append("y")
+    assert read().prompts == ["one"] == Config().prompts
+
+
+def test_preset_stands_between_defaults_and_flags():
+    assert read(presets=PRESETS) == Config()
+    large = read("--preset", "large", presets=PRESETS)
+    assert (large.lr, large.batch_size, large.limit, large.name, large.preset) == (2e-5, 64, 7, "a", "large")
+    # a flag wins even where it says the default, or None
+    said = read("--preset", "large", "--batch-size", "4", "--limit", "none", presets=PRESETS)
+    assert (said.batch_size, said.limit, said.lr) == (4, None, 2e-5)
+
+
+@pytest.mark.parametrize(
+    "argv, word",
+    [
+        (["--batch-size", "x"], "--batch-size"),
+        (["--batch", "3"], "--batch"),  # no abbreviations: a later flag would change what they mean
+        (["--unknown"], "--unknown"),
+        (["--kind", "z"], "--kind"),
+        (["--preset", "huge"], "huge"),
+        (["--steps", "1", "b"], "--steps"),
+        (["--size", "1"], "2 values"),
+        (["--limit", "five"], "int"),
+    ],
+)
+def test_mistakes_are_user_errors(argv, word):
+    with pytest.raises(UserError, match=word):
+        read(*argv, presets=PRESETS)
+
+
+def test_required_field():
+    @dataclass
+    class Needs:
+        out: str
+
+    assert parse(Needs, ["--out", "x"], "").out == "x"
+    with pytest.raises(UserError, match="--out"):
+        parse(Needs, [], "")
+
+
+def test_help_names_flags_texts_and_defaults(capsys):
+    with pytest.raises(SystemExit) as stop:
+        read("--help")
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert all(s in text for s in ("--batch-size", "100% of them", "(default: 4)", "--no-resume", "{small,large}"))
+
+
+def script(raised):
+    program = f"from cli import *\ndef main():\n    {raised}\n    print('done')\nrun(main)"
+    here = Path(__file__).parents[1]
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=here)
+
+
+def test_run_turns_a_user_error_into_one_line_and_code_2():
+    done = script("raise UserError('no such file:\\n  x')")
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: no such file: x\n")
+    done = script("raise KeyboardInterrupt")
+    assert (done.returncode, done.stderr) == (130, "")
+    done = script("pass")
+    assert (done.returncode, done.stdout) == (0, "done\n")
+
+
+def test_our_own_mistakes_keep_their_traceback():
+    done = script("raise ValueError('ours')")
+    assert done.returncode == 1 and "Traceback" in done.stderr
+
+
+def test_atomic_writes_whole_or_nothing(tmp_path):
+    path = tmp_path / "new" / "folder" / "x.txt"
+    with atomic(path) as part:
+        assert part.parent == path.parent and part.suffix == ".txt"
+        part.write_text("first")
+        assert not path.exists()
+    assert path.read_text() == "first"
+    with pytest.raises(RuntimeError), atomic(path) as part:
+        part.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "first"
+    assert [p.name for p in path.parent.iterdir()] == ["x.txt"]
+
+
+def test_atomic_unwritable(tmp_path):
+    (tmp_path / "file").write_text("")
+    for bad in (tmp_path / "file" / "x.txt", tmp_path, "/proc/no/such/place.txt"):
+        with pytest.raises(UserError, match="cannot write"), atomic(bad):
+            raise AssertionError("the body must not run: hours of work may stand in it")
+    with pytest.raises(FileNotFoundError, match="elsewhere"), atomic(tmp_path / "x.txt"):
+        (tmp_path / "elsewhere").read_text()  # another file's error is not called ours
+
+
+def test_atomic_full_disk(tmp_path):
+    with pytest.raises(UserError, match="No space"), atomic(tmp_path / "x.txt") as part, open("/dev/full", "w") as full:
+        assert part
+        full.write("x" * 100_000)
+    assert not list(tmp_path.iterdir())
