@@ -9,6 +9,7 @@ are written beside their place and renamed, so that whoever reads them never see
 import argparse
 import contextlib
 import errno
+import json
 import os
 import sys
 import types
@@ -123,3 +124,12 @@ def atomic(path):
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
+
+
+def open_log(file, first):
+    """Open a log of JSON lines to append to, after dropping those of steps >= first, which a resumed run takes again."""
+    file = Path(file)
+    kept = [line for line in file.read_text().splitlines() if json.loads(line)["step"] < first] if first else []
+    with atomic(file) as part:
+        part.write_text("".join(line + "\n" for line in kept))
+    return open(file, "a")

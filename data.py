@@ -33,6 +33,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+import shapes
 from cli import UserError, atomic, opt, parse, run
 from video import IMAGES, VIDEOS, frames, timeline
 
@@ -134,6 +135,24 @@ class _Samples:
         """Indices of this rank's batch at step `position` of training, counted from 0 over all epochs."""
         epoch, step = divmod(position, sum(math.ceil(len(g) / (size * world)) for g in self.groups.values()))
         return self.order(seed, epoch, size * world)[step][rank * size : (rank + 1) * size]
+
+
+class Shapes:
+    """Rendered clips of shapes.py, none of them twice: sample i is clip i of the world `seed`, with a caption."""
+
+    def __init__(self, seed=0):
+        self.seed = seed
+
+    def at(self, seed, position, size, rank=0, world=1):
+        """As in the sources below; here the order is that of the numbers."""
+        first = (position * world + rank) * size
+        return list(range(first, first + size))
+
+    def batch(self, indices):
+        """-> video (B, 3, F, H, W) in [-1, 1], list of B captions."""
+        clips = [shapes.Clip.make(self.seed, i) for i in indices]
+        words = [random.Random(f"caption {self.seed} {i}") for i in indices]
+        return shapes.render_batch(clips), [shapes.caption(c, "train", w)[0] for c, w in zip(clips, words)]
 
 
 class Folder(_Samples):
@@ -367,7 +386,6 @@ def main():
     # here, since whoever only reads a cache or a folder needs none of these
     import checkpoint
     import rewards
-    import shapes
     from text import T5, WordTable
     from vae3d import VAE3D
 

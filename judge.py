@@ -94,3 +94,13 @@ class Judge(nn.Module):
             p = [logits[f][i].softmax(0)[FACTORS[f].index(v)] for f, v in named.items()]
             out.append(torch.stack(p).mean() if p else logits["object"][i].sum() * 0)
         return torch.stack(out)
+
+    @torch.no_grad()
+    def score(self, video: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        """Share of the factors that each prompt names which are read as named, (B,) in [0, 1]; 0 if it names none."""
+        read, out = self.read(video).tolist(), []
+        for row, prompt in zip(read, prompts):
+            found = dict(zip(FACTORS, row))
+            right = [found[f] == FACTORS[f].index(v) for f, v in parse(prompt).items()]
+            out.append(sum(right) / max(1, len(right)))
+        return torch.tensor(out)

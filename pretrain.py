@@ -25,14 +25,12 @@ import checkpoint
 import dit
 import shapes
 import vae3d
-from cli import UserError, atomic, opt, parse, run
+from cli import UserError, atomic, open_log, opt, parse, run
 from judge import Judge, JudgeConfig
 from losses import conjugate_velocity_loss
 from schedule import Schedule, ddim, denoise, timesteps
 from text import WordTable
 from video import write_grid
-
-HELD_OUT = 1_000_000  # seed of the clips that nothing is trained on
 
 
 @dataclass
@@ -52,10 +50,10 @@ class Config:
 
 @dataclass
 class VAEConfig(Config):
-    iterations: int = opt(3000, "optimizer steps")
+    iterations: int = opt(2400, "optimizer steps")
     batch: int = opt(8, "clips a step")
     lr: float = opt(1e-3, "peak learning rate")
-    images: int = opt(500, "first steps, on single frames alone: what is drawn before how it moves")
+    images: int = opt(600, "first steps, on single frames alone: what is drawn before how it moves")
     kl: float = opt(1e-6, "weight of the KL term: a trace, or the objects are the first thing to go")
     object_weight: float = opt(4.0, "additional weight of the objects' pixels, fading to zero over the run")
 
@@ -110,7 +108,7 @@ def fit(cfg: Config, model: torch.nn.Module, loss_of, show, ema_decay: float = 0
             torch.save(state, part)
 
     bar = tqdm(range(first, cfg.iterations), initial=first, total=cfg.iterations, desc=out.name, dynamic_ncols=True)
-    log, start = open_log(out, first), time.time()
+    log, start = open_log(out / "log.jsonl", first), time.time()
     for step in bar:
         rate = min(1.0, (step + 1) / cfg.warmup) * 0.5 * (1 + math.cos(math.pi * step / cfg.iterations))
         for group in optimizer.param_groups:
@@ -144,15 +142,6 @@ def fit(cfg: Config, model: torch.nn.Module, loss_of, show, ema_decay: float = 0
     return model
 
 
-def open_log(out: Path, first: int):
-    """Append to log.jsonl, after dropping the lines of steps that a resumed run will take again."""
-    file = out / "log.jsonl"
-    kept = [line for line in file.read_text().splitlines() if json.loads(line)["step"] < first] if first else []
-    with atomic(file) as part:
-        part.write_text("".join(line + "\n" for line in kept))
-    return open(file, "a")
-
-
 def made(cfg: Config) -> dict:
     """What a file of weights says of its own making."""
     return {
@@ -172,8 +161,8 @@ def train_vae(cfg: VAEConfig) -> None:
     def loss_of(step):
         if step < cfg.images or step % 8 == 0:  # many frames of as many clips cost what a few clips do
             frames = random.Random(f"frame {cfg.seed} {step}")
-            picks = [(shapes.render(c), frames.randrange(shapes.FRAMES)) for c in clips(replace(cfg, batch=24), step)]
-            pairs = [(v[:, f : f + 1], m[:, f : f + 1]) for (v, m), f in picks]
+            batch = clips(replace(cfg, batch=6 * cfg.batch), step)
+            pairs = [shapes.render(c, frames.randrange(shapes.FRAMES)) for c in batch]
         else:
             pairs = [shapes.render(c) for c in clips(cfg, step)]
         video = torch.stack([v for v, _ in pairs]).to(cfg.device, memory_format=torch.channels_last_3d)
@@ -187,7 +176,7 @@ def train_vae(cfg: VAEConfig) -> None:
         loss = (weight * (error**2 + 0.1 * error.abs())).mean() + cfg.kl * kl
         return loss, {"psnr": psnr(error).mean().item(), "kl": kl.item()}
 
-    held_out = shapes.render_batch([shapes.Clip.make(HELD_OUT, i) for i in range(6)])
+    held_out = shapes.render_batch([shapes.Clip.make(shapes.HELD_OUT, i) for i in range(6)])
 
     def show(model, step):
         with torch.no_grad():
@@ -199,7 +188,7 @@ def train_vae(cfg: VAEConfig) -> None:
     scores, latents = [], []
     with torch.no_grad():
         for i in range(32):
-            video = shapes.render_batch([shapes.Clip.make(HELD_OUT, i * 8 + j) for j in range(8)]).to(cfg.device)
+            video = shapes.render_batch([shapes.Clip.make(shapes.HELD_OUT, i * 8 + j) for j in range(8)]).to(cfg.device)
             latents.append(model.encode(video))
             scores.append(psnr(model.decode(latents[-1]) - video))
     scores = torch.cat(scores).sort().values
@@ -259,7 +248,7 @@ def train_teacher(cfg: TeacherConfig) -> None:
         text = words.encode(prompts).to(cfg.device)
         return conjugate_velocity_loss(lambda x, t: model(x, t, text), schedule, x0, t, eps, prediction), {}
 
-    held_out = [shapes.Clip.make(HELD_OUT, i) for i in range(8)]
+    held_out = [shapes.Clip.make(shapes.HELD_OUT, i) for i in range(8)]
     prompts = [shapes.caption(c, "long")[0] for c in held_out]
 
     def show(model, step):
@@ -301,7 +290,7 @@ def train_judge(cfg: JudgeRunConfig) -> None:
         right = torch.zeros(len(shapes.FACTORS))
         asked = torch.zeros(len(shapes.FACTORS))
         for i in range(0, n, 32):
-            batch = [shapes.Clip.make(HELD_OUT, j) for j in range(i, i + 32)]
+            batch = [shapes.Clip.make(shapes.HELD_OUT, j) for j in range(i, i + 32)]
             truth = torch.tensor([c.truth() for c in batch])
             with torch.autocast(cfg.device, torch.bfloat16):
                 read = model.read(shapes.render_batch(batch).to(cfg.device)).cpu()
@@ -316,12 +305,17 @@ def train_judge(cfg: JudgeRunConfig) -> None:
 
 
 def main():
-    jobs = {"vae": (VAEConfig, train_vae), "teacher": (TeacherConfig, train_teacher), "judge": (JudgeRunConfig, train_judge)}
+    jobs = {
+        "vae": (VAEConfig, train_vae),
+        "teacher": (TeacherConfig, train_teacher),
+        "judge": (JudgeRunConfig, train_judge),
+    }
     if len(sys.argv) < 2 or sys.argv[1] not in jobs:
         raise UserError(f"say what to train: python pretrain.py {'|'.join(jobs)} (each has --help)")
     config, job = jobs[sys.argv[1]]
     cfg = parse(config, sys.argv[2:], __doc__)
     cfg.out = cfg.out or f"runs/{sys.argv[1]}"
+    torch.set_flush_denormal(True)  # a CPU is many times slower on numbers below 1e-38, and training makes many
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     job(cfg)

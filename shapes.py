@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 FRAMES, SIZE, FPS = 16, 64, 8
+HELD_OUT = 1_000_000  # seed of the clips that nothing is trained on
 
 OBJECTS = ["circle", "square", "triangle", "star", "ring", "cross", "heart", "diamond"]
 COLOURS = {
@@ -287,29 +288,34 @@ def _path(clip: Clip, time: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, t
     return x, y, radius, angle
 
 
-def render(clip: Clip) -> tuple[torch.Tensor, torch.Tensor]:
-    """The clip's pixels (3, FRAMES, SIZE, SIZE) in [-1, 1] and its objects' mask (1, FRAMES, SIZE, SIZE) in [0, 1]."""
+def render(clip: Clip, frame: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The clip's pixels (3, F, SIZE, SIZE) in [-1, 1] and its objects' mask (1, F, SIZE, SIZE) in [0, 1].
+
+    F is FRAMES, or 1 for the one frame asked for.
+    """
     time = torch.linspace(0, 1, FRAMES)
+    if frame is not None:
+        time = time[frame : frame + 1]
     axis = torch.arange(SIZE) - (SIZE - 1) / 2
     sy, sx = torch.meshgrid(axis, axis, indexing="ij")  # screen coordinates, (H, W)
     column = lambda values: values.view(-1, 1, 1)  # (F,) beside (H, W)
 
-    move, zoom = column(20 * (time - 0.5)), torch.ones(FRAMES, 1, 1)
+    move, zoom = column(20 * (time - 0.5)), torch.ones(len(time), 1, 1)
     dx = {"pan left": -move, "pan right": move}.get(clip.camera, 0 * move)
     dy = {"tilt up": -move, "tilt down": move}.get(clip.camera, 0 * move)
     if clip.camera.startswith("zoom"):
         zoom = 1.15 - 0.5 * column(time if clip.camera == "zoom in" else 1 - time)
     moving = slice(None) if clip.camera != "static" else slice(0, 1)  # a static scene is drawn once
     image = draw_scene(clip.scene, (sx * zoom + dx)[moving], (sy * zoom + dy)[moving], clip.phase)
-    image = image.expand(3, FRAMES, SIZE, SIZE)
+    image = image.expand(3, len(time), SIZE, SIZE)
     if clip.look == "neon":
         image = image * 0.4
 
     actors = [(clip.object, clip.colour, *_path(clip, time))]
     if clip.object2 is not None:
-        here = torch.zeros(FRAMES)
+        here = torch.zeros(len(time))
         actors.append((clip.object2, clip.colour2, here + clip.x2, here + clip.y2, here + 10.0, here))
-    mask = torch.zeros(1, FRAMES, SIZE, SIZE)
+    mask = torch.zeros(1, len(time), SIZE, SIZE)
     edge = 4.0 if clip.look == "watercolour" else 1.5  # pixels from outside to inside
     for name, colour, x, y, radius, angle in actors:
         qx, qy, cos, sin = sx - column(x), sy - column(y), column(angle.cos()), column(angle.sin())
@@ -379,6 +385,11 @@ def caption(clip: Clip, style: str, rng: random.Random | None = None) -> tuple[s
         if factor in names:
             parts.append(phrases[names[factor]][words])
     return " ".join(parts), names
+
+
+def held_out_prompts(n: int) -> list[str]:
+    """Captions, in the training style, of the first n clips that nothing is trained on."""
+    return [caption(Clip.make(HELD_OUT, i), "train", random.Random(f"held out {i}"))[0] for i in range(n)]
 
 
 def parse(prompt: str) -> dict[str, str]:

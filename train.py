@@ -1,0 +1,509 @@
+"""Algorithm 1: distil a guided many-step teacher into a few-step student, and tune it to a reward.
+
+    python train.py                                                    # the small world, minutes on two CPU cores
+    torchrun --nproc_per_node=8 train.py --preset dollar --teacher T --vae V --text T5 --data CACHE
+    python train.py --resume --out runs/train                          # go on, to the bit
+
+The loop in `train` stands beside the paper's listing, line by line. Three networks of one architecture take part: the
+frozen teacher v_theta', the student G_theta and the fake score v_fake, both begun as copies of the teacher. Every
+ablation of the paper is a flag. VSD's loss is no measure of progress: look at score_gap (how far the two scores are
+apart on the student's samples), at the pictures, and in the small world at what the judge reads.
+"""
+
+import json
+import math
+import sys
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tqdm import tqdm
+
+import checkpoint
+import lrm as latent_rewards
+import rewards
+from cli import UserError, open_log, opt, parse, run
+from data import PRESETS as CLIPS
+from data import Folder, LatentCache, Shapes
+from distributed import (
+    Checkpoints, Stopper, any_rank, average_gradients, clip_gradients, gather, load_sharded, mean, normal, randint,
+    shard, start, stop,
+)  # fmt: skip
+from dit import DiT
+from judge import Judge
+from losses import conjugate_velocity_loss, consistency_loss, lrm_loss, reward_loss, vsd_loss
+from schedule import Schedule, ddim, denoise, few_step, simulate, timesteps
+from shapes import WORDS
+from text import T5, WordTable
+from vae3d import VAE3D
+from video import write_grid, write_video_grid
+
+GRID = [-1, *reversed(timesteps(50))]  # CD's nodes -1, 19, 39, ..., 999 (section 4.1: N = 50)
+
+
+@dataclass
+class Config:
+    preset: str = opt("shapes", "the values of one world")
+    data: str = opt("shapes", "shapes (rendered), a folder of captioned videos and images, or a cache made by data.py")
+    teacher: str = opt("weights/teacher.safetensors", "the teacher: a .safetensors file or a CogVideoX folder")
+    vae: str = opt("weights/vae.safetensors", "its VAE: a .safetensors file or a CogVideoX folder")
+    text: str = opt("words", "its text encoder: words (the small world's table) or a T5 folder")
+    out: str = opt("runs/train", "folder for checkpoints, logs, pictures and the student")
+    iterations: int = opt(40000, "generator updates")
+    batch: int = opt(1, "clips a rank and forward")
+    global_batch: int = opt(0, "clips an update over all ranks, by accumulation (0: batch x ranks, with a reward x 7)")
+    seed: int = opt(0, "seed of data and noise")
+    resume: bool = opt(False, "go on from the newest checkpoint in --out")
+    # the objective, Eq. 16
+    beta_vsd: float = opt(1.0, "weight of variational score distillation (Eq. 10-13); 0 leaves it out")
+    beta_cd: float = opt(0.5, "weight of consistency distillation (Eq. 6-7); 0 leaves it out")
+    beta_ft: float = opt(1.0, "weight of the latent reward (Eq. 15), where there is a --reward")
+    # the student
+    steps: int = opt(4, "sampling steps of the student: 4, 2 or 1")
+    prediction: str | None = opt(
+        None, "the student's output: conjugate, velocity, epsilon, sample (none: the teacher's)"
+    )
+    generator_input: Literal["simulate", "data"] = opt(
+        "simulate", "the student's input: its own samples, or noised data"
+    )
+    transition: Literal["renoise", "ddim"] = opt("renoise", "from one of the student's steps to the next")
+    ema: float = opt(0.999, "decay of the student's average: CD's target, and what is exported (0: the student itself)")
+    lr: float = opt(2e-5, "learning rate of the student (AdamW)")
+    fake_lr: float = opt(2e-5, "learning rate of the fake score")
+    lrm_lr: float = opt(1e-3, "learning rate of the latent reward model")
+    beta1: float = opt(0.9, "AdamW's first beta, of student and fake score")
+    beta2: float = opt(0.999, "AdamW's second beta")
+    clip: float = opt(1.0, "largest gradient norm")
+    # VSD
+    w_vsd: float = opt(3.5, "guidance of the real score (Eq. 9); elsewhere guidance_scale = 1 + w")
+    vsd_weight: Literal["dmd", "score"] = opt("dmd", "normalise each sample, or the KL's own weight a^2/b^2")
+    t_min: int = opt(20, "least noise step of the scores")
+    t_max: int = opt(980, "largest noise step of the scores")
+    fake_updates: int = opt(5, "fake-score updates a generator update")
+    # CD
+    w_cd: float = opt(7.5, "guidance of CD's teacher steps")
+    m: int = opt(5, "teacher steps between CD's two points")
+    cd_target: Literal["ema", "student", "teacher"] = opt("ema", "who gives CD's target: theta' of Eq. 6")
+    cd_loss: Literal["huber", "mse"] = opt("huber", "CD's distance")
+    # reward
+    reward: str = opt("none", "a reward of rewards.py, or several: hpsv2=1,agreement=2")
+    reward_weights: str | None = opt(None, "file or folder of the reward's weights")
+    reward_frames: int | None = opt(None, "frames an image reward looks at (none: all)")
+    lrm_warmup: int = opt(0, "iterations in which the LRM learns before the student listens to it")
+    # the machine
+    shard: Literal["full", "hybrid", "none"] = opt("full", "of the networks over the ranks (see distributed.py)")
+    precision: Literal["bf16", "fp32"] = opt("bf16", "of computation; weights, sums and losses are float32")
+    checkpoint_activations: bool = opt(True, "compute activations again in the backward, to save memory")
+    cpu_offload: bool = opt(False, "keep weights and optimizers in CPU memory")
+    save_every: int = opt(500, "iterations between checkpoints")
+    keep_last: int = opt(2, "newest checkpoints kept")
+    keep_every: int = opt(0, "also keep those of every so many iterations")
+    sample_every: int = opt(500, "iterations between pictures")
+    patience: int = opt(5, "updates in a row that may be skipped because they are not finite")
+    judged: int = opt(0, "prompts on which the end compares student and teacher (the small world)")
+    threads: int = opt(0, "CPU threads (0: all)")
+    device: str | None = opt(None, "cpu or cuda (none: a GPU if there is one)")
+
+
+PRESETS = {  # the field defaults are the paper's (section 4.1); the small world's were measured, see README
+    "shapes": dict(
+        iterations=100, batch=16, lr=1e-4, fake_lr=2e-4, beta1=0.0, beta2=0.99, ema=0.95, fake_updates=2, w_vsd=2.0,
+        w_cd=2.0, checkpoint_activations=False, save_every=50, sample_every=50, judged=192,
+    ),
+    "dollar": dict(teacher="", vae="", text="", data=""),
+    "cogvideox-2b": dict(teacher="", vae="", text="", data=""),
+    "cogvideox-5b": dict(teacher="", vae="", text="", data=""),
+}  # fmt: skip
+
+
+@dataclass
+class Moments:
+    """Running mean and deviation of the true reward, so that --beta-ft means the same for every reward."""
+
+    count: float = 0.0
+    mean: float = 0.0
+    square: float = 0.0  # sum of squared deviations
+
+    def update(self, values, world):
+        n, m = len(values), mean(values.mean(), world)
+        spread = mean(((values - m) ** 2).mean(), world) * n
+        delta, total = m - self.mean, self.count + n
+        self.square += spread + delta**2 * self.count * n / total
+        self.mean += delta * n / total
+        self.count = total
+
+    def standardise(self, values):
+        return (values - self.mean) / max(math.sqrt(self.square / max(self.count, 1)), 1e-6)
+
+
+@dataclass
+class Nets:
+    """All that Algorithm 1 takes for given or makes: frozen teacher, vae, text encoder; student, its average, fake score."""
+
+    teacher: DiT
+    student: DiT
+    fake: DiT | None
+    ema: DiT
+    vae: VAE3D | None
+    encoder: object
+    schedule: Schedule
+    steps: list[int]
+    judge: Judge | None = None
+    lrm: torch.nn.Module | None = None
+    reward: object = None
+    moments: Moments = field(default_factory=Moments)
+
+
+def build(cfg: Config, world) -> Nets:
+    """Line 1 and 4 of Algorithm 1: theta <- theta', theta_fake <- theta'. Raises UserError for what does not fit."""
+    for name in ("data", "teacher", "vae", "text"):
+        if not getattr(cfg, name):
+            raise UserError(f"--{name} is needed: the preset {cfg.preset} has no {name} of its own")
+    dtype = torch.bfloat16 if cfg.precision == "bf16" and world.device.type == "cuda" else None
+
+    def network(trainable):
+        if Path(cfg.teacher).is_dir():
+            folder = Path(cfg.teacher) / "transformer"
+            model = DiT.from_cogvideox(folder if folder.is_dir() else cfg.teacher, torch.float32)
+            if trainable and cfg.prediction:
+                model.config = replace(model.config, prediction=cfg.prediction)
+            return shard(model, world, cfg.shard, dtype, cfg.cpu_offload, trainable)
+        config = DiT.Config(**checkpoint.metadata(cfg.teacher, "DiT")["config"])
+        if trainable and cfg.prediction:
+            config = replace(config, prediction=cfg.prediction)
+        with torch.device("meta"):
+            model = DiT(config)
+        model.checkpoint_activations = cfg.checkpoint_activations and trainable
+        return load_sharded(shard(model, world, cfg.shard, dtype, cfg.cpu_offload, trainable), cfg.teacher)
+
+    teacher, student, ema = network(False), network(True), network(True).requires_grad_(False)
+    fake = network(True) if cfg.beta_vsd else None
+    if fake:
+        fake.config = teacher.config  # a diffusion model of the teacher's own kind, whatever the student predicts
+    config = teacher.config
+    if Path(cfg.vae).is_dir():
+        folder = Path(cfg.vae) / "vae"
+        vae = VAE3D.from_cogvideox(folder if folder.is_dir() else cfg.vae)
+    else:
+        vae = checkpoint.load_model(cfg.vae, VAE3D)[0]
+    if vae.config.latent_channels != config.channels:
+        raise UserError(
+            f"{cfg.vae} makes {vae.config.latent_channels} latent channels, {cfg.teacher} takes {config.channels}"
+        )
+    vae = vae.to(world.device, memory_format=torch.channels_last_3d).eval().requires_grad_(False)
+    if cfg.text == "words":
+        encoder = WordTable(WORDS, config.text_dim, config.text_length)
+    else:
+        encoder = T5(cfg.text, config.text_length, device=world.device)
+    schedule = Schedule(config.schedule, config.snr_shift)
+    nets = Nets(teacher, student, fake, ema, vae, encoder, schedule, timesteps(cfg.steps))
+    if cfg.reward != "none":
+        nets.reward = rewards.make(cfg.reward, cfg.reward_weights, cfg.reward_frames, world.device)
+        make = latent_rewards.TextVideoLRM if nets.reward.text else latent_rewards.VideoLRM
+        sizes = {"text_dim": config.text_dim} if nets.reward.text else {}
+        nets.lrm = make(channels=config.channels, seed=cfg.seed, **sizes).to(world.device)
+    judge = Path(cfg.vae).parent / "judge.safetensors"
+    if cfg.data == "shapes" and judge.exists():
+        nets.judge = checkpoint.load_model(judge, Judge, world.device)[0]
+    return nets
+
+
+def source(cfg: Config):
+    """D of Algorithm 1: pairs of captions and clips, or of embeddings and latents."""
+    if cfg.data == "shapes":
+        return Shapes(cfg.seed)
+    if (Path(cfg.data) / "index.json").exists():
+        return LatentCache(cfg.data)
+    size = CLIPS[cfg.preset]
+    return Folder(cfg.data, size["frames"], size["height"], size["width"], size["fps"], cfg.seed)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Algorithm 1
+
+
+def train(cfg: Config, world) -> None:
+    nets, data, out = build(cfg, world), source(cfg), Path(cfg.out)
+    student, teacher, fake, lrm, schedule = nets.student, nets.teacher, nets.fake, nets.lrm, nets.schedule
+    null = (data.null if isinstance(data, LatentCache) else nets.encoder.encode([""])).to(world.device)  # (1, L, D)
+    each = cfg.batch * world.size
+    accumulate = max(1, round(cfg.global_batch / each)) if cfg.global_batch else 7 if nets.reward and each < 16 else 1
+    total = each * accumulate  # the global batch
+    adam = lambda model, lr: torch.optim.AdamW(model.parameters(), lr, (cfg.beta1, cfg.beta2))
+    optimizers, modules = {"student": adam(student, cfg.lr)}, {"student": student, "ema": nets.ema}
+    if fake:
+        modules["fake"], optimizers["fake"] = fake, adam(fake, cfg.fake_lr)
+    if lrm:
+        modules["lrm"], optimizers["lrm"] = lrm, torch.optim.AdamW(lrm.parameters(), cfg.lrm_lr)
+    checkpoints, stopper, first, skipped = (
+        Checkpoints(out / "checkpoints", cfg.keep_last, cfg.keep_every),
+        Stopper(world),
+        0,
+        0,
+    )
+    if cfg.resume:
+        if not (newest := checkpoints.newest()):
+            raise UserError(f"{out} holds no checkpoint: leave out --resume to start")
+        extra = checkpoints.load(newest, modules, optimizers)
+        first, nets.moments = extra["step"], Moments(**extra["moments"])
+
+    def save(step, wait=False):
+        checkpoints.save(
+            step, modules, optimizers, {"step": step, "moments": asdict(nets.moments), "config": asdict(cfg)}, wait
+        )
+
+    def batch_of(step, micro):
+        """This rank's part of a batch. A sample's noise follows from (seed, step, its number in the global batch)."""
+        numbers = [(micro * world.size + world.rank) * cfg.batch + i for i in range(cfg.batch)]
+        chosen = data.at(cfg.seed, step, total)
+        batch = data.batch([chosen[i] for i in numbers])
+        if not isinstance(data, LatentCache):
+            video, captions = batch
+            with torch.no_grad():
+                x = nets.vae.encode(video.to(world.device))
+            batch = {"latents": x, "text": nets.encoder.encode(captions), "captions": captions, "reward": None}
+        draw = lambda *key: normal(batch["latents"].shape[1:], (cfg.seed, step, *key), numbers, world.device)
+        whole = lambda low, high, *key: torch.tensor(
+            [low + randint(high - low + 1, (cfg.seed, step, *key, i)) for i in numbers], device=world.device
+        )
+        return batch["latents"].float().to(world.device), batch["text"].to(world.device), batch, draw, whole
+
+    def generate(x, text, draw, step, j):
+        """x_hat = G(c, eps), line 8, with gradient through one step of the student alone. Called once a network step."""
+        k = randint(len(nets.steps), (cfg.seed, step, "k", j))  # alike on all ranks, as it decides how many forwards
+        predict = denoiser(student, schedule, text)
+        if cfg.generator_input == "data":
+            x_t = schedule.add_noise(x, draw("data", j), nets.steps[k])
+        else:
+            noise = lambda i: draw("renoise", j, i)
+            x_t = simulate(predict, schedule, draw("start", j), nets.steps, k, noise, cfg.transition)
+        return denoise(student, schedule, x_t, nets.steps[k], text, student.config.prediction)
+
+    def update(name, loss_is_fine):
+        """One optimizer step, on all ranks or on none."""
+        model = modules[name]
+        average_gradients(model, world)
+        norm = clip_gradients(model, cfg.clip)
+        fine = not any_rank(not (loss_is_fine and math.isfinite(norm)), world)
+        if fine:
+            optimizers[name].step()
+        optimizers[name].zero_grad(set_to_none=True)
+        return norm, fine
+
+    bar = tqdm(
+        range(first, cfg.iterations), initial=first, total=cfg.iterations, disable=not world.main, dynamic_ncols=True
+    )
+    log, begun, in_a_row = open_log(out / "log.jsonl", first) if world.main else None, time.time(), 0
+    for step in bar:
+        numbers, drawn = {}, []
+        # Update the generator with distillation and latent reward: one backward of the weighted sum (Eq. 16)
+        for micro in range(accumulate):
+            x, text, batch, draw, whole = batch_of(step, micro)  # line 6
+            real = denoiser(teacher, schedule, text, cfg.w_vsd, null)
+            loss = {}
+            with autocast(cfg, world):
+                x_hat = generate(x, text, draw, step, 0)  # line 8
+                if cfg.beta_vsd:  # Eq. 10-13
+                    t, fake_score = whole(cfg.t_min, cfg.t_max, "t"), denoiser(fake, schedule, text)
+                    vsd, info = vsd_loss(x_hat, real, fake_score, schedule, t, draw("vsd"), cfg.vsd_weight)
+                    loss["vsd"] = cfg.beta_vsd * vsd
+                    add(numbers, accumulate, score_gap=info["score_gap"], dropped=info["dropped"] * accumulate)
+                if cfg.beta_cd:  # line 9, Eq. 6-7
+                    target = {"ema": nets.ema, "student": student, "teacher": teacher}[cfg.cd_target]
+                    guided = denoiser(teacher, schedule, text, cfg.w_cd, null)
+                    goal = guided if target is teacher else denoiser(target, schedule, text)
+                    n = whole(0, len(GRID) - 1 - cfg.m, "n")
+                    loss["cd"] = cfg.beta_cd * consistency_loss(
+                        denoiser(student, schedule, text),
+                        goal,
+                        guided,
+                        schedule,
+                        x,
+                        n,
+                        draw("cd"),
+                        cfg.m,
+                        GRID,
+                        cfg.cd_loss,
+                    )
+                if lrm and step >= cfg.lrm_warmup:  # line 19, Eq. 15
+                    loss["ft"] = cfg.beta_ft * reward_loss(lrm, x_hat, text if nets.reward.text else None)
+            if loss:
+                (sum(loss.values()) / accumulate).backward()
+            add(numbers, accumulate, **loss)
+            drawn.append((x_hat.detach(), x, text, batch, draw, whole))
+        finite = all(math.isfinite(v) for v in numbers.values())
+        numbers["grad_norm"], fine = update("student", finite)
+        if fine:
+            average(nets.ema, student, cfg.ema)
+
+        # Update the fake score on the student's samples (lines 13-14, Eq. 4), section 4.1: five times
+        for j in range(cfg.fake_updates if cfg.beta_vsd else 0):
+            for x_hat, x, text, _, draw, whole in drawn:
+                with autocast(cfg, world):
+                    if j:  # the first update takes the generator's own samples, the others fresh ones
+                        with torch.no_grad():
+                            x_hat = generate(x, text, draw, step, j)
+                    t = whole(0, 999, "fake t", j)
+                    loss = conjugate_velocity_loss(
+                        lambda x, t, text=text: fake(x, t, text),
+                        schedule,
+                        x_hat,
+                        t,
+                        draw("fake", j),
+                        fake.config.prediction,
+                    )
+                (loss / accumulate).backward()
+                add(numbers, accumulate * cfg.fake_updates, fake=loss)
+            fine = update("fake", math.isfinite(loss.item()))[1] and fine
+
+        # Train the latent reward model on real and generated latents (lines 16-17, Eq. 14)
+        for x_hat, x, text, batch, *_ in drawn if lrm else []:
+            with torch.no_grad(), autocast(cfg, world):
+                both = torch.cat([x, x_hat])  # x~ = x u x^
+                known = batch["reward"]
+                video = nets.vae.decode(x_hat if known is not None else both).float().clamp(-1, 1)
+            true = nets.reward(video, batch["captions"] * (len(video) // len(x)))
+            true = torch.cat([known.to(true), true]) if known is not None else true
+            nets.moments.update(true, world)
+            loss = lrm_loss(
+                lrm, both, nets.moments.standardise(true), torch.cat([text, text]) if nets.reward.text else None
+            )
+            (loss / accumulate).backward()
+            add(numbers, accumulate, lrm=loss, reward=true[len(x) :].mean())
+        if lrm:
+            fine = update("lrm", math.isfinite(loss.item()))[1] and fine
+
+        in_a_row, skipped = (0, skipped) if fine else (in_a_row + 1, skipped + 1)
+        if world.main:
+            numbers = {k: round(v, 6) for k, v in numbers.items()} | {"skipped": skipped}
+            bar.set_postfix({k: f"{v:.3g}" for k, v in numbers.items()})
+            print(json.dumps({"step": step, "seconds": round(time.time() - begun, 1), **numbers}), file=log, flush=True)
+        if in_a_row >= cfg.patience:
+            save(step + 1, wait=True)  # none of the skipped updates has touched the weights
+            raise UserError(
+                f"{in_a_row} updates in a row were not finite: stopped, and saved the state before them in {out}"
+            )
+        ending = stopper()
+        if (step + 1) % cfg.save_every == 0 or ending or step + 1 == cfg.iterations:
+            save(step + 1, wait=ending or step + 1 == cfg.iterations)
+        if (step + 1) % cfg.sample_every == 0 and not ending:
+            show(cfg, world, nets, null, out / f"step{step + 1:06d}.png")
+        if ending:
+            if world.main:
+                print(f"stopped after step {step + 1}, saved: go on with --resume --out {out}")
+            return
+    finish(cfg, world, nets, null, out)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# its parts
+
+
+def denoiser(model, schedule, text, w=0.0, null=None):
+    """A network as the losses and samplers want it: f(x_t, t) -> x_0."""
+    return lambda x, t: denoise(model, schedule, x, t, text, model.config.prediction, w, null)
+
+
+def autocast(cfg, world):
+    return torch.autocast(world.device.type, torch.bfloat16, enabled=cfg.precision == "bf16")
+
+
+def add(numbers, parts, **values):
+    for name, value in values.items():
+        numbers[name] = numbers.get(name, 0.0) + float(value) / parts
+
+
+@torch.no_grad()
+def average(ema, model, decay):
+    ours, theirs = (list(m.parameters()) for m in (ema, model))
+    torch._foreach_lerp_(ours, theirs, 1 - decay)
+
+
+@torch.no_grad()
+def draw_videos(cfg, world, nets, null, prompts, seed, who="student", n=None, batch=32):
+    """Videos (N, 3, F, H, W) of the student's average, or of the teacher by n steps of guided DDIM. All ranks call it."""
+    videos = []
+    for i in range(0, len(prompts), batch):
+        text = nets.encoder.encode(prompts[i : i + batch]).to(world.device)
+        numbers = range(i, i + len(text))
+        shape = (nets.teacher.config.channels, *nets.teacher.config.latents)
+        noise = lambda step: normal(shape, (seed, "show", step), numbers, world.device)
+        with autocast(cfg, world):
+            if who == "student":
+                predict = denoiser(nets.ema, nets.schedule, text)
+                x = few_step(predict, nets.schedule, noise("start"), nets.steps, noise, cfg.transition)
+            else:
+                predict = denoiser(nets.teacher, nets.schedule, text, nets.w, null)
+                x = ddim(predict, nets.schedule, noise("start"), timesteps(n))
+            videos.append(nets.vae.decode(x).float().clamp(-1, 1).cpu())
+    return torch.cat(videos)
+
+
+def show(cfg, world, nets, null, file, who="student", n=None):
+    prompts = nets.prompts[:4]
+    videos = draw_videos(cfg, world, nets, null, prompts, 0, who, n)
+    if world.main:
+        write_grid(file, list(videos), prompts, frames=8)
+
+
+def finish(cfg, world, nets, null, out):
+    """Write the student and what a person would look at; in the small world, say what the distillation has brought."""
+    weights = gather(nets.ema)
+    if world.main:
+        student = DiT(nets.student.config)
+        student.load_state_dict(weights)
+        checkpoint.save_model(
+            out / "student.safetensors", student, torch.float16 if cfg.data == "shapes" else torch.bfloat16,
+            kind="student", timesteps=nets.steps, transition=cfg.transition, text_fingerprint=nets.encoder.fingerprint,
+            command=" ".join(["python", *sys.argv]), date=time.strftime("%Y-%m-%d"), settings=asdict(cfg),
+        )  # fmt: skip
+    show(cfg, world, nets, null, out / "student.png")
+    rows = [draw_videos(cfg, world, nets, null, nets.prompts[:4], 0, "teacher", n) for n in (50, cfg.steps)]
+    rows.append(draw_videos(cfg, world, nets, null, nets.prompts[:4], 0))
+    if world.main:
+        titles = ["teacher, 50 steps", f"teacher, {cfg.steps}", f"student, {cfg.steps}"]
+        write_video_grid(out / "compare.mp4", [list(r) for r in zip(*rows)], nets.fps, titles)
+        print(f"wrote {out}/student.safetensors, student.png and compare.mp4 ({', '.join(titles)})")
+    if nets.judge and cfg.judged:
+        compare(cfg, world, nets, null)
+
+
+def compare(cfg, world, nets, null):
+    """How much more of what its prompts name the judge reads in the student's videos than in the teacher's, on the same
+    prompts, noise and number of steps: the difference, and its standard error over the prompts."""
+    prompts, scores = nets.prompts[: cfg.judged], {}
+    for who in ("teacher", "student"):
+        videos = draw_videos(cfg, world, nets, null, prompts, 1, who, cfg.steps)
+        scores[who] = torch.cat(
+            [nets.judge.score(v.to(world.device), p) for v, p in zip(videos.split(32), chunks(prompts, 32))]
+        )
+    gain = scores["student"] - scores["teacher"]
+    error = gain.std().item() / math.sqrt(len(gain))
+    if world.main:
+        print(
+            f"{cfg.steps} steps, share of the named factors that the judge reads in {len(prompts)} videos: student "
+            f"{scores['student'].mean():.1%}, teacher {scores['teacher'].mean():.1%}, "
+            f"gain {gain.mean():+.1%}, {gain.mean() / max(error, 1e-9):.1f} standard errors"
+        )
+
+
+def chunks(items, size):
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def main():
+    cfg = parse(Config, None, __doc__.splitlines()[0], PRESETS)
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    torch.set_flush_denormal(True)  # a CPU is many times slower on numbers below 1e-38
+    world = start(cfg.device)
+    try:
+        train(cfg, world)
+    finally:
+        stop(world)
+
+
+if __name__ == "__main__":
+    run(main)
