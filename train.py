@@ -22,24 +22,28 @@ import torch
 from tqdm import tqdm
 
 import checkpoint
+import distributed
 import lrm as latent_rewards
 import rewards
 from cli import UserError, open_log, opt, parse, run
 from data import PRESETS as CLIPS
 from data import Folder, LatentCache, Shapes
-from distributed import (
-    Checkpoints, Stopper, any_rank, average_gradients, clip_gradients, gather, load_sharded, mean, normal, randint,
-    shard, start, stop,
-)  # fmt: skip
 from dit import DiT
+from generate import Generator
 from judge import Judge
 from losses import conjugate_velocity_loss, consistency_loss, lrm_loss, reward_loss, vsd_loss
-from schedule import Schedule, ddim, denoise, few_step, simulate, timesteps
-from shapes import WORDS
+from schedule import Schedule, denoise, simulate, timesteps
+from shapes import WORDS, held_out_prompts
 from text import T5, WordTable
 from vae3d import VAE3D
 from video import write_grid, write_video_grid
 
+PROMPTS = [  # what pictures show where the data is not the small world's
+    "a red car drives along a road by the sea",
+    "a cat walks over a wooden floor",
+    "waves break on a beach at sunset",
+    "a person plays the guitar in a park",
+]
 GRID = [-1, *reversed(timesteps(50))]  # CD's nodes -1, 19, 39, ..., 999 (section 4.1: N = 50)
 
 
@@ -108,13 +112,14 @@ class Config:
 
 
 PRESETS = {  # the field defaults are the paper's (section 4.1); the small world's were measured, see README
-    "shapes": dict(
-        iterations=100, batch=16, lr=1e-4, fake_lr=2e-4, beta1=0.0, beta2=0.99, ema=0.95, fake_updates=2, w_vsd=2.0,
-        w_cd=2.0, checkpoint_activations=False, save_every=50, sample_every=50, judged=192,
-    ),
-    "dollar": dict(teacher="", vae="", text="", data=""),
-    "cogvideox-2b": dict(teacher="", vae="", text="", data=""),
-    "cogvideox-5b": dict(teacher="", vae="", text="", data=""),
+    "shapes": {
+        "iterations": 100, "batch": 16, "lr": 1e-4, "fake_lr": 2e-4, "beta1": 0.0, "beta2": 0.99, "ema": 0.95,
+        "fake_updates": 2, "w_vsd": 2.0, "w_cd": 2.0, "checkpoint_activations": False, "save_every": 50,
+        "sample_every": 50, "judged": 192,
+    },
+    "dollar": {"teacher": "", "vae": "", "text": "", "data": ""},
+    "cogvideox-2b": {"teacher": "", "vae": "", "text": "", "data": ""},
+    "cogvideox-5b": {"teacher": "", "vae": "", "text": "", "data": ""},
 }  # fmt: skip
 
 
@@ -127,8 +132,8 @@ class Moments:
     square: float = 0.0  # sum of squared deviations
 
     def update(self, values, world):
-        n, m = len(values), mean(values.mean(), world)
-        spread = mean(((values - m) ** 2).mean(), world) * n
+        n, m = len(values), distributed.mean(values.mean(), world)
+        spread = distributed.mean(((values - m) ** 2).mean(), world) * n
         delta, total = m - self.mean, self.count + n
         self.square += spread + delta**2 * self.count * n / total
         self.mean += delta * n / total
@@ -140,7 +145,7 @@ class Moments:
 
 @dataclass
 class Nets:
-    """All that Algorithm 1 takes for given or makes: frozen teacher, vae, text encoder; student, its average, fake score."""
+    """What Algorithm 1 takes for given and what it makes."""
 
     teacher: DiT
     student: DiT
@@ -149,7 +154,10 @@ class Nets:
     vae: VAE3D | None
     encoder: object
     schedule: Schedule
-    steps: list[int]
+    about: dict  # what the student's file will say of itself
+    device: torch.device
+    prompts: list[str]  # for pictures, and for the judge
+    fps: float
     judge: Judge | None = None
     lrm: torch.nn.Module | None = None
     reward: object = None
@@ -169,20 +177,24 @@ def build(cfg: Config, world) -> Nets:
             model = DiT.from_cogvideox(folder if folder.is_dir() else cfg.teacher, torch.float32)
             if trainable and cfg.prediction:
                 model.config = replace(model.config, prediction=cfg.prediction)
-            return shard(model, world, cfg.shard, dtype, cfg.cpu_offload, trainable)
+            return distributed.shard(model, world, cfg.shard, dtype, cfg.cpu_offload, trainable)
         config = DiT.Config(**checkpoint.metadata(cfg.teacher, "DiT")["config"])
         if trainable and cfg.prediction:
             config = replace(config, prediction=cfg.prediction)
         with torch.device("meta"):
             model = DiT(config)
         model.checkpoint_activations = cfg.checkpoint_activations and trainable
-        return load_sharded(shard(model, world, cfg.shard, dtype, cfg.cpu_offload, trainable), cfg.teacher)
+        return distributed.load_sharded(
+            distributed.shard(model, world, cfg.shard, dtype, cfg.cpu_offload, trainable), cfg.teacher
+        )
 
     teacher, student, ema = network(False), network(True), network(True).requires_grad_(False)
     fake = network(True) if cfg.beta_vsd else None
     if fake:
         fake.config = teacher.config  # a diffusion model of the teacher's own kind, whatever the student predicts
-    config = teacher.config
+    config, w = teacher.config, 5.0  # CogVideoX is made for a guidance scale of 6
+    if not Path(cfg.teacher).is_dir():
+        w = checkpoint.metadata(cfg.teacher, "DiT").get("w", 2.0)
     if Path(cfg.vae).is_dir():
         folder = Path(cfg.vae) / "vae"
         vae = VAE3D.from_cogvideox(folder if folder.is_dir() else cfg.vae)
@@ -198,7 +210,11 @@ def build(cfg: Config, world) -> Nets:
     else:
         encoder = T5(cfg.text, config.text_length, device=world.device)
     schedule = Schedule(config.schedule, config.snr_shift)
-    nets = Nets(teacher, student, fake, ema, vae, encoder, schedule, timesteps(cfg.steps))
+    about = {"kind": "student", "timesteps": timesteps(cfg.steps), "transition": cfg.transition, "w": w}
+    about["text_fingerprint"] = encoder.fingerprint
+    prompts = held_out_prompts(max(4, cfg.judged)) if cfg.text == "words" else PROMPTS
+    fps = CLIPS[cfg.preset]["fps"]
+    nets = Nets(teacher, student, fake, ema, vae, encoder, schedule, about, world.device, prompts, fps)
     if cfg.reward != "none":
         nets.reward = rewards.make(cfg.reward, cfg.reward_weights, cfg.reward_frames, world.device)
         make = latent_rewards.TextVideoLRM if nets.reward.text else latent_rewards.VideoLRM
@@ -227,6 +243,7 @@ def source(cfg: Config):
 def train(cfg: Config, world) -> None:
     nets, data, out = build(cfg, world), source(cfg), Path(cfg.out)
     student, teacher, fake, lrm, schedule = nets.student, nets.teacher, nets.fake, nets.lrm, nets.schedule
+    steps = timesteps(cfg.steps)
     null = (data.null if isinstance(data, LatentCache) else nets.encoder.encode([""])).to(world.device)  # (1, L, D)
     each = cfg.batch * world.size
     accumulate = max(1, round(cfg.global_batch / each)) if cfg.global_batch else 7 if nets.reward and each < 16 else 1
@@ -238,8 +255,8 @@ def train(cfg: Config, world) -> None:
     if lrm:
         modules["lrm"], optimizers["lrm"] = lrm, torch.optim.AdamW(lrm.parameters(), cfg.lrm_lr)
     checkpoints, stopper, first, skipped = (
-        Checkpoints(out / "checkpoints", cfg.keep_last, cfg.keep_every),
-        Stopper(world),
+        distributed.Checkpoints(out / "checkpoints", cfg.keep_last, cfg.keep_every),
+        distributed.Stopper(world),
         0,
         0,
     )
@@ -264,29 +281,33 @@ def train(cfg: Config, world) -> None:
             with torch.no_grad():
                 x = nets.vae.encode(video.to(world.device))
             batch = {"latents": x, "text": nets.encoder.encode(captions), "captions": captions, "reward": None}
-        draw = lambda *key: normal(batch["latents"].shape[1:], (cfg.seed, step, *key), numbers, world.device)
+        draw = lambda *key: distributed.normal(
+            batch["latents"].shape[1:], (cfg.seed, step, *key), numbers, world.device
+        )
         whole = lambda low, high, *key: torch.tensor(
-            [low + randint(high - low + 1, (cfg.seed, step, *key, i)) for i in numbers], device=world.device
+            [low + distributed.randint(high - low + 1, (cfg.seed, step, *key, i)) for i in numbers], device=world.device
         )
         return batch["latents"].float().to(world.device), batch["text"].to(world.device), batch, draw, whole
 
     def generate(x, text, draw, step, j):
-        """x_hat = G(c, eps), line 8, with gradient through one step of the student alone. Called once a network step."""
-        k = randint(len(nets.steps), (cfg.seed, step, "k", j))  # alike on all ranks, as it decides how many forwards
+        """x_hat = G(c, eps), line 8, with gradient through one of the student's steps alone."""
+        k = distributed.randint(
+            len(steps), (cfg.seed, step, "k", j)
+        )  # alike on all ranks, as it decides how many forwards
         predict = denoiser(student, schedule, text)
         if cfg.generator_input == "data":
-            x_t = schedule.add_noise(x, draw("data", j), nets.steps[k])
+            x_t = schedule.add_noise(x, draw("data", j), steps[k])
         else:
             noise = lambda i: draw("renoise", j, i)
-            x_t = simulate(predict, schedule, draw("start", j), nets.steps, k, noise, cfg.transition)
-        return denoise(student, schedule, x_t, nets.steps[k], text, student.config.prediction)
+            x_t = simulate(predict, schedule, draw("start", j), steps, k, noise, cfg.transition)
+        return denoise(student, schedule, x_t, steps[k], text, student.config.prediction)
 
     def update(name, loss_is_fine):
         """One optimizer step, on all ranks or on none."""
         model = modules[name]
-        average_gradients(model, world)
-        norm = clip_gradients(model, cfg.clip)
-        fine = not any_rank(not (loss_is_fine and math.isfinite(norm)), world)
+        distributed.average_gradients(model, world)
+        norm = distributed.clip_gradients(model, cfg.clip)
+        fine = not distributed.any_rank(not (loss_is_fine and math.isfinite(norm)), world)
         if fine:
             optimizers[name].step()
         optimizers[name].zero_grad(set_to_none=True)
@@ -389,12 +410,14 @@ def train(cfg: Config, world) -> None:
         if (step + 1) % cfg.save_every == 0 or ending or step + 1 == cfg.iterations:
             save(step + 1, wait=ending or step + 1 == cfg.iterations)
         if (step + 1) % cfg.sample_every == 0 and not ending:
-            show(cfg, world, nets, null, out / f"step{step + 1:06d}.png")
+            videos = draw_videos(nets, "student", nets.prompts[:4], 0, cfg.steps)
+            if world.main:
+                write_grid(out / f"step{step + 1:06d}.png", list(videos), nets.prompts[:4])
         if ending:
             if world.main:
                 print(f"stopped after step {step + 1}, saved: go on with --resume --out {out}")
             return
-    finish(cfg, world, nets, null, out)
+    finish(cfg, world, nets, out)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -412,7 +435,7 @@ def autocast(cfg, world):
 
 def add(numbers, parts, **values):
     for name, value in values.items():
-        numbers[name] = numbers.get(name, 0.0) + float(value) / parts
+        numbers[name] = numbers.get(name, 0.0) + torch.as_tensor(value).detach().item() / parts
 
 
 @torch.no_grad()
@@ -421,76 +444,49 @@ def average(ema, model, decay):
     torch._foreach_lerp_(ours, theirs, 1 - decay)
 
 
-@torch.no_grad()
-def draw_videos(cfg, world, nets, null, prompts, seed, who="student", n=None, batch=32):
-    """Videos (N, 3, F, H, W) of the student's average, or of the teacher by n steps of guided DDIM. All ranks call it."""
+def draw_videos(nets, who, prompts, seed, n, batch=32):
+    """Videos (N, 3, F, H, W) of the student's average in its steps, or of the teacher by n steps of guided DDIM."""
+    about = nets.about | ({"kind": "student"} if who == "student" else {"kind": "teacher"})
+    generator = Generator(nets.ema if who == "student" else nets.teacher, nets.vae, about, nets.encoder, nets.device)
     videos = []
     for i in range(0, len(prompts), batch):
-        text = nets.encoder.encode(prompts[i : i + batch]).to(world.device)
-        numbers = range(i, i + len(text))
-        shape = (nets.teacher.config.channels, *nets.teacher.config.latents)
-        noise = lambda step: normal(shape, (seed, "show", step), numbers, world.device)
-        with autocast(cfg, world):
-            if who == "student":
-                predict = denoiser(nets.ema, nets.schedule, text)
-                x = few_step(predict, nets.schedule, noise("start"), nets.steps, noise, cfg.transition)
-            else:
-                predict = denoiser(nets.teacher, nets.schedule, text, nets.w, null)
-                x = ddim(predict, nets.schedule, noise("start"), timesteps(n))
-            videos.append(nets.vae.decode(x).float().clamp(-1, 1).cpu())
+        text = nets.encoder.encode(prompts[i : i + batch])
+        latents = generator.latents(text, [seed + i + j for j in range(len(text))], n)
+        videos.append(generator.decode(latents).cpu())
     return torch.cat(videos)
 
 
-def show(cfg, world, nets, null, file, who="student", n=None):
-    prompts = nets.prompts[:4]
-    videos = draw_videos(cfg, world, nets, null, prompts, 0, who, n)
-    if world.main:
-        write_grid(file, list(videos), prompts, frames=8)
-
-
-def finish(cfg, world, nets, null, out):
+def finish(cfg, world, nets, out):
     """Write the student and what a person would look at; in the small world, say what the distillation has brought."""
-    weights = gather(nets.ema)
-    if world.main:
-        student = DiT(nets.student.config)
-        student.load_state_dict(weights)
-        checkpoint.save_model(
-            out / "student.safetensors", student, torch.float16 if cfg.data == "shapes" else torch.bfloat16,
-            kind="student", timesteps=nets.steps, transition=cfg.transition, text_fingerprint=nets.encoder.fingerprint,
-            command=" ".join(["python", *sys.argv]), date=time.strftime("%Y-%m-%d"), settings=asdict(cfg),
-        )  # fmt: skip
-    show(cfg, world, nets, null, out / "student.png")
-    rows = [draw_videos(cfg, world, nets, null, nets.prompts[:4], 0, "teacher", n) for n in (50, cfg.steps)]
-    rows.append(draw_videos(cfg, world, nets, null, nets.prompts[:4], 0))
-    if world.main:
-        titles = ["teacher, 50 steps", f"teacher, {cfg.steps}", f"student, {cfg.steps}"]
-        write_video_grid(out / "compare.mp4", [list(r) for r in zip(*rows)], nets.fps, titles)
-        print(f"wrote {out}/student.safetensors, student.png and compare.mp4 ({', '.join(titles)})")
-    if nets.judge and cfg.judged:
-        compare(cfg, world, nets, null)
-
-
-def compare(cfg, world, nets, null):
-    """How much more of what its prompts name the judge reads in the student's videos than in the teacher's, on the same
-    prompts, noise and number of steps: the difference, and its standard error over the prompts."""
-    prompts, scores = nets.prompts[: cfg.judged], {}
-    for who in ("teacher", "student"):
-        videos = draw_videos(cfg, world, nets, null, prompts, 1, who, cfg.steps)
-        scores[who] = torch.cat(
-            [nets.judge.score(v.to(world.device), p) for v, p in zip(videos.split(32), chunks(prompts, 32))]
-        )
-    gain = scores["student"] - scores["teacher"]
-    error = gain.std().item() / math.sqrt(len(gain))
-    if world.main:
+    weights = distributed.gather(nets.ema)
+    shown, n = nets.prompts[:4], cfg.steps
+    rows = [draw_videos(nets, "teacher", shown, 0, 50), draw_videos(nets, "teacher", shown, 0, n), draw_videos(nets, "student", shown, 0, n)]
+    scores = []
+    if nets.judge and cfg.judged:  # the same prompts, noise and number of steps
+        for who in ("teacher", "student"):
+            videos = draw_videos(nets, who, nets.prompts[: cfg.judged], 1, n).split(32)
+            read = [nets.judge.score(v.to(nets.device), nets.prompts[32 * i :][: len(v)]) for i, v in enumerate(videos)]
+            scores.append(torch.cat(read))
+    if not world.main:
+        return
+    student = DiT(nets.student.config)
+    student.load_state_dict(weights)
+    file, titles = out / "student.safetensors", ["teacher, 50 steps", f"teacher, {n}", f"student, {n}"]
+    made = {"command": " ".join(["python", *sys.argv]), "date": time.strftime("%Y-%m-%d"), "settings": asdict(cfg)}
+    checkpoint.save_model(file, student, torch.float16, **nets.about | made)
+    write_video_grid(out / "compare.mp4", [list(row) for row in zip(*rows)], nets.fps, titles=titles)
+    write_grid(
+        out / "compare.png", [v for row in zip(*rows) for v in row], [f"{t}: {p}" for p in shown for t in titles]
+    )
+    print(f"wrote {file}, and {out}/compare.mp4 and compare.png: {', '.join(titles)}")
+    if scores:
+        gain = scores[1] - scores[0]
+        error = gain.std().item() / math.sqrt(len(gain))
         print(
-            f"{cfg.steps} steps, share of the named factors that the judge reads in {len(prompts)} videos: student "
-            f"{scores['student'].mean():.1%}, teacher {scores['teacher'].mean():.1%}, "
-            f"gain {gain.mean():+.1%}, {gain.mean() / max(error, 1e-9):.1f} standard errors"
+            f"of what {len(gain)} prompts name, the judge reads {scores[1].mean():.1%} in the student's {n} steps and "
+            f"{scores[0].mean():.1%} in the teacher's {n}: {gain.mean():+.1%}, {gain.mean() / max(error, 1e-9):.1f} "
+            f"standard errors"
         )
-
-
-def chunks(items, size):
-    return [items[i : i + size] for i in range(0, len(items), size)]
 
 
 def main():
@@ -498,11 +494,11 @@ def main():
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     torch.set_flush_denormal(True)  # a CPU is many times slower on numbers below 1e-38
-    world = start(cfg.device)
+    world = distributed.start(cfg.device)
     try:
         train(cfg, world)
     finally:
-        stop(world)
+        distributed.stop(world)
 
 
 if __name__ == "__main__":
