@@ -131,7 +131,7 @@ class Clip:
     def make(seed: int, index: int, **fixed: str | None) -> "Clip":
         """Clip `index` of the world `seed`; factors given by name in `fixed` are kept if a clip can have them all."""
         rng = random.Random(f"shapes {seed} {index}")
-        for _ in range(10000):
+        for _ in range(100000):
             clip = Clip._draw(rng)
             if all(getattr(clip, name) == value for name, value in fixed.items()):
                 return clip
