@@ -66,7 +66,7 @@ class WordTable:
         return torch.cat([self.word[tokens], self.before[before], self.position[place]], dim=2)  # (B, L, D)
 
     def _words(self, prompt):
-        words = re.findall(r"\w[\w'-]*", prompt.lower())
+        words = re.findall(r"\w+(?:['-]\w+)*", prompt.lower())
         for word in words:
             if word not in self.index:
                 near = difflib.get_close_matches(word, self.index, n=3, cutoff=0.5)

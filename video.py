@@ -128,8 +128,9 @@ def _write(path, pictures, fps):
         with av.open(str(part), "w", options={"movflags": "faststart"}) as container:
             stream = container.add_stream("libx264", Fraction(fps).limit_denominator(1001))
             stream.height, stream.width, stream.pix_fmt = *pictures.shape[1:3], "yuv420p"
-            stream.options = {"crf": "12", "preset": "slow"}
-            stream.codec_context.thread_count = 1  # x264's output depends on the number of its threads
+            # x264's fast paths give other bytes on another processor, and now and then on the same one
+            stream.options = {"crf": "12", "preset": "slow", "x264-params": "cpu-independent=1"}
+            stream.codec_context.thread_count = 1  # nor may they depend on the number of threads
             for picture in pictures:
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
             container.mux(stream.encode())
