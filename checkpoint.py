@@ -2,12 +2,14 @@
 
 A safetensors file is raw tensors behind a JSON header. Unlike a pickle it cannot run code when it is opened, and it has
 room for metadata: here a model's class, its configuration and how it was made lie beside its weights, so that a file
-alone is enough to use it. Files are written whole or not at all.
+alone is enough to use it. Files are written whole or not at all. The published models come as folders in diffusers'
+layout, config.json beside one safetensors file or several with an index; they are read and written here too.
 """
 
 import json
 import os
 from dataclasses import asdict
+from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -74,6 +76,82 @@ def load_model(path, cls, device="cpu"):
     except (RuntimeError, TypeError, ValueError) as e:  # missing, unknown or misshapen weights; unknown config fields
         raise UserError(f"{path} does not fit this {cls.__name__}: {e}") from e
     return model.float().to(device).eval(), metadata
+
+
+def metadata(path, name):
+    """The metadata of a file of weights alone, without its tensors. name: the class it must hold. Raises UserError."""
+    try:
+        with safe_open(path, "pt") as f:
+            found = {key: _from_text(text) for key, text in (f.metadata() or {}).items()}
+    except FileNotFoundError:
+        raise UserError(f"there is no file {path}") from None
+    except (OSError, SafetensorError) as e:
+        raise UserError(f"{path} is not a whole safetensors file: {e}") from e
+    if found.get("class") != name:
+        raise UserError(f"{path} holds {found.get('class', 'weights of no class')}, where {name} is needed")
+    return found
+
+
+def read_folder(folder, name):
+    """-> (config.json as a dict, an iterator of (key, tensor)) of a folder in diffusers' layout.
+
+    name: the `_class_name` its config must have. The tensors come one at a time, each from the file opened anew: the
+    pages of a mapped file count as memory until it is closed. Raises UserError naming the file that is missing, cut
+    off, or of another model.
+    """
+    folder = Path(folder)
+    config = _read_json(folder / "config.json")
+    if config.get("_class_name") != name:
+        raise UserError(f"{folder / 'config.json'} describes a {config.get('_class_name')}, where {name} is needed")
+    return config, _read_tensors(folder)
+
+
+def save_folder(folder, name, config, tensors):
+    """Write tensors {key: tensor} and config as a folder in diffusers' layout, under the `_class_name` name.
+
+    Raises UserError where it cannot be written, or the folder holds other weights that would be read instead.
+    """
+    file = Path(folder) / "diffusion_pytorch_model.safetensors"
+    if others := [p for p in _weights(file.parent) if p != file]:
+        raise UserError(f"{folder} already holds {others[0].name}: give another folder")
+    save(file, tensors, {"format": "pt"})
+    with atomic(file.parent / "config.json") as part:
+        part.write_text(json.dumps({"_class_name": name, **config}, indent=2) + "\n")
+
+
+def _weights(folder):
+    return sorted(p for p in folder.glob("*.safetensors*") if not p.name.startswith("."))
+
+
+def _read_tensors(folder):
+    files = [p for p in _weights(folder) if p.suffix == ".safetensors"]
+    if index := [p for p in _weights(folder) if p.name.endswith(".safetensors.index.json")]:
+        files = sorted({folder / file for file in _read_json(index[0]).get("weight_map", {}).values()})
+    elif len(files) != 1:
+        raise UserError(f"{folder} holds {len(files)} safetensors files and no index: want one file, or an index")
+    for file in files:
+        try:
+            with safe_open(os.fspath(file), "pt") as f:
+                keys = list(f.keys())
+            for key in keys:
+                with safe_open(os.fspath(file), "pt") as f:
+                    yield key, f.get_tensor(key)
+        except FileNotFoundError:
+            raise UserError(f"there is no file {file}") from None
+        except (OSError, SafetensorError) as e:
+            raise UserError(f"{file} is not a whole safetensors file: {e}") from e
+
+
+def _read_json(path):
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"there is no file {path}") from None
+    except (OSError, ValueError) as e:
+        raise UserError(f"cannot read {path}: {e}") from e
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is not a JSON object")
+    return value
 
 
 def _to_text(value):
