@@ -4,7 +4,7 @@ It is trained on rendered clips alone (`pretrain.py judge`) and stands where lar
 scale: its readings are the semantic scores of VBench, its features those of the Frechet distance and of the Vendi
 score, and its agreement with a caption a text-video reward. Two judges are shipped. The one that evaluates is never
 the one that rewards: they differ in seed and architecture ("conv" mixes time by 3D convolutions, "attention" sees
-pairs of frames through 2D convolutions and mixes them by self-attention), so that a student which fools the second
+single frames and their changes through 2D convolutions and mixes them by self-attention), so that a student which fools the second
 does not by that fool the first.
 """
 
@@ -33,40 +33,37 @@ class Judge(nn.Module):
         self.config = config = config or JudgeConfig()
         if config.kind not in ("conv", "attention"):
             raise ValueError(f"a judge is 'conv' or 'attention', not {config.kind!r}")
-        c, k, t = config.width, 3 if config.kind == "conv" else 1, 2 if config.kind == "conv" else 1
-        dim = 8 * c
+        c, k, dim = config.width, 3 if config.kind == "conv" else 1, 8 * config.width
 
-        def conv(cin, cout, stride):
-            pad = (k // 2, 1, 1)
-            return nn.Sequential(nn.Conv3d(cin, cout, (k, 3, 3), stride, pad), nn.GroupNorm(8, cout), nn.SiLU())
+        def conv(cin, cout, stride, kernel=(k, 3, 3)):
+            pad = tuple(n // 2 for n in kernel)
+            return nn.Sequential(nn.Conv3d(cin, cout, kernel, stride, pad, bias=False), nn.BatchNorm3d(cout), nn.SiLU())
 
-        first = nn.Conv3d(3, c, (1, 5, 5), (1, 2, 2), (0, 2, 2)) if k == 3 else nn.Conv3d(3, c, (2, 5, 5), 2, (0, 2, 2))
         self.trunk = nn.Sequential(
-            nn.Sequential(first, nn.GroupNorm(8, c), nn.SiLU()),  # (B, c, 16 or 8, 32, 32)
-            conv(c, 2 * c, (t, 2, 2)),
-            conv(2 * c, 4 * c, (t, 2, 2)),
+            conv(6, c, (1, 2, 2), (1, 5, 5)),  # (B, c, 16, 32, 32)
+            conv(c, 2 * c, (2, 2, 2)),
+            conv(2 * c, 4 * c, (2, 2, 2)),
             conv(4 * c, 4 * c, 1),
             conv(4 * c, dim, (1, 2, 2)),
             conv(dim, dim, 1),
-        )  # (B, dim, 4 or 8, 4, 4)
-        self.place = nn.Parameter(torch.zeros(1, (4 if k == 3 else 8) * 16, dim))
+        )  # (B, dim, 4, 4, 4)
         layer = lambda: nn.TransformerEncoderLayer(dim, 4, 2 * dim, 0.0, "gelu", batch_first=True, norm_first=True)
         self.mixer = nn.Sequential(*(layer() for _ in range(0 if k == 3 else 2)))
-        self.ask = nn.Parameter(torch.randn(1, len(FACTORS), dim) * dim**-0.5)  # one question a factor
-        self.attend = nn.MultiheadAttention(dim, 4, batch_first=True)
-        self.answer = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, len(values)))
-            for values in FACTORS.values()
-        )
+        self.place = nn.Parameter(torch.randn(1, 64, dim) * 0.02)
+        self.where = nn.Linear(dim, 16)  # what is kept of every token in its place
+        self.pool = nn.Sequential(nn.Linear(2 * dim + 64 * 16, dim), nn.SiLU())
+        self.answer = nn.ModuleList(nn.Linear(dim, len(values)) for values in FACTORS.values())
 
     def tokens(self, video: torch.Tensor) -> torch.Tensor:
-        """(B, 3, F, H, W) -> (B, F' H' W', dim)"""
-        return self.mixer(self.trunk(video).flatten(2).transpose(1, 2) + self.place)
+        """(B, 3, 16, 64, 64) -> (B, 64, dim). Motion is shown outright: each frame beside its change from the last."""
+        change = torch.cat([torch.zeros_like(video[:, :, :1]), video[:, :, 1:] - video[:, :, :-1]], 2)
+        x = self.trunk(torch.cat([video, 3 * change], 1)).flatten(2).transpose(1, 2)
+        return self.mixer(x + self.place) if len(self.mixer) else x
 
     def forward(self, video: torch.Tensor) -> dict[str, torch.Tensor]:
         x = self.tokens(video)
-        x, _ = self.attend(self.ask.expand(len(x), -1, -1), x, x, need_weights=False)  # (B, factors, dim)
-        return {name: head(x[:, i]).float() for i, (name, head) in enumerate(zip(FACTORS, self.answer))}
+        x = self.pool(torch.cat([x.mean(1), x.amax(1), self.where(x).flatten(1)], 1))  # what is there, and where
+        return {name: head(x).float() for name, head in zip(FACTORS, self.answer)}
 
     def features(self, video: torch.Tensor) -> torch.Tensor:
         """What the Frechet distance and the Vendi score look at: the mean token, (B, dim)."""

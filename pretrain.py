@@ -54,7 +54,7 @@ class VAEConfig(Config):
     batch: int = opt(8, "clips a step")
     lr: float = opt(1e-3, "peak learning rate")
     images: int = opt(600, "first steps, on single frames alone: what is drawn before how it moves")
-    kl: float = opt(1e-6, "weight of the KL term: a trace, or the objects are the first thing to go")
+    kl: float = opt(3e-8, "weight of the KL term, summed over a clip, against the mean error of a pixel")
     object_weight: float = opt(4.0, "additional weight of the objects' pixels, fading to zero over the run")
 
 
@@ -279,7 +279,7 @@ def train_judge(cfg: JudgeRunConfig) -> None:
         video = shapes.render_batch(batch).to(cfg.device, memory_format=torch.channels_last_3d)
         # a trace of noise and of blur: what it will judge comes out of a decoder, not out of the renderer
         noise = torch.Generator().manual_seed(step)
-        strength = 0.1 * torch.rand(len(video), 1, 1, 1, 1, generator=noise)
+        strength = 0.04 * torch.rand(len(video), 1, 1, 1, 1, generator=noise)
         video = video + strength.to(cfg.device) * torch.randn(video.shape, generator=noise).to(cfg.device)
         blurred = F.avg_pool3d(video, (1, 3, 3), 1, (0, 1, 1), count_include_pad=False)
         blur = (torch.rand(len(video), 1, 1, 1, 1, generator=noise) < 0.25).to(cfg.device)
