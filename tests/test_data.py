@@ -1,0 +1,470 @@
+"""data.py: real files become clips of one size; the cache survives being killed; batches follow (seed, position)."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+import data
+from cli import UserError
+from data import Folder, LatentCache, cache, list_clips, load_clip, section
+from text import WordTable
+
+HERE = Path(__file__).parents[1]
+WORDS = "a red blue ball rolls picture of number zero one two three four five six seven eight nine".split()  # noqa: SIM905
+
+
+def film(path, n=40, fps=20, height=40, width=60, step=6):
+    """A clip whose frame i is grey of brightness step * i."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", Fraction(fps).limit_denominator(1001))
+        stream.height, stream.width, stream.pix_fmt, stream.options = height, width, "yuv420p", {"crf": "8"}
+        for i in range(n):
+            grey = np.full((height, width, 3), step * i, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(grey, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+def picture(path, height=50, width=30, level=100):
+    Image.fromarray(np.full((height, width, 3), level, np.uint8)).save(path)
+
+
+@pytest.fixture
+def clips(tmp_path):
+    """Usable: three videos of different sizes and rates, two images. Not usable: five other files."""
+    root = tmp_path / "clips"
+    film(root / "a.mp4")
+    film(root / "sub" / "b.webm.mp4", n=30, fps=10, height=64, width=48)
+    film(root / "c.mkv", n=75, fps=29.97, height=90, width=160, step=3)
+    picture(root / "d.png")
+    picture(root / "E.JPG", level=200)
+    film(root / "short.mp4", n=8)
+    film(root / "silent.mp4")
+    (root / "broken.mp4").write_bytes((root / "a.mp4").read_bytes()[:900])
+    (root / "text.png").write_text("not a picture")
+    (root / "notes.pdf").write_text("not a clip at all")
+    rows = [("a.mp4", "A red ball"), ("sub/b.webm.mp4", "a blue ball"), ("d.png", "picture of a ball")]
+    rows += [(name, "a ball") for name in ("short.mp4", "broken.mp4", "text.png", "gone.mp4")]
+    lines = [json.dumps({"file_name": name, "text": text, "more": 1}) for name, text in rows]
+    (root / "metadata.jsonl").write_text("\n".join([*lines, ""]))
+    (root / "c.txt").write_text("A ball\n rolls\n")
+    (root / "E.txt").write_text("picture of a red ball")
+    return root
+
+
+def test_captions_from_the_table_and_from_beside_the_file(clips):
+    captions, skipped = list_clips(clips)
+    assert captions == {
+        "E.JPG": "picture of a red ball", "a.mp4": "A red ball", "broken.mp4": "a ball", "c.mkv": "A ball rolls",
+        "d.png": "picture of a ball", "short.mp4": "a ball", "sub/b.webm.mp4": "a blue ball", "text.png": "a ball",
+    }  # fmt: skip
+    assert list(captions) == sorted(captions)
+    assert skipped == {"gone.mp4": "it is not there", "silent.mp4": "it has no caption"}
+
+
+@pytest.mark.parametrize("line", ["{", '{"text": "a"}', "[1]", '{"file_name": 3, "text": "a"}'])
+def test_a_broken_table_is_named_with_its_line(clips, line):
+    with open(clips / "metadata.jsonl", "a") as f:
+        f.write(line)
+    with pytest.raises(UserError, match=r"metadata\.jsonl, line 8"):
+        list_clips(clips)
+
+
+def test_clips_are_resampled_in_time(tmp_path):
+    """At 8 fps from 20: the frames nearest to multiples of 1/8 s after the section's start."""
+    path = film(tmp_path / "a.mp4")
+    starts = set()
+    for seed in range(8):
+        times = section(path, 8, 8.0, seed)
+        assert np.allclose(np.diff(times), 1 / 8) and times[0] >= 0 and times[-1] <= 39 / 20 + 1e-9
+        x = load_clip(path, 8, 40, 60, 8.0, seed)
+        assert x.shape == (3, 8, 40, 60)
+        want = torch.tensor([6 * round(t * 20) / 127.5 - 1 for t in times])
+        # a time may lie halfway between two frames
+        assert ((x.mean((0, 2, 3)) - want).abs() < 9 / 127.5).all()
+        starts.add(times[0])
+    assert len(starts) == 8 and section(path, 8, 8.0, 3) == section(path, 8, 8.0, 3)
+    assert section(path, 16, 8.0, 1)[0] < 0.1  # 16 frames fit in almost exactly
+    slow = film(tmp_path / "slow.mp4", n=5, fps=2, step=50)  # fewer frames than are wanted: each is shown repeatedly
+    levels = ((load_clip(slow, 16, 40, 60, 8.0).mean((0, 2, 3)) + 1) * 127.5).round()
+    assert levels.diff().ge(-1).all() and len(levels.div(50).round().unique()) == 5
+
+
+def test_too_short_a_clip_is_refused(tmp_path):
+    path = film(tmp_path / "a.mp4", n=37)  # the last frame at 1.8 s, 15 / 8 = 1.875 s is needed
+    with pytest.raises(UserError, match="too short: 37 frames"):
+        load_clip(path, 16, 40, 60, 8.0)
+    assert load_clip(film(tmp_path / "b.mp4", n=38), 16, 40, 60, 8.0).shape[1] == 16
+    with pytest.raises(UserError, match="too short"):
+        load_clip(film(tmp_path / "c.mp4", n=1), 2, 40, 60, 8.0)
+
+
+@pytest.mark.parametrize("height, width", [(64, 64), (24, 80), (80, 24), (16, 16), (137, 90)])
+def test_clips_are_resized_and_cropped_at_the_centre(tmp_path, height, width):
+    """Against torchvision's Resize of the shorter fit and CenterCrop, on a picture with structure."""
+    from torchvision.transforms.v2 import functional as tv
+
+    gen = np.random.default_rng(0)
+    small = Image.fromarray(gen.integers(0, 255, (6, 9, 3), dtype=np.uint8))
+    small.resize((91, 61), Image.Resampling.BICUBIC).save(tmp_path / "a.png")
+    x = load_clip(tmp_path / "a.png", 16, height, width, 8.0)
+    assert x.shape == (3, 1, height, width) and x.min() >= -1 and x.max() <= 1
+    whole = torch.from_numpy(np.array(Image.open(tmp_path / "a.png"))).permute(2, 0, 1).double() / 127.5 - 1
+    scale = max(height / 61, width / 91)
+    size = [max(height, round(61 * scale)), max(width, round(91 * scale))]
+    want = tv.resize(whole, size, tv.InterpolationMode.BICUBIC, antialias=True).clamp(-1, 1)
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    assert torch.allclose(x[:, 0].double(), want[:, top : top + height, left : left + width], atol=1e-4)
+
+
+def test_a_circle_stays_round_and_in_the_middle(tmp_path):
+    y, x = np.mgrid[:60, :100]
+    disc = ((y - 29.5) ** 2 + (x - 49.5) ** 2 < 20**2)[..., None].repeat(3, 2)
+    Image.fromarray((disc * 255).astype(np.uint8)).save(tmp_path / "a.png")
+    inside = load_clip(tmp_path / "a.png", 1, 30, 30, 8.0)[0, 0] > 0
+    rows, cols = inside.any(1).nonzero().flatten(), inside.any(0).nonzero().flatten()
+    assert rows.tolist() == cols.tolist() == list(range(5, 25))
+
+
+def test_folder_skips_counts_and_names_once(clips, capsys):
+    folder = Folder(clips, 16, 32, 48, 8.0)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and "skipped 5 of 10 files" in lines[0]
+    for name in ("short.mp4", "silent.mp4", "broken.mp4", "text.png", "gone.mp4"):
+        assert lines[0].count(f"{name} (") == 1, lines[0]
+    assert folder.names == ["E.JPG", "a.mp4", "c.mkv", "d.png", "sub/b.webm.mp4"] and len(folder) == 5
+    assert folder.shapes == [1, 16, 16, 1, 16]
+    video, captions = folder.batch([1, 4, 2])
+    assert video.shape == (3, 3, 16, 32, 48) and video.dtype == torch.float32 and video.abs().max() <= 1
+    assert captions == ["A red ball", "a blue ball", "A ball rolls"]
+    assert torch.equal(video, folder.batch([1, 4, 2])[0]) and not torch.equal(
+        video, folder.batch([1, 4, 2], epoch=1)[0]
+    )
+    images, captions = folder.batch([0, 3])
+    assert images.shape == (2, 3, 1, 32, 48) and captions[0] == "picture of a red ball"
+    assert images[:, 0, 0, 5, 5] == pytest.approx([200 / 127.5 - 1, 100 / 127.5 - 1], abs=0.02)
+
+
+def test_folder_without_usable_clips(tmp_path, clips):
+    with pytest.raises(UserError, match="no such folder"):
+        Folder(tmp_path / "nowhere", 16, 32, 48, 8.0)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no usable clip"):
+        Folder(tmp_path / "empty", 16, 32, 48, 8.0)
+    for name in ("d.png", "E.JPG"):
+        (clips / name).unlink()
+    with pytest.raises(UserError, match="no usable clip"):
+        Folder(clips, 1600, 32, 48, 8.0)
+
+
+def test_a_file_damaged_further_in_gives_way(clips, capsys):
+    folder = Folder(clips, 16, 32, 48, 8.0)
+    (clips / "a.mp4").write_bytes(b"spoiled since")
+    capsys.readouterr()
+    video, captions = folder.batch([1])
+    assert captions == ["A ball rolls"] and video.shape[2] == 16 and "a.mp4" in capsys.readouterr().err
+    for name in ("c.mkv", "sub/b.webm.mp4"):
+        (clips / name).unlink()
+    with pytest.raises(UserError, match="no usable clip"):
+        folder.batch([1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# order
+
+
+def samples(*shapes):
+    return data._Samples(list(shapes))
+
+
+def test_batches_have_one_shape_and_miss_nothing():
+    s = samples(*["video"] * 11, *["image"] * 5, "odd")
+    for size in (1, 2, 4, 16):
+        batches = s.order(seed=3, epoch=0, size=size)
+        assert all(len(b) == size and len({s.shapes[i] for i in b}) == 1 for b in batches)
+        seen = [i for b in batches for i in b]
+        assert set(seen) == set(range(17)) and len(batches) == -(-11 // size) + -(-5 // size) + 1
+        # what fills up a batch is spread evenly
+        counts = np.bincount(seen)
+        assert counts[:11].max() - counts[:11].min() <= 1 and counts[11:16].max() - counts[11:16].min() <= 1
+    assert sorted(i for b in s.order(3, 0) for i in b) == list(range(17))
+
+
+def test_order_is_a_function_of_seed_and_position():
+    shapes = ["video"] * 11 + ["image"] * 5
+    a, b = samples(*shapes), samples(*shapes)
+    walk = [a.at(1, position, 2) for position in range(30)]
+    assert [b.at(1, position, 2) for position in reversed(range(30))][::-1] == walk  # no state: any way round
+    assert walk[:9] != walk[9:18] and {i for w in walk[9:18] for i in w} == set(range(16))  # 9 steps an epoch
+    assert [a.at(2, position, 2) for position in range(9)] != walk[:9]
+
+
+def test_ranks_share_a_step():
+    s = samples(*["video"] * 9, *["image"] * 8)
+    for position in range(10):
+        parts = [s.at(0, position, 2, rank, 3) for rank in range(3)]
+        together = [i for part in parts for i in part]
+        assert together == s.at(0, position, 6) and len({s.shapes[i] for i in together}) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the cache
+
+
+@dataclass
+class ToyConfig:
+    scale: float = 0.5
+
+
+class ToyVAE(torch.nn.Module):
+    """Mean colours of 8x8 blocks of every fourth frame, for speed: any object with `encode` and `config` will do."""
+
+    def __init__(self, scale=0.5):
+        super().__init__()
+        self.config, self.weight = ToyConfig(scale), torch.nn.Parameter(torch.tensor([scale]))
+
+    def encode(self, video):
+        if video.shape[2] > 16:
+            raise ValueError(f"{video.shape[2]} frames cannot be encoded")
+        return torch.nn.functional.avg_pool3d(video[:, :, ::4], (1, 8, 8)) * self.weight
+
+
+VAE, TEXT = ToyVAE(), WordTable(WORDS, dim=32, length=8)
+MADE = {"frames": 16, "height": 32, "width": 48, "fps": 8.0, "seed": 5, "reward": None, "vae": data.fingerprint(VAE)}
+
+
+def test_cache_holds_what_the_encoders_give(clips, tmp_path, capsys):
+    reward = lambda video, captions: video.mean((1, 2, 3, 4)) + len(captions[0])
+    made = MADE | {"reward": "mean"}
+    assert cache(clips, tmp_path / "cache", VAE, TEXT, made, reward, shard=2) == 5
+    lines = [line for line in capsys.readouterr().err.splitlines() if "skipped" in line]
+    assert len(lines) == 1 and "skipped 5 of 10 files" in lines[0] and lines[0].count("broken.mp4 (") == 1
+    got = LatentCache(tmp_path / "cache", vae=MADE["vae"], text=TEXT.fingerprint)
+    assert len(got) == 5 and sorted(got.captions) == sorted(
+        list_clips(clips)[0][n] for n in Folder(clips, 16, 32, 48, 8).names
+    )
+    assert torch.equal(got.null, TEXT.null)
+    names = {caption: name for name, caption in list_clips(clips)[0].items() if caption != "a ball"}
+    for i, caption in enumerate(got.captions):
+        batch = got.batch([i])
+        video = load_clip(clips / names[caption], 16, 32, 48, 8.0, 5)[None]
+        latents = VAE.encode(video)
+        assert batch["latents"].dtype == batch["text"].dtype == torch.float32 and batch["captions"] == [caption]
+        assert batch["latents"].shape == latents.shape and got.shapes[i] == tuple(latents.shape[1:])
+        assert torch.equal(batch["latents"], latents.half().float())
+        assert torch.equal(batch["text"], TEXT.encode([caption]))
+        assert batch["reward"].item() == pytest.approx(video.mean().item() + len(caption), abs=1e-5)
+    assert sorted(shape[1] for shape in got.shapes) == [1, 1, 4, 4, 4]  # images and videos, each with its own T
+    pair = got.at(0, 0, 2)
+    assert got.batch(pair)["latents"].shape[0] == 2 == got.batch(pair)["text"].shape[0]
+    mixed = [got.shapes.index(shape) for shape in set(got.shapes)]
+    with pytest.raises(ValueError, match="one shape"):
+        got.batch(mixed)
+
+
+def test_cache_without_reward(clips, tmp_path):
+    cache(clips, tmp_path / "cache", VAE, TEXT, MADE)
+    assert LatentCache(tmp_path / "cache").batch([0])["reward"] is None
+
+
+def test_words_that_the_encoder_does_not_know_skip_the_clip(clips, tmp_path, capsys):
+    (clips / "c.txt").write_text("a purple ball")
+    assert cache(clips, tmp_path / "cache", VAE, TEXT, MADE) == 4
+    assert "c.mkv (unknown word 'purple'" in capsys.readouterr().err
+
+
+def stems(folder):
+    """The file names in all shards, and in those that the plan has not yet made."""
+    plan = json.loads((folder / "index.json").read_text())["shards"]
+    found = []
+    for k in range(len(plan)):
+        if (file := data._shard(folder, k)).exists():
+            with safe_open(file, "pt") as f:
+                found.append([s["name"] for s in json.loads(f.metadata()["samples"])])
+    return [name for names in found for name in names], plan
+
+
+KILLED = """
+import sys, time
+sys.path[:0] = [{here!r}, {tests!r}]
+import test_data as t
+class Slow(t.ToyVAE):
+    def encode(self, video):
+        time.sleep(0.15)
+        return super().encode(video)
+t.cache({clips!r}, {out!r}, Slow(), t.TEXT, t.MADE, shard=2)
+"""
+
+
+def test_a_killed_run_goes_on_and_no_clip_is_lost_or_doubled(tmp_path):
+    clips, out = tmp_path / "clips", tmp_path / "cache"
+    clips.mkdir()
+    for i in range(16):
+        picture(clips / f"{i:02d}.png", level=10 * i)
+        (clips / f"{i:02d}.txt").write_text(f"picture of number {WORDS[8 + i % 10]}")
+    program = KILLED.format(here=str(HERE), tests=str(HERE / "tests"), clips=str(clips), out=str(out))
+    made = {}
+    for target in (2, 4):  # killed twice, each time with a shard half done
+        run = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL)
+        while len(list(out.glob("shard-*.safetensors"))) < target and run.poll() is None:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        os.kill(run.pid, signal.SIGKILL)
+        run.wait()
+        found, plan = stems(out)
+        assert len(found) == len(set(found)) and target * 2 <= len(found) < 16 and len(plan) == 8
+        with pytest.raises(UserError, match=r"unfinished, . of 8 shards are missing.*run data.py cache again"):
+            LatentCache(out)
+        made |= {p: p.stat().st_mtime_ns for p in out.glob("shard-*.safetensors") if p not in made}
+    picture(clips / "zz.png")  # a clip that is new since is added
+    (clips / "zz.txt").write_text("a red ball")
+    assert cache(clips, out, VAE, TEXT, MADE, shard=2) == 17
+    assert {p: p.stat().st_mtime_ns for p in made} == made  # what was finished is not made again
+    found, _ = stems(out)
+    assert sorted(found) == sorted(p.name for p in clips.glob("*.png"))
+    got = LatentCache(out)
+    for name, i in zip(found, range(17)):
+        want = VAE.encode(load_clip(clips / name, 16, 32, 48, 8.0, 5)[None])
+        assert torch.equal(got.batch([i])["latents"], want.half().float())
+    assert cache(clips, out, VAE, TEXT, MADE, shard=2) == 17  # nothing left to do
+
+
+def test_ranks_take_their_share(clips, tmp_path, capsys):
+    out = tmp_path / "cache"
+    first = cache(clips, out, VAE, TEXT, MADE, shard=1, rank=1, world=3)
+    with pytest.raises(UserError, match="unfinished"):
+        LatentCache(out)
+    assert 0 < first < 5
+    cache(clips, out, VAE, TEXT, MADE, shard=1, rank=0, world=3)
+    assert cache(clips, out, VAE, TEXT, MADE, shard=1, rank=2, world=3) == 5 == len(LatentCache(out))
+    found, _ = stems(out)
+    assert sorted(found) == Folder(clips, 16, 32, 48, 8.0).names
+    # together the ranks name each skipped file once (the folder above names them again)
+    said = [line for line in capsys.readouterr().err.splitlines() if "skipped" in line][:-1]
+    assert all(
+        sum(line.count(f"{n} (") for line in said) == 1 for n in ("short.mp4", "silent.mp4", "gone.mp4", "text.png")
+    )
+
+
+def test_a_rank_without_a_share_is_content(clips, tmp_path):
+    assert cache(clips, tmp_path / "cache", VAE, TEXT, MADE, shard=64, rank=1, world=2) == 0
+    assert cache(clips, tmp_path / "cache", VAE, TEXT, MADE, shard=64, rank=0, world=2) == 5
+
+
+@pytest.mark.parametrize("key, value", [("vae", "of another VAE"), ("fps", 12.0), ("reward", "hpsv2")])
+def test_mixing_is_refused(clips, tmp_path, key, value):
+    cache(clips, tmp_path / "cache", VAE, TEXT, MADE)
+    with pytest.raises(UserError, match=f"another {key}"):
+        cache(clips, tmp_path / "cache", VAE, TEXT, MADE | {key: value})
+    with pytest.raises(UserError, match=f"another {key}"):
+        LatentCache(tmp_path / "cache", **{key: value})
+    with pytest.raises(UserError, match="another text"):
+        cache(clips, tmp_path / "cache", VAE, WordTable(WORDS, 32, 8, seed=1), MADE)
+
+
+def test_fingerprint_of_a_model():
+    a = data.fingerprint(ToyVAE())
+    assert a == data.fingerprint(ToyVAE()) != data.fingerprint(ToyVAE(0.25))
+    other = ToyVAE()
+    other.weight.data += 1e-3
+    assert a != data.fingerprint(other)
+
+
+def test_damaged_caches(clips, tmp_path):
+    out = tmp_path / "cache"
+    with pytest.raises(UserError, match="not a cache"):
+        LatentCache(clips)
+    cache(clips, out, VAE, TEXT, MADE, shard=2)
+    whole = data._shard(out, 1).read_bytes()
+    for cut in (whole[: len(whole) // 2], whole[:-1], b""):
+        data._shard(out, 1).write_bytes(cut)
+        with pytest.raises(UserError, match=r"shard-00001\.safetensors is missing or damaged"):
+            LatentCache(out)
+    data._shard(out, 1).write_bytes(whole)
+    LatentCache(out)
+    (out / "null.safetensors").unlink()
+    with pytest.raises(UserError, match="null"):
+        LatentCache(out)
+    (out / "index.json").write_text('{"made": {')
+    with pytest.raises(UserError, match="not a cache"):
+        LatentCache(out)
+
+
+def test_nothing_to_cache(clips, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no usable clip"):
+        cache(tmp_path / "empty", tmp_path / "cache", VAE, TEXT, MADE)
+    assert not (tmp_path / "cache").exists()
+    for name in ("d.png", "E.JPG"):
+        (clips / name).unlink()
+    with pytest.raises(UserError, match="no usable clip"):
+        cache(clips, tmp_path / "cache", VAE, TEXT, MADE | {"frames": 1600})
+    with pytest.raises(UserError, match="the VAE does not take such clips: 20 frames"):
+        cache(clips, tmp_path / "other", VAE, TEXT, MADE | {"frames": 20, "fps": 12.0})
+    with pytest.raises(UserError, match="cannot write"):
+        cache(clips, clips / "a.mp4" / "cache", VAE, TEXT, MADE)
+
+
+def test_the_command(clips, tmp_path):
+    """`python data.py cache` with a VAE from a file, the small world's words, and a reward; and its mistakes."""
+    import checkpoint
+    import shapes
+    from rewards import jpeg_compressibility
+    from vae3d import VAE3D, VAEConfig
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vae = VAE3D(
+            VAEConfig((8, 8, 8), 4, layers_per_block=1, groups=4, patch=4, chunking="independent", chunk_frames=16)
+        )
+    checkpoint.save_model(tmp_path / "vae.safetensors", vae)
+    (clips / "metadata.jsonl").unlink()
+    for name in ("a", "c", "d"):
+        (clips / f"{name}.txt").write_text("a red circle")
+    (clips / "E.txt").write_text("no shape at all")
+
+    def run(*more):
+        command = [sys.executable, "data.py", "cache", "--data", clips, "--vae", tmp_path / "vae.safetensors"]
+        command += ["--out", tmp_path / "cache", "--height", "32", "--width", "48", "--device", "cpu", *more]
+        return subprocess.run([str(c) for c in command], capture_output=True, text=True, cwd=HERE)
+
+    done = run("--reward", "jpeg_compressibility")
+    assert done.returncode == 0 and "3 clips" in done.stdout, done.stderr
+    assert "clip/s" in done.stderr and "E.JPG (unknown word 'no'" in done.stderr
+    words = WordTable(shapes.WORDS)
+    vae = checkpoint.load_model(tmp_path / "vae.safetensors", VAE3D)[0]
+    got = LatentCache(tmp_path / "cache", vae=data.fingerprint(vae), text=words.fingerprint)
+    video = load_clip(clips / "a.mp4", 16, 32, 48, 8.0, 0)[None]
+    with torch.no_grad():
+        assert torch.allclose(got.batch([0])["latents"], vae.encode(video), atol=1e-2)
+    assert got.batch([0])["reward"].item() == pytest.approx(jpeg_compressibility(video).item(), abs=1e-4)
+    assert torch.equal(got.batch([0])["text"], words.encode(["a red circle"]))
+    for more, says in ((["--frames", "20"], "another frames"), (["--vae", "no.safetensors"], "no.safetensors")):
+        done = run(*more)
+        assert done.returncode == 2 and done.stderr.startswith("error: ") and says in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+
+def test_presets_fit_the_models():
+    import dit
+
+    assert set(data.PRESETS) == set(dit.PRESETS)
+    for name, config in dit.PRESETS.items():
+        preset = data.PRESETS[name]
+        assert preset["text_length"] == config.text_length
+        assert (preset["height"] // 8, preset["width"] // 8) == config.latents[1:]
+    assert WordTable(["a"]).dim == dit.PRESETS["shapes"].text_dim
