@@ -1,0 +1,290 @@
+"""sample.py with a tiny random teacher, student and VAE; only the first run is a process of its own, for speed."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import sample
+import shapes
+from cli import run
+from dit import DiT, DiTConfig
+from schedule import Schedule, timesteps
+from vae3d import VAE3D, VAEConfig
+from video import read_video
+
+SCRIPT = Path(sample.__file__)
+FRAMES, HEIGHT, WIDTH = 16, 16, 32
+PROMPT = "a red star spins at night"
+
+
+def perturb(model, seed, size=0.2):
+    """No layer may stay at zero, or neither words nor steps would change anything."""
+    noise = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += size * torch.randn(p.shape, generator=noise)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A folder with student.safetensors, teacher.safetensors and vae.safetensors."""
+    folder = tmp_path_factory.mktemp("weights")
+    config = DiTConfig(
+        channels=4, width=32, depth=1, heads=2, text_dim=32, text_length=16, time_dim=16, latents=(5, 2, 4)
+    )
+    model = perturb(DiT(config), 1)
+    checkpoint.save_model(folder / "teacher.safetensors", model, kind="teacher", w=2.0)
+    checkpoint.save_model(folder / "student.safetensors", model, kind="student", timesteps=[999, 749, 499, 249])
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vae = VAE3D(VAEConfig((8, 8, 8), 4, 1, 4, patch=4, chunking="independent", chunk_frames=16, scaling_factor=1.0))
+    checkpoint.save_model(folder / "vae.safetensors", vae)
+    return folder
+
+
+@pytest.fixture
+def call(weights, tmp_path, monkeypatch, capsys):
+    """call(*flags) -> (exit code, stdout, stderr), on a clone whose bundled weights are the tiny ones."""
+    monkeypatch.setattr(sample, "WEIGHTS", weights)
+    monkeypatch.chdir(tmp_path)
+
+    def call(*flags):
+        code = 0
+        try:
+            run(lambda: sample.main([str(f) for f in flags]))
+        except SystemExit as e:
+            code = e.code
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """The t (B,) of every network call, in order."""
+    steps, forward = [], DiT.forward
+
+    def spy(self, x, t, text):
+        steps.append(t.tolist())
+        return forward(self, x, t, text)
+
+    monkeypatch.setattr(DiT, "forward", spy)
+    return steps
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The videos that are written one by one, before any codec has touched them."""
+    videos, write = [], sample.write_video
+    monkeypatch.setattr(sample, "write_video", lambda path, video, fps: (videos.append(video), write(path, video, fps)))
+    return videos
+
+
+def test_alone_as_a_process_and_again(weights, call, tmp_path):
+    there = tmp_path / "elsewhere"
+    there.mkdir()
+    flags = ["--steps", 4, "--weights", weights / "student.safetensors", "--vae", weights / "vae.safetensors"]
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), *map(str, flags)], cwd=there, capture_output=True, text=True, env=os.environ
+    )
+    assert done.returncode == 0, done.stderr
+    assert "4 network evaluations a video, 32 in all" in done.stdout and "samples/student4-seed0.png" in done.stdout
+    files = sorted((there / "samples").iterdir())
+    assert [f.suffix for f in files].count(".mp4") == len(sample.PROMPTS) == len(files) - 1
+    for file in files:
+        if file.suffix == ".mp4":
+            frames, fps = read_video(file)
+            assert frames.shape == (FRAMES, HEIGHT, WIDTH, 3) and fps == pytest.approx(8)
+    assert call(*flags)[0] == 0  # the same command: the same bits
+    for file in files:
+        assert file.read_bytes() == (tmp_path / "samples" / file.name).read_bytes()
+
+
+def test_own_prompts_are_of_the_world():
+    named = [shapes.parse(prompt) for prompt in sample.PROMPTS]
+    for prompt, n in zip(sample.PROMPTS, named):
+        assert set(prompt.split()) <= set(shapes.WORDS)
+        hidden = shapes.SCENE_COLOURS[n["scene"]] | shapes.LOOK_COLOURS.get(n.get("look"), set())
+        assert not {n["colour"], n.get("colour2")} & hidden
+        assert n.get("look") != "black and white" and (n.get("look") != "pixel art" or n["size"] == "large")
+        assert n["action"] != "spins" or n["object"] not in ("circle", "ring")
+    for factor, least in (("scene", 6), ("object", 8), ("action", 6), ("relation", 1), ("camera", 1), ("look", 2)):
+        assert len({n[factor] for n in named if factor in n}) >= least
+
+
+def test_seed_and_neighbours(call, drawn):
+    other = "a blue square moves left"
+    for flags in (
+        ["--prompt", PROMPT],
+        ["--prompt", PROMPT, other],
+        ["--prompt", PROMPT, PROMPT, "--batch", 2],
+        ["--prompt", PROMPT, "--seed", 1],
+    ):
+        assert call(*flags)[0] == 0
+    alone, first, _, batched, again, seeded = drawn
+    assert torch.equal(alone, first)  # neighbours change nothing
+    assert torch.allclose(alone, batched, atol=1e-5)  # batching only rounding
+    assert not torch.allclose(batched, again, atol=1e-2)  # the same prompt twice is two videos
+    assert not torch.allclose(alone, seeded, atol=1e-2)
+    assert call("--prompt", other)[0] == 0
+    assert not torch.allclose(alone, drawn[-1], atol=1e-2)  # the words are heard
+
+
+@pytest.mark.parametrize(
+    "flags, steps",
+    [
+        ([], [999, 749, 499, 249]),
+        (["--steps", 2], [999, 499]),
+        (["--steps", 1], [999]),
+        (["--timesteps", "999,249"], [999, 249]),
+        (["--timesteps", 749, 499, "--steps", 2, "--transition", "ddim"], [749, 499]),
+    ],
+)
+def test_student_steps(call, seen, flags, steps):
+    code, out, _ = call("--prompt", PROMPT, *flags)
+    assert code == 0 and seen == [[t] for t in steps]
+    assert f"{len(steps)} network evaluations a video, {len(steps)} in all" in out
+
+
+def test_teacher_is_guided_ddim(call, seen, drawn, weights):
+    flags = ["--prompt", PROMPT, "--weights", weights / "teacher.safetensors"]
+    code, out, _ = call(*flags)
+    assert code == 0 and seen == [[t, t] for t in timesteps(50)] and "100 network evaluations a video" in out
+    seen.clear()
+    code, out, _ = call(*flags, "--steps", 3, "--w", 0)
+    assert code == 0 and seen == [[t] for t in timesteps(3)] and "3 network evaluations a video" in out
+    for w in (2, -1):  # 2 is what the weights say
+        assert call(*flags, "--steps", 3, "--w", w)[0] == 0
+    assert call(*flags, "--steps", 3)[0] == 0
+    assert torch.equal(drawn[-1], drawn[-3]) and not torch.allclose(drawn[-1], drawn[-2], atol=1e-2)
+
+
+@pytest.mark.parametrize("kind, transition", [("student", "renoise"), ("student", "ddim"), ("teacher", None)])
+def test_a_perfect_network_draws_what_it_knows(call, drawn, weights, monkeypatch, kind, transition):
+    """The exact conjugate velocity towards one clip of latents leads there from any noise, and the VAE decodes it."""
+    schedule = Schedule("ddpm")
+    goal = torch.randn(1, 4, 5, 2, 4, generator=torch.Generator().manual_seed(3))
+
+    def exact(self, x, t, text):
+        a, b = schedule.ab(t, x)
+        return (goal - (x.double() - a * goal) / b).float()  # x_0 - eps
+
+    monkeypatch.setattr(DiT, "forward", exact)
+    flags = ["--transition", transition] if transition else []
+    assert call("--prompt", PROMPT, "--weights", weights / f"{kind}.safetensors", "--steps", 4, *flags)[0] == 0
+    vae, _ = checkpoint.load_model(weights / "vae.safetensors", VAE3D)
+    with torch.no_grad():
+        assert torch.allclose(drawn[0], vae.decode(goal)[0].clamp(-1, 1), atol=1e-4)
+
+
+def test_several_prompts_in_one_file_are_tiled(call, tmp_path):
+    (tmp_path / "prompts.txt").write_text(f"{PROMPT}\n\n  a blue ring  \n", encoding="utf-8")
+    assert call("--prompts", "prompts.txt", "--prompt", "a star", "--out", "new/all.gif", "--steps", 1)[0] == 0
+    assert call("--prompt", PROMPT, "--out", "new/one.GIF", "--steps", 1)[0] == 0
+    tiled, fps = read_video("new/all.gif")
+    assert len(tiled) == FRAMES and fps == pytest.approx(8, rel=0.05)
+    assert tiled.shape[1] > 2 * HEIGHT and tiled.shape[2] > 2 * WIDTH  # 2 x 2 with one empty
+    assert read_video("new/one.GIF")[0].shape == (FRAMES, HEIGHT, WIDTH, 3)
+    assert sorted(p.name for p in Path("new").iterdir()) == ["all.gif", "one.GIF"]
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--prompt", "a red starr"], ["starr", "star"]),
+        (["--prompt", PROMPT, " "], ["empty prompt"]),
+        (["--prompt", "..."], ["empty prompt"]),
+        (["--prompt"], ["empty prompt"]),
+        (["--prompts", "none.txt"], ["none.txt"]),
+        (["--prompts", "blank.txt"], ["blank.txt", "empty"]),
+        (["--steps", 3], ["1, 2, 4", "3"]),
+        (["--steps", 0], ["0"]),
+        (["--timesteps", "999,500"], ["749", "500"]),
+        (["--timesteps", "499,999"], ["descend"]),
+        (["--timesteps", "999,499", "--steps", 4], ["--steps"]),
+        (["--w", 3], ["--w"]),
+        (["--batch", 0], ["--batch"]),
+        (["--device", "abacus"], ["abacus"]),
+        (["--weights", "none.safetensors"], ["none.safetensors"]),
+        (["--weights", "cut.safetensors"], ["cut.safetensors"]),
+        (["--weights", "folder"], ["transformer/"]),
+        (["--weights", "vae.safetensors"], ["vae.safetensors"]),
+        (["--vae", "none.safetensors"], ["none.safetensors"]),
+        (["--vae", "cut.safetensors"], ["cut.safetensors"]),
+        (["--vae", "other.safetensors"], ["other.safetensors", "--vae"]),
+        (["--weights", "t5.safetensors"], ["t5.safetensors", "--text"]),
+        (["--out", "film.avi"], [".mp4", ".gif"]),
+        (["--out", "film.mp4.txt"], [".mp4", ".gif"]),
+        (["--out", "blank.txt/film.mp4"], ["cannot write"]),
+        (["--out", "plain/deeper"], ["cannot write"]),
+        (["--out", "folder.mp4"], ["folder.mp4"]),
+    ],
+)
+def test_bad_input(call, seen, weights, tmp_path, flags, words):
+    """Exit code 2, one line, no network call, and nothing new on the disk."""
+    (tmp_path / "blank.txt").write_text("\n \n")
+    (tmp_path / "plain").write_text("a file")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder.mp4").mkdir()
+    whole = (weights / "student.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "vae.safetensors").write_bytes((weights / "vae.safetensors").read_bytes())
+    if "other.safetensors" in flags:
+        other = VAE3D(VAEConfig((8, 8, 8), 8, 1, 4, patch=4, chunking="independent", chunk_frames=16))
+        checkpoint.save_model("other.safetensors", other)
+    if "t5.safetensors" in flags:
+        student, _ = checkpoint.load_model(weights / "student.safetensors", DiT)
+        checkpoint.save_model("t5.safetensors", student, kind="student", text_fingerprint="another")
+    before = sorted(tmp_path.rglob("*"))
+    code, out, err = call(
+        *(["--prompt", PROMPT] if "--prompt" not in flags and "--prompts" not in flags else []), *flags
+    )
+    assert code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1, err
+    assert all(word in err for word in words), err
+    assert seen == [] and sorted(tmp_path.rglob("*")) == before
+
+
+def test_broken_weights_leave_nothing(call, weights, tmp_path):
+    student, about = checkpoint.load_model(weights / "student.safetensors", DiT)
+    with torch.no_grad():
+        student.out.bias.fill_(float("nan"))
+    checkpoint.save_model("nan.safetensors", student, kind="student", timesteps=about["timesteps"])
+    code, _, err = call("--prompt", PROMPT, "--weights", "nan.safetensors", "--out", "film.mp4")
+    assert code == 2 and "not finite" in err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["nan.safetensors"]
+
+
+def test_a_cogvideox_folder(call, seen, tmp_path):
+    """diffusers' layout is a teacher with T5, until its config.json says that it is a student."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2, "panda": 3}, "<unk>"))
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained("all/tokenizer")
+    config = DiTConfig(4, 32, 1, 2, text_dim=16, text_length=5, time_dim=16, latents=(3, 2, 4), norm_eps=1e-5)
+    with torch.random.fork_rng():
+        T5EncoderModel(T5Config(8, 16, 8, 16, 1, num_heads=2)).save_pretrained("all/text_encoder")
+        VAE3D(VAEConfig((8, 8, 8, 8), 4, 1, 4)).save_cogvideox("all/vae")
+    DiT(replace(config, prediction="velocity", schedule="cogvideox")).save_cogvideox("all/transformer")
+    flags = ["--weights", "all", "--prompt", "panda", "--steps", 2, "--out"]
+    code, out, err = call(*flags, "panda.mp4")
+    assert code == 0 and seen == [[999, 999], [499, 499]] and "teacher, 2 steps guided with w = 5" in out, err
+    assert read_video("panda.mp4")[0].shape == (9, 16, 32, 3)
+    file = tmp_path / "all" / "transformer" / "config.json"
+    said = json.loads(file.read_text())
+    said["_dollar"] |= {"kind": "student", "timesteps": [999, 499], "fps": 12}
+    file.write_text(json.dumps(said))
+    seen.clear()
+    assert call(*flags, "student.mp4")[0] == 0 and seen == [[999], [499]]
+    assert read_video("student.mp4")[1] == pytest.approx(12)
+    assert call(*flags, "student.mp4", "--vae", "nothing")[0] == 2
