@@ -1,25 +1,22 @@
 """The text-to-video diffusion transformer: CogVideoX's architecture, and its published weights in and out.
 
-A video's latents are cut into 2x2 patches, one token each. Text tokens and video tokens form one sequence, and every
-token attends to every other: there is no separate attention over space, time or text, so an object can follow its word
-through the whole clip. The step t reaches the network only through adaLN: each block shifts, scales and gates the two
-kinds of token with numbers computed from t, each kind with its own ("expert" adaLN), while the norm, the attention and
-the feed-forward are shared.
+A clip's latents are cut into 2x2 patches, one token each. Text and video tokens form one sequence in which every token
+attends to every other: with no separate attention over space, time or text, an object can follow its word through the
+whole clip. The step t acts through adaLN alone: in each block it shifts, scales and gates the two kinds of token, each
+kind with its own numbers, while the norm, the attention and the feed-forward are shared.
 
-    text (B,L,D) -> Linear ----------------+                            (text is dropped)
-                                           +-> block x depth -> norm -> adaLN norm -> Linear -> unpatchify
-    x (B,C,T,H,W) -> patches -> Linear ----+                              (B,C,T,H,W)
-    t (B,) -> sinusoid -> MLP -> c, given to every block
+    text (B,L,D)  -> Linear ---------+                             (text is dropped)
+                                     +-> block x depth -> norm -> adaLN -> Linear -> patches -> (B,C,T,H,W)
+    x (B,C,T,H,W) -> patches -> Linear
+    t (B,)        -> sinusoid -> MLP -> every block
 
-Where a token stands is said in one of two ways: a fixed sine-cosine table added once (the 2B family), or a rotation of
-queries and keys (the 5B family). Neither is learned, so any clip size works, and neither is saved. Both are computed
-when first needed and kept beside the model, not in it: `.to(bfloat16)` cannot round them, and building on the meta
-device cannot lose them.
+Where a token stands is told by a fixed sine-cosine table added once (the 2B family), or by rotating queries and keys
+(the 5B family). Nothing of it is learned, so clips of any size work. The tables are made when first needed and kept
+outside the network: `.to(bfloat16)` cannot round them, and building on the meta device cannot lose them.
 
-What a network predicts and on which schedule is part of its weights, so the config carries it.
-The forward pass and every default follow `CogVideoXTransformer3DModel` of diffusers; the 1.5 and image-to-video models
-differ in their patches and inputs and are refused by name.
-Sources: CogVideoX, arXiv:2408.06072, section 2; DiT, arXiv:2212.09748 (adaLN and its zero start).
+What a network predicts, and on which schedule, belongs to its weights: the config says it.
+Forward pass and defaults are those of diffusers' `CogVideoXTransformer3DModel`; the 1.5 and image-to-video models have
+other patches or inputs and are refused. Sources: CogVideoX, arXiv:2408.06072; DiT, arXiv:2212.09748 (adaLN).
 """
 
 import functools
@@ -34,7 +31,6 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from cli import UserError, atomic
@@ -46,9 +42,9 @@ Kind = Literal["ddpm", "cogvideox", "flow"]
 @dataclass(frozen=True)
 class DiTConfig:
     channels: int = 12  # of the latents
-    width: int = 256  # of a token
+    width: int = 192  # of a token
     depth: int = 6  # blocks
-    heads: int = 4  # of width / heads each
+    heads: int = 3  # of width / heads each
     patch: int = 2  # in space; a latent frame is never merged with its neighbour
     text_dim: int = 128  # of a text token as the encoder gives it
     text_length: int = 32  # tokens a caption is padded to; padding is attended, as in the published models
@@ -68,10 +64,7 @@ class DiTConfig:
             if getattr(self, name) not in get_args(words):
                 raise ValueError(f"{name} {getattr(self, name)!r} is none of {', '.join(get_args(words))}")
         if self.width % self.heads or (self.width // self.heads if self.rotary else self.width) % 16:
-            raise ValueError(
-                f"width {self.width} must be a multiple of heads {self.heads}, and of 16 (with rotary, of 16 heads): "
-                "positions divide it as 4 : 6 : 6"
-            )
+            raise ValueError(f"width {self.width} is no multiple of {self.heads} heads and of 16 (rotary: of 16 heads)")
 
 
 _2B = DiTConfig(
@@ -86,59 +79,62 @@ PRESETS = {
 }
 
 
+def _angles(start, stop, n, dim, device):
+    """n evenly spaced places times dim / 2 frequencies from 1 down towards 1 / 10000: (n, dim / 2), float64."""
+    how = {"dtype": torch.float64, "device": "cpu" if device.type == "mps" else device}  # mps has no float64
+    freqs = 10000.0 ** (-torch.arange(dim // 2, **how) / (dim // 2))
+    return torch.outer(torch.linspace(start, stop, n, **how), freqs)
+
+
+def _every_token(*parts):
+    """Join parts that broadcast to (T, h, w, d) each: (T * h * w, sum of d)."""
+    size = torch.broadcast_shapes(*(part.shape[:3] for part in parts))
+    return torch.cat([part.expand(*size, -1) for part in parts], -1).flatten(0, 2)
+
+
 @functools.lru_cache(maxsize=4)  # teacher, student and fake score share one
-@torch.inference_mode(False)  # what sampling puts in the cache, training may take out
+@torch.inference_mode(False)  # what sampling leaves in the cache, training must be able to use
 def sincos_table(width, frames, rows, cols, spatial_scale, temporal_scale, dtype, device):
-    """The fixed positions of the 2B family, (1, frames * rows * cols, width), in patches: time, then column, then row.
+    """The added positions of the 2B family, (1, frames * rows * cols, width); rows and columns are of patches.
 
-    A quarter of the width is for time, three eighths each for column and row; each part is sines, then cosines.
+    A quarter of the width tells the time, three eighths the column, three eighths the row; sines before cosines.
     """
-
-    def axis(n, dim, scale):
-        freqs = 10000.0 ** (-torch.arange(dim // 2, dtype=torch.float64, device="cpu") / (dim // 2))
-        angle = torch.outer(torch.arange(n, dtype=torch.float64, device="cpu") / scale, freqs)
-        return torch.cat([angle.sin(), angle.cos()], -1)  # (n, dim)
-
-    t = axis(frames, width // 4, temporal_scale)[:, None, None].expand(-1, rows, cols, -1)
-    x = axis(cols, width // 8 * 3, spatial_scale)[None, None].expand(frames, rows, -1, -1)
-    y = axis(rows, width // 8 * 3, spatial_scale)[None, :, None].expand(frames, -1, cols, -1)
-    return torch.cat([t, x, y], -1).reshape(1, -1, width).to(device, dtype)
+    t = _angles(0, (frames - 1) / temporal_scale, frames, width // 4, device)
+    x = _angles(0, (cols - 1) / spatial_scale, cols, width // 8 * 3, device)
+    y = _angles(0, (rows - 1) / spatial_scale, rows, width // 8 * 3, device)
+    t, x, y = (torch.cat([angle.sin(), angle.cos()], -1) for angle in (t, x, y))
+    return _every_token(t[:, None, None], x[None, None], y[None, :, None]).to(device, dtype)[None]
 
 
 @functools.lru_cache(maxsize=4)
 @torch.inference_mode(False)
 def rotary_table(dim, frames, rows, cols, base_rows, base_cols, text_length, device):
-    """Cosines and sines of the 5B family's rotation, (2, text_length + frames * rows * cols, 1, dim / 2), float32.
+    """The rotations of the 5B family, (text_length + frames * rows * cols, 1, dim / 2), unit complex numbers.
 
-    Frames count 0, 1, 2, ...; rows and columns are those of the largest centred box of this shape inside the training
-    size (base_rows, base_cols), so a clip of another size spans the positions it was trained on. Text does not rotate.
+    Frames count 0, 1, 2, ...; rows and columns are spread over the largest centred box of their shape inside the
+    training size (base_rows, base_cols), so that a clip of another size spans the positions it was trained on. Text
+    is not rotated. Complex also because mixed precision, which rounds the float32 inputs of a block, leaves it alone.
     """
     if rows / cols > base_rows / base_cols:
         height, width = base_rows, round(base_rows / rows * cols)
     else:
         height, width = round(base_cols / cols * rows), base_cols
     top, left = round((base_rows - height) / 2), round((base_cols - width) / 2)
-
-    def axis(start, stop, n, dim):
-        freqs = 10000.0 ** (-torch.arange(0, dim, 2, dtype=torch.float64, device="cpu") / dim)
-        place = torch.linspace(start, stop * (n - 1) / n, n, dtype=torch.float64, device="cpu")
-        return torch.outer(place, freqs)  # (n, dim / 2)
-
-    t = axis(0, frames, frames, dim // 4)[:, None, None].expand(-1, rows, cols, -1)
-    y = axis(top, top + height, rows, dim // 8 * 3)[None, :, None].expand(frames, -1, cols, -1)
-    x = axis(left, left + width, cols, dim // 8 * 3)[None, None].expand(frames, rows, -1, -1)
-    angle = F.pad(torch.cat([t, y, x], -1).flatten(0, 2), (0, 0, text_length, 0))  # (L + N, dim / 2)
-    return torch.stack([angle.cos(), angle.sin()])[:, :, None].to(device, torch.float32)
+    t = _angles(0, frames - 1, frames, dim // 4, device)
+    y = _angles(top, (top + height) * (rows - 1) / rows, rows, dim // 8 * 3, device)
+    x = _angles(left, (left + width) * (cols - 1) / cols, cols, dim // 8 * 3, device)
+    angle = F.pad(_every_token(t[:, None, None], y[None, :, None], x[None, None]), (0, 0, text_length, 0))
+    return torch.polar(torch.ones_like(angle), angle)[:, None].to(torch.complex64).to(device)
 
 
 def rotate(x, table):
-    """Turn neighbouring pairs of x (B, S, heads, dim) by the angles of rotary_table, in float32."""
-    (cos, sin), (a, b) = table, x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2).to(x.dtype)
+    """Turn neighbouring pairs of x (B,S,heads,dim) by rotary_table, in float32."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * table).flatten(-2).to(x.dtype)
 
 
 def timestep_sinusoid(t, width):
-    """Cosines, then sines, of t (B,) at width / 2 frequencies from 1 down to 1 / 10000: (B, width), float32."""
+    """Cosines, then sines, of t (B,) at width / 2 frequencies: (B, width), in float32 as the weights have known it."""
     freqs = torch.exp(-math.log(10000) * torch.arange(width // 2, dtype=torch.float32, device=t.device) / (width // 2))
     angle = t[:, None].float() * freqs
     return torch.cat([angle.cos(), angle.sin()], -1)
@@ -247,11 +243,10 @@ class DiT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed):
-        """Draw every parameter anew from `seed`, the same on every device and with every way of sharding.
+        """Draw every parameter anew from `seed`, alike on every device and however sharded; also after `to_empty`.
 
-        Matrices are Xavier uniform and biases zero. The adaLN layers and the last one start at zero, so each block is
-        the identity and the output 0 (DiT, section 3.2). Makes a network built on the meta device usable after
-        `to_empty`.
+        Matrices are Xavier uniform, biases zero. The adaLN layers and the last one start at zero: each block is the
+        identity and the output 0 (DiT, section 3.2). Sharded, call it within PyTorch's `implicit_replication`.
         """
         generator = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
@@ -262,21 +257,17 @@ class DiT(nn.Module):
             elif name.endswith("weight") and not module.startswith("modulation") and name != "out.weight":
                 bound = math.sqrt(6 / (p.shape[0] + p.shape[1:].numel()))
                 full.uniform_(-bound, bound, generator=generator)
-            if isinstance(p, DTensor):  # every rank draws the whole and keeps its part
-                full = distribute_tensor(full.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
             p.copy_(full)
 
     @classmethod
     def from_cogvideox(cls, folder, dtype=None):
-        """Published weights: `folder` is the `transformer` folder of a diffusers pipeline, in one file or in shards.
+        """The network in `folder`, the `transformer` folder of a diffusers pipeline, in one file or in shards.
 
-        dtype None keeps each tensor's own. The tensors are read one at a time into a network built without memory, so
-        the peak is the weights and one tensor. What the network predicts and its schedule are taken from our own entry
-        in config.json if we saved it, else from `scheduler/scheduler_config.json` beside the folder, else they are
-        those CogVideoX published for the family. Raises UserError naming the file, key or tensor that does not fit.
+        dtype None keeps each tensor's own. Tensors are read one at a time, so the peak is the weights and one tensor.
+        What it predicts, on which schedule, is what `save_cogvideox` noted, else what `scheduler/` beside the folder
+        says, else what CogVideoX published. Raises UserError naming the file, field or tensor that does not fit.
         """
-        folder = Path(folder)
-        config = _read_config(folder)
+        folder, config = Path(folder), _read_config(Path(folder))
         with torch.device("meta"):
             model = cls(config)
         names = weight_names(config.depth)
@@ -299,12 +290,12 @@ class DiT(nn.Module):
         """Write config.json and one safetensors file that diffusers' CogVideoXTransformer3DModel loads, in our dtype.
 
         diffusers skips config entries that begin with an underscore: there we keep what the network predicts.
-        Raises UserError if the folder cannot be written, or holds other weights that would be read instead.
+        Raises UserError if the folder cannot be written, or holds sharded weights, which would be read instead.
         """
         folder = Path(folder)
-        file = folder / "diffusion_pytorch_model.safetensors"
-        if others := [p for p in _weight_files(folder) if p != file]:
-            raise UserError(f"{folder} already holds {others[0].name}: give another folder")
+        file = folder / FILE
+        if (folder / INDEX).exists():
+            raise UserError(f"{folder} already holds {INDEX}: give another folder")
         weights = {key: self.get_parameter(name).data.cpu() for key, name in weight_names(self.config.depth).items()}
         made = {"_class_name": CLASS, "_dollar": {name: getattr(self.config, name) for name in MADE}}
         try:
@@ -330,7 +321,8 @@ BLOCK = {  # blocks.<i>.<ours>, transformer_blocks.<i>.<theirs>
 }
 DROPPED = {"patch_embed.pos_embedding"}  # the fixed table, which some files store and we compute
 
-CLASS = "CogVideoXTransformer3DModel"
+CLASS, FILE = "CogVideoXTransformer3DModel", "diffusion_pytorch_model.safetensors"
+INDEX = FILE + ".index.json"
 CONFIG = {
     "channels": "in_channels", "heads": "num_attention_heads", "depth": "num_layers", "patch": "patch_size",
     "text_dim": "text_embed_dim", "text_length": "max_text_seq_length", "time_dim": "time_embed_dim",
@@ -367,62 +359,51 @@ def _to_diffusers(config):
 
 
 def _read_config(folder):
-    path, default = folder / "config.json", PRESETS["cogvideox-2b"]
-    get = _to_diffusers(default) | _read_json(path)  # the 2B's are diffusers' defaults
-    for key, value in ({"_class_name": CLASS, "out_channels": get["in_channels"]} | FIXED).items():
-        if get.get(key) != value:
-            raise UserError(f"{path}: {key} is {get.get(key)}, not {value}: want CogVideoX 2B or 5B, text to video")
-    shift = PRESETS["cogvideox-5b" if get["use_rotary_positional_embeddings"] else "cogvideox-2b"].snr_shift
-    made = {"prediction": default.prediction, "schedule": default.schedule, "snr_shift": shift}
+    """The DiTConfig of a diffusers folder; a field that is not there has diffusers' default, which is the 2B's."""
+
+    def check(got, want):
+        for key, value in want.items():
+            if got.get(key) != value:
+                raise ValueError(f"{key} is {got.get(key)}, not {value}")
+
+    path, beside = folder / "config.json", folder.parent / "scheduler" / "scheduler_config.json"
     try:
-        if "_dollar" in get:
-            made = {name: get["_dollar"][name] for name in MADE}
-        elif (beside := folder.parent / "scheduler" / "scheduler_config.json").exists():
-            scheduler = {"prediction_type": "v_prediction", "snr_shift_scale": shift} | SCHEDULER | _read_json(beside)
-            for key, value in SCHEDULER.items():
-                if scheduler[key] != value:
-                    raise UserError(f"{beside}: {key} is {scheduler[key]}, in CogVideoX's schedule it is {value}")
+        get = _to_diffusers(PRESETS["cogvideox-2b"]) | json.loads(path.read_text())
+        check(get, {"_class_name": CLASS, "out_channels": get["in_channels"]} | FIXED)
+        if not (made := get.get("_dollar")):
+            shift = 1.0 if get["use_rotary_positional_embeddings"] else 3.0
+            scheduler = {"prediction_type": "v_prediction", "snr_shift_scale": shift} | SCHEDULER
+            if beside.exists():
+                path = beside
+                scheduler |= json.loads(path.read_text())
+            check(scheduler, SCHEDULER)
             kind = scheduler["prediction_type"]
-            made["prediction"] = "velocity" if kind == "v_prediction" else kind
+            made = {"prediction": "velocity" if kind == "v_prediction" else kind, "schedule": "cogvideox"}
             made["snr_shift"] = scheduler["snr_shift_scale"]
         frames = (get["sample_frames"] - 1) // get["temporal_compression_ratio"] + 1
         return DiTConfig(
-            **made,
-            **{ours: get[theirs] for ours, theirs in CONFIG.items()},
+            **{ours: get[theirs] for ours, theirs in CONFIG.items()} | {name: made[name] for name in MADE},
             width=get["num_attention_heads"] * get["attention_head_dim"],
             latents=(frames, get["sample_height"], get["sample_width"]),
         )
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror} (want the folder `transformer` of a pipeline)") from e
     except (TypeError, ValueError, KeyError, ZeroDivisionError) as e:
-        raise UserError(f"{path} does not describe a network: {e}") from e
-
-
-def _read_json(path):
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as e:
-        raise UserError(f"cannot read {path}: {e} (want the folder `transformer` of a diffusers pipeline)") from e
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is not a JSON object")
-    return value
-
-
-def _weight_files(folder):
-    return sorted(p for p in folder.glob("*.safetensors*") if not p.name.startswith("."))
+        raise UserError(f"{path} is not of CogVideoX 2B or 5B, text to video: {e}") from e
 
 
 def _read_tensors(folder):
     """Every (name, tensor) of a folder's weights, one at a time."""
-    files = [p for p in _weight_files(folder) if p.suffix == ".safetensors"]
-    if index := [p for p in _weight_files(folder) if p.name.endswith(".safetensors.index.json")]:
-        files = sorted({folder / name for name in _read_json(index[0]).get("weight_map", {}).values()})
-    elif len(files) != 1:
-        raise UserError(f"{folder} holds {len(files)} safetensors files and no index: want one file, or an index")
-    for file in files:
-        try:
+    file = folder / INDEX
+    try:
+        files = [folder / FILE]
+        if file.exists():
+            files = sorted({folder / shard for shard in json.loads(file.read_text())["weight_map"].values()})
+        for file in files:
             with safe_open(file, "pt") as f:
                 keys = f.keys()
             for key in keys:
                 with safe_open(file, "pt") as f:  # opened anew: the pages of a mapped file count until it is closed
                     yield key, f.get_tensor(key)
-        except (SafetensorError, OSError) as e:
-            raise UserError(f"cannot read {file}: {e}") from e
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError) as e:
+        raise UserError(f"cannot read {file}: {e}") from e

@@ -1,4 +1,4 @@
-"""The transformer against diffusers' CogVideoXTransformer3DModel, which is written by others and runs the public weights.
+"""The transformer against diffusers' CogVideoXTransformer3DModel, written by others for the public weights.
 
 Every parameter, biases and norms included, is drawn anew for the comparison: with the usual initialisation the gates
 and the last layer are zero, and a network that gets everything else wrong would agree.
@@ -50,8 +50,9 @@ def reference(model, text_length=None):
         num_attention_heads=c.heads, attention_head_dim=c.width // c.heads, in_channels=c.channels,
         out_channels=c.channels, time_embed_dim=c.time_dim, text_embed_dim=c.text_dim, num_layers=c.depth,
         sample_frames=4 * c.latents[0] - 3, sample_height=c.latents[1], sample_width=c.latents[2], norm_eps=c.norm_eps,
-        patch_size=c.patch, max_text_seq_length=text_length or c.text_length, spatial_interpolation_scale=c.spatial_scale,
-        temporal_interpolation_scale=c.temporal_scale, use_rotary_positional_embeddings=c.rotary,
+        patch_size=c.patch, max_text_seq_length=text_length or c.text_length,
+        spatial_interpolation_scale=c.spatial_scale, temporal_interpolation_scale=c.temporal_scale,
+        use_rotary_positional_embeddings=c.rotary,
     )  # fmt: skip
     ours = dict(model.named_parameters())
     theirs.load_state_dict({key: ours[name] for key, name in weight_names(c.depth).items()})
@@ -376,8 +377,9 @@ BAD = {
     "no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json"),
     "no object": (lambda f: (f / "config.json").write_text("[]"), "config.json"),
     "no config": (lambda f: (f / "config.json").unlink(), "config.json"),
-    "no weights": (lambda f: (f / WEIGHTS).unlink(), "0 safetensors"),
-    "two files, no index": (lambda f: (f / "more.safetensors").write_bytes(b""), "2 safetensors"),
+    "no weights": (lambda f: (f / WEIGHTS).unlink(), WEIGHTS),
+    "empty index": (lambda f: (f / f"{WEIGHTS}.index.json").write_text("{}"), "index.json"),
+    "index of nothing": (lambda f: (f / f"{WEIGHTS}.index.json").write_text('{"weight_map": {}}'), "64 tensors"),
     "truncated": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-5]), WEIGHTS),
     "not safetensors": (lambda f: (f / WEIGHTS).write_bytes(b"PK\x03\x04 a zip"), WEIGHTS),
     "unknown key": (lambda f: edit_weights(f, lambda w: w.update({"lora.A": torch.zeros(1)})), "lora.A"),
@@ -413,29 +415,47 @@ def test_missing_folder_and_unwritable_place(tmp_path):
         DiT(TINY).save_cogvideox(tmp_path / "file")
 
 
-def test_sharded_over_processes(tmp_path):
-    """Blocks wrapped with FSDP2 from the meta device: the same weights, output and gradients as the plain network."""
-    import torch.distributed as dist
+@pytest.fixture
+def mesh(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    yield torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def sharded(config, mesh, **how):
+    """Each block wrapped with FSDP2, from the meta device."""
     from torch.distributed.fsdp import fully_shard
 
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
-    try:
-        with torch.device("meta"):
-            sharded = DiT(TINY)
-        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
-        for block in sharded.blocks:
-            fully_shard(block, mesh=mesh)
-        fully_shard(sharded, mesh=mesh)
-        sharded.to_empty(device="cpu")
-        sharded.init_weights(3)
-        plain = DiT(TINY)
-        plain.init_weights(3)
-        for p, q in zip(sharded.parameters(), plain.parameters()):
-            assert torch.equal(p.full_tensor(), q)
-        for model in (sharded, plain):
-            model.out.weight.data.fill_(0.1)
-            model(*inputs(TINY)).square().mean().backward()
-        for p, q in zip(sharded.parameters(), plain.parameters()):
-            torch.testing.assert_close(p.grad.full_tensor(), q.grad)
-    finally:
-        dist.destroy_process_group()
+    with torch.device("meta"):
+        model = DiT(config)
+    for module in (*model.blocks, model):
+        fully_shard(module, mesh=mesh, **how)
+    return model.to_empty(device="cpu")
+
+
+def test_sharding_changes_nothing(mesh):
+    from torch.distributed.tensor.experimental import implicit_replication
+
+    models = sharded(TINY, mesh), DiT(TINY)
+    for model in models:
+        with implicit_replication():
+            model.init_weights(3)
+        model.out.weight.data.fill_(0.1)
+        model(*inputs(TINY)).square().mean().backward()
+    for p, q in zip(*(model.parameters() for model in models)):
+        assert torch.equal(p.full_tensor(), q)
+        torch.testing.assert_close(p.grad.full_tensor(), q.grad)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sharding_in_mixed_precision_rounds_no_position(family, mesh):
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+    from torch.distributed.tensor import distribute_tensor
+
+    plain = perturbed(replace(FAMILIES[family], latents=(9, 8, 12)))
+    model = sharded(plain.config, mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    for p, q in zip(model.parameters(), plain.parameters()):
+        p.data.copy_(distribute_tensor(q.data, mesh, p.placements))
+    x, t, text = inputs(plain.config)
+    with torch.no_grad():
+        assert torch.equal(model(x, t, text), plain.bfloat16()(x.bfloat16(), t, text.bfloat16()))
