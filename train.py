@@ -254,12 +254,8 @@ def train(cfg: Config, world) -> None:
         modules["fake"], optimizers["fake"] = fake, adam(fake, cfg.fake_lr)
     if lrm:
         modules["lrm"], optimizers["lrm"] = lrm, torch.optim.AdamW(lrm.parameters(), cfg.lrm_lr)
-    checkpoints, stopper, first, skipped = (
-        distributed.Checkpoints(out / "checkpoints", cfg.keep_last, cfg.keep_every),
-        distributed.Stopper(world),
-        0,
-        0,
-    )
+    checkpoints = distributed.Checkpoints(out / "checkpoints", cfg.keep_last, cfg.keep_every)
+    stopper, first, skipped = distributed.Stopper(world), 0, 0
     if cfg.resume:
         if not (newest := checkpoints.newest()):
             raise UserError(f"{out} holds no checkpoint: leave out --resume to start")
@@ -267,9 +263,8 @@ def train(cfg: Config, world) -> None:
         first, nets.moments = extra["step"], Moments(**extra["moments"])
 
     def save(step, wait=False):
-        checkpoints.save(
-            step, modules, optimizers, {"step": step, "moments": asdict(nets.moments), "config": asdict(cfg)}, wait
-        )
+        extra = {"step": step, "moments": asdict(nets.moments), "config": asdict(cfg)}
+        checkpoints.save(step, modules, optimizers, extra, wait)
 
     def batch_of(step, micro):
         """This rank's part of a batch. A sample's noise follows from (seed, step, its number in the global batch)."""
@@ -278,12 +273,11 @@ def train(cfg: Config, world) -> None:
         batch = data.batch([chosen[i] for i in numbers])
         if not isinstance(data, LatentCache):
             video, captions = batch
-            with torch.no_grad():
+            with torch.no_grad(), autocast(cfg, world):
                 x = nets.vae.encode(video.to(world.device))
             batch = {"latents": x, "text": nets.encoder.encode(captions), "captions": captions, "reward": None}
-        draw = lambda *key: distributed.normal(
-            batch["latents"].shape[1:], (cfg.seed, step, *key), numbers, world.device
-        )
+        shape = batch["latents"].shape[1:]
+        draw = lambda *key: distributed.normal(shape, (cfg.seed, step, *key), numbers, world.device)
         whole = lambda low, high, *key: torch.tensor(
             [low + distributed.randint(high - low + 1, (cfg.seed, step, *key, i)) for i in numbers], device=world.device
         )
@@ -293,7 +287,7 @@ def train(cfg: Config, world) -> None:
         """x_hat = G(c, eps), line 8, with gradient through one of the student's steps alone."""
         k = distributed.randint(
             len(steps), (cfg.seed, step, "k", j)
-        )  # alike on all ranks, as it decides how many forwards
+        )  # alike on all ranks: it decides how many forwards
         predict = denoiser(student, schedule, text)
         if cfg.generator_input == "data":
             x_t = schedule.add_noise(x, draw("data", j), steps[k])
@@ -325,7 +319,7 @@ def train(cfg: Config, world) -> None:
             real = denoiser(teacher, schedule, text, cfg.w_vsd, null)
             loss = {}
             with autocast(cfg, world):
-                x_hat = generate(x, text, draw, step, 0)  # line 8
+                x_hat = generate(x, text, draw, step, 0) if cfg.beta_vsd or lrm else x  # line 8
                 if cfg.beta_vsd:  # Eq. 10-13
                     t, fake_score = whole(cfg.t_min, cfg.t_max, "t"), denoiser(fake, schedule, text)
                     vsd, info = vsd_loss(x_hat, real, fake_score, schedule, t, draw("vsd"), cfg.vsd_weight)
@@ -335,19 +329,9 @@ def train(cfg: Config, world) -> None:
                     target = {"ema": nets.ema, "student": student, "teacher": teacher}[cfg.cd_target]
                     guided = denoiser(teacher, schedule, text, cfg.w_cd, null)
                     goal = guided if target is teacher else denoiser(target, schedule, text)
-                    n = whole(0, len(GRID) - 1 - cfg.m, "n")
-                    loss["cd"] = cfg.beta_cd * consistency_loss(
-                        denoiser(student, schedule, text),
-                        goal,
-                        guided,
-                        schedule,
-                        x,
-                        n,
-                        draw("cd"),
-                        cfg.m,
-                        GRID,
-                        cfg.cd_loss,
-                    )
+                    n, ours = whole(0, len(GRID) - 1 - cfg.m, "n"), denoiser(student, schedule, text)
+                    cd = consistency_loss(ours, goal, guided, schedule, x, n, draw("cd"), cfg.m, GRID, cfg.cd_loss)
+                    loss["cd"] = cfg.beta_cd * cd
                 if lrm and step >= cfg.lrm_warmup:  # line 19, Eq. 15
                     loss["ft"] = cfg.beta_ft * reward_loss(lrm, x_hat, text if nets.reward.text else None)
             if loss:
@@ -366,15 +350,9 @@ def train(cfg: Config, world) -> None:
                     if j:  # the first update takes the generator's own samples, the others fresh ones
                         with torch.no_grad():
                             x_hat = generate(x, text, draw, step, j)
-                    t = whole(0, 999, "fake t", j)
-                    loss = conjugate_velocity_loss(
-                        lambda x, t, text=text: fake(x, t, text),
-                        schedule,
-                        x_hat,
-                        t,
-                        draw("fake", j),
-                        fake.config.prediction,
-                    )
+                    t, eps = whole(0, 999, "fake t", j), draw("fake", j)
+                    model = lambda x, t, text=text: fake(x, t, text)
+                    loss = conjugate_velocity_loss(model, schedule, x_hat, t, eps, fake.config.prediction)
                 (loss / accumulate).backward()
                 add(numbers, accumulate * cfg.fake_updates, fake=loss)
             fine = update("fake", math.isfinite(loss.item()))[1] and fine
@@ -388,9 +366,8 @@ def train(cfg: Config, world) -> None:
             true = nets.reward(video, batch["captions"] * (len(video) // len(x)))
             true = torch.cat([known.to(true), true]) if known is not None else true
             nets.moments.update(true, world)
-            loss = lrm_loss(
-                lrm, both, nets.moments.standardise(true), torch.cat([text, text]) if nets.reward.text else None
-            )
+            words = torch.cat([text, text]) if nets.reward.text else None
+            loss = lrm_loss(lrm, both, nets.moments.standardise(true), words)
             (loss / accumulate).backward()
             add(numbers, accumulate, lrm=loss, reward=true[len(x) :].mean())
         if lrm:
@@ -460,7 +437,11 @@ def finish(cfg, world, nets, out):
     """Write the student and what a person would look at; in the small world, say what the distillation has brought."""
     weights = distributed.gather(nets.ema)
     shown, n = nets.prompts[:4], cfg.steps
-    rows = [draw_videos(nets, "teacher", shown, 0, 50), draw_videos(nets, "teacher", shown, 0, n), draw_videos(nets, "student", shown, 0, n)]
+    rows = [
+        draw_videos(nets, "teacher", shown, 0, 50),
+        draw_videos(nets, "teacher", shown, 0, n),
+        draw_videos(nets, "student", shown, 0, n),
+    ]
     scores = []
     if nets.judge and cfg.judged:  # the same prompts, noise and number of steps
         for who in ("teacher", "student"):
