@@ -2,7 +2,7 @@
 
     python pretrain.py vae      --out runs/vae       # the causal 3D VAE, on rendered clips
     python pretrain.py teacher  --out runs/teacher   # the teacher v_theta', on that VAE's latents
-    python pretrain.py judge    --out runs/judge     # reads every factor off a clip; --kind attention is the rewarding one
+    python pretrain.py judge    --out runs/judge     # reads every factor; --kind attention: the rewarding one
 
 All three run on the small world of shapes.py, in which data never ends. Each writes into --out: checkpoint.pt (what
 --resume goes on from, to the bit), log.jsonl (a line every --log-every steps), a picture now and then, and at the end
@@ -26,6 +26,7 @@ import dit
 import shapes
 import vae3d
 from cli import UserError, atomic, open_log, opt, parse, run
+from data import fingerprint
 from judge import Judge, JudgeConfig
 from losses import conjugate_velocity_loss
 from schedule import Schedule, ddim, denoise, timesteps
@@ -42,6 +43,8 @@ class Config:
     warmup: int = opt(100, "steps of warm-up")
     seed: int = opt(0, "seed of weights, clips and noise")
     resume: bool = opt(False, "go on from --out/checkpoint.pt")
+    stop_at: int = opt(0, "leave after this step, to --resume later (0: at the end)")
+    held_out: int = opt(0, "clips on which the result is measured")
     save_every: int = opt(200, "steps between checkpoints")
     log_every: int = opt(20, "steps between lines of log.jsonl")
     threads: int = opt(0, "CPU threads (0: all)")
@@ -50,8 +53,9 @@ class Config:
 
 @dataclass
 class VAEConfig(Config):
-    iterations: int = opt(2400, "optimizer steps")
+    iterations: int = opt(2000, "optimizer steps")
     batch: int = opt(8, "clips a step")
+    held_out: int = opt(256, "clips on which the result is measured")
     lr: float = opt(1e-3, "peak learning rate")
     images: int = opt(600, "first steps, on single frames alone: what is drawn before how it moves")
     kl: float = opt(3e-8, "weight of the KL term, summed over a clip, against the mean error of a pixel")
@@ -76,6 +80,7 @@ class JudgeRunConfig(Config):
     width: int = opt(24, "channels after the stem")
     iterations: int = opt(4000, "optimizer steps")
     batch: int = opt(32, "clips a step")
+    held_out: int = opt(4096, "clips on which the result is measured")
     lr: float = opt(1e-3, "peak learning rate")
 
 
@@ -131,8 +136,11 @@ def fit(cfg: Config, model: torch.nn.Module, loss_of, show, ema_decay: float = 0
             bar.set_postfix({k: f"{v:.3g}" for k, v in numbers.items()})
             log.write(json.dumps({"step": step, "seconds": round(time.time() - start, 1), **numbers}) + "\n")
             log.flush()
-        if (step + 1) % cfg.save_every == 0:
+        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.stop_at:
             save(step + 1)
+        if step + 1 == cfg.stop_at:
+            print(f"stopped at step {cfg.stop_at}: go on with --resume --out {out}")
+            sys.exit(0)
         if (step + 1) % (5 * cfg.save_every) == 0:
             show(model, step + 1)
     save(cfg.iterations)
@@ -187,14 +195,14 @@ def train_vae(cfg: VAEConfig) -> None:
     model = fit(cfg, model, loss_of, show)
     scores, latents = [], []
     with torch.no_grad():
-        for i in range(32):
+        for i in range(max(1, cfg.held_out // 8)):
             video = shapes.render_batch([shapes.Clip.make(shapes.HELD_OUT, i * 8 + j) for j in range(8)]).to(cfg.device)
             latents.append(model.encode(video))
             scores.append(psnr(model.decode(latents[-1]) - video))
     scores = torch.cat(scores).sort().values
     # latents of unit variance are what the noise schedule expects; the factor is part of the weights from here on
     model.config.scaling_factor = model.config.scaling_factor / torch.cat(latents).std().item()
-    results = {"psnr": scores.mean().item(), "psnr_worst_tenth": scores[: len(scores) // 10].mean().item()}
+    results = {"psnr": scores.mean().item(), "psnr_worst_tenth": scores[: max(1, len(scores) // 10)].mean().item()}
     print(f"held-out clips: {results}")
     checkpoint.save_model(Path(cfg.out) / "vae.safetensors", model, torch.float16, **made(cfg), results=results)
 
@@ -208,8 +216,7 @@ def psnr(error: torch.Tensor) -> torch.Tensor:
 def encode_world(cfg: TeacherConfig, vae: vae3d.VAE3D) -> torch.Tensor:
     """Latents of the clips 0..cfg.clips-1, bf16 (N, C, T, h, w), kept beside the run so that a resume has them."""
     file = Path(cfg.out) / "latents.safetensors"
-    with open(cfg.vae, "rb") as f:
-        identity = {"vae": str(hash_file(f)), "clips": cfg.clips, "seed": cfg.seed}
+    identity = {"vae": fingerprint(vae), "clips": cfg.clips, "seed": cfg.seed}
     if file.exists():
         tensors, metadata = checkpoint.load(file)
         if metadata == identity:
@@ -263,12 +270,6 @@ def train_teacher(cfg: TeacherConfig) -> None:
     checkpoint.save_model(Path(cfg.out) / "teacher.safetensors", model, torch.float16, kind="teacher", **made(cfg))
 
 
-def hash_file(f) -> str:
-    import hashlib
-
-    return hashlib.file_digest(f, "sha256").hexdigest()[:16]
-
-
 def train_judge(cfg: JudgeRunConfig) -> None:
     torch.manual_seed(cfg.seed)
     model = Judge(JudgeConfig(cfg.kind, cfg.width)).to(cfg.device, memory_format=torch.channels_last_3d)
@@ -298,8 +299,10 @@ def train_judge(cfg: JudgeRunConfig) -> None:
             asked += (truth >= 0).sum(0)
         return {name: round((r / a).item(), 4) for name, r, a in zip(shapes.FACTORS, right, asked)}
 
-    model = fit(cfg, model, loss_of, lambda model, step: tqdm.write(f"{step} {accuracy(model, 256)}"), 0.995)
-    results = accuracy(model, 4096)
+    model = fit(
+        cfg, model, loss_of, lambda model, step: tqdm.write(f"{step} {accuracy(model, min(256, cfg.held_out))}"), 0.995
+    )
+    results = accuracy(model, cfg.held_out)
     print(f"held-out clips: {results}")
     checkpoint.save_model(Path(cfg.out) / "judge.safetensors", model, torch.float16, **made(cfg), results=results)
 

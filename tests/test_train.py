@@ -110,8 +110,8 @@ def test_resume_continues_to_the_bit(tiny, tmp_path, reward):
 
 
 def test_accumulation_equals_the_large_batch(tiny, tmp_path):
-    one, _, a = fit(config(tiny, tmp_path / "one", iterations=1, batch=4))
-    two, _, b = fit(config(tiny, tmp_path / "two", iterations=1, batch=1, global_batch=4))
+    *_, a = fit(config(tiny, tmp_path / "one", iterations=1, batch=4))
+    *_, b = fit(config(tiny, tmp_path / "two", iterations=1, batch=1, global_batch=4))
     assert a[0]["grad_norm"] == pytest.approx(b[0]["grad_norm"], rel=1e-4)
     assert a[0]["cd"] == pytest.approx(b[0]["cd"], rel=1e-4) and a[0]["fake"] == pytest.approx(b[0]["fake"], rel=1e-4)
 
@@ -132,7 +132,7 @@ def test_nan_stops_the_run_and_keeps_what_was_good(tiny, tmp_path, monkeypatch):
         fit(config(tiny, tmp_path / "run", iterations=9, patience=2))
     assert (tmp_path / "run/checkpoints/step_00000002").is_dir()
     monkeypatch.setattr(train, "vsd_loss", real)
-    tensors, _, lines = fit(config(tiny, tmp_path / "run", iterations=3, resume=True))
+    tensors, *_ = fit(config(tiny, tmp_path / "run", iterations=3, resume=True))
     assert all(t.isfinite().all() for t in tensors.values())
 
 

@@ -1,0 +1,82 @@
+"""Pretraining as a program: VAE, teacher on that VAE, judge; exact resume; weights that say how they were made."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import pretrain
+from dit import DiT
+from judge import Judge
+from vae3d import VAE3D
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--save-every", "2", "--log-every", "1", "--threads", "1"]
+
+
+def run(*args):
+    return subprocess.run(
+        [sys.executable, "pretrain.py", *map(str, args)], capture_output=True, text=True, cwd=ROOT, timeout=300
+    )
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    out = tmp_path_factory.mktemp("vae")
+    done = run("vae", "--out", out, "--iterations", 4, "--images", 2, "--batch", 1, "--held-out", 8, *SMALL)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_vae_has_latents_of_unit_variance_and_says_how_it_was_made(vae):
+    model, about = checkpoint.load_model(vae / "vae.safetensors", VAE3D)
+    assert about["steps_trained"] == 4 and about["command"].startswith("python pretrain.py vae")
+    assert set(about["results"]) == {"psnr", "psnr_worst_tenth"}
+    video = pretrain.shapes.render_batch([pretrain.shapes.Clip.make(pretrain.shapes.HELD_OUT, i) for i in range(8)])
+    assert model.encode(video).std() == pytest.approx(1, rel=0.02)
+    assert len((vae / "log.jsonl").read_text().splitlines()) == 4 and (vae / "step000004.png").exists()
+
+
+def test_psnr_is_that_of_its_definition():
+    error = torch.full((2, 3, 1, 4, 4), 0.2)  # 0.1 of the range of pixels in [0, 1]
+    torch.testing.assert_close(pretrain.psnr(error), torch.tensor([20.0, 20.0]))
+
+
+def test_teacher_resumes_to_the_bit(vae, tmp_path):
+    flags = ["--vae", vae / "vae.safetensors", "--batch", 2, "--clips", 6, *SMALL]
+    for out, iterations, more in (("whole", 4, []), ("parts", 2, []), ("parts", 4, ["--resume"])):
+        # the learning rate falls to zero at --iterations, so the first part must know of the whole
+        stop = ["--stop-at", iterations] if iterations == 2 else []
+        done = run("teacher", "--out", tmp_path / out, "--iterations", 4, *flags, *stop, *more)
+        assert done.returncode == 0, done.stderr
+    whole, parts = (checkpoint.load(tmp_path / out / "teacher.safetensors") for out in ("whole", "parts"))
+    assert all(torch.equal(whole[0][k], parts[0][k]) for k in whole[0])
+    assert whole[1]["kind"] == "teacher" and checkpoint.load_model(tmp_path / "whole/teacher.safetensors", DiT)
+    logs = [[json.loads(x) for x in (tmp_path / o / "log.jsonl").read_text().splitlines()] for o in ("whole", "parts")]
+    assert [x["loss"] for x in logs[0]] == [x["loss"] for x in logs[1]] and len(logs[0]) == 4
+
+
+def test_judge(tmp_path):
+    done = run("judge", "--out", tmp_path, "--iterations", 2, "--batch", 2, "--width", 8, "--held-out", 32, *SMALL)
+    assert done.returncode == 0, done.stderr
+    _, about = checkpoint.load_model(tmp_path / "judge.safetensors", Judge)
+    assert set(about["results"]) == set(pretrain.shapes.FACTORS)
+
+
+@pytest.mark.parametrize(
+    "args, said",
+    [
+        ([], "vae|teacher|judge"),
+        (["dog"], "vae|teacher|judge"),
+        (["teacher", "--vae", "nowhere.safetensors"], "nowhere.safetensors"),
+        (["teacher", "--preset", "huge"], "huge"),
+        (["vae", "--resume", "--out", "nowhere"], "does not exist"),
+    ],
+)
+def test_bad_input_is_one_line(args, said):
+    done = run(*args)
+    assert done.returncode == 2 and said in done.stderr and len(done.stderr.strip().splitlines()) == 1
