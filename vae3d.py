@@ -25,6 +25,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from checkpoint import read_folder, save_folder
+from cli import UserError
+
 
 @dataclass
 class VAEConfig:
@@ -46,8 +49,8 @@ class VAEConfig:
             raise ValueError(
                 f"patch {self.patch} is 1, 2, 4 or 8, and needs more than {max(2, space)} levels of channels"
             )
-        if any(c % self.groups for c in self.channels) or self.chunk_frames % 4:
-            raise ValueError("channels must be multiples of groups, chunk_frames of 4")
+        if any(c % self.groups for c in self.channels) or self.chunk_frames % 8:
+            raise ValueError("channels must be multiples of groups, chunk_frames of 8")
 
     def samplers(self):
         """[(halves time, halves space)] of the encoder's levels but the last. Finest first: cheapest afterwards."""
@@ -57,7 +60,7 @@ class VAEConfig:
 
 PRESETS = {
     "shapes": VAEConfig(
-        channels=(48, 96, 96),
+        channels=(32, 64, 96),
         latent_channels=12,
         layers_per_block=1,
         groups=8,
@@ -254,10 +257,12 @@ class VAE3D(nn.Module):
         if frames == 1:
             h = self.encoder(x)
         elif independent:
-            h = join(self.encoder(torch.cat([f[:, :, :1], f], 2)) for f in x.split(c.chunk_frames, 2))
+            T = frames // c.chunk_frames * (c.chunk_frames // 4 + 1)
+            h = join((self.encoder(torch.cat([f[:, :, :1], f], 2)) for f in x.split(c.chunk_frames, 2)), T)
         else:
             cache = {}
-            h = join(self.encoder(f, cache) for f in x.split(remainder_first(frames, c.chunk_frames), 2))
+            sizes = remainder_first(frames, c.chunk_frames)
+            h = join((self.encoder(f, cache) for f in x.split(sizes, 2)), (frames + 3) // 4)
         mean, logvar = h.to(video.dtype).chunk(2, 1)
         return mean, logvar.clamp(-30, 20)
 
@@ -278,11 +283,54 @@ class VAE3D(nn.Module):
         elif c.chunking == "independent":
             if T % (size + 1):
                 raise ValueError(f"{T} latent frames cannot be decoded: there are 1 or {size + 1}k")
-            x = join(self.decoder(f)[:, :, 1:] for f in z.split(size + 1, 2))
+            x = join((self.decoder(f)[:, :, 1:] for f in z.split(size + 1, 2)), T // (size + 1) * c.chunk_frames)
         else:
             cache = {}
-            x = join(self.decoder(f, cache) for f in z.split(remainder_first(T, size), 2))
+            sizes = remainder_first(T, size)
+            x = join((self.decoder(f, cache) for f in z.split(sizes, 2)), 4 * T - 3 * (T % 2))
         return x.to(latents.dtype)
+
+    @classmethod
+    def from_cogvideox(cls, folder, dtype=None):
+        """Published weights: `folder` is the `vae` folder of a diffusers pipeline, in one file or in shards.
+
+        dtype None keeps each tensor's own. The network is built without memory and filled one tensor at a time, so the
+        peak is the weights and one tensor. Raises UserError naming the file, key or tensor that does not fit.
+        """
+        published, tensors = read_folder(folder, CLASS)
+        try:
+            with torch.device("meta"):
+                model = cls(read_config(folder, published))
+        except (TypeError, ValueError, KeyError) as e:
+            raise UserError(f"{folder}: config.json does not describe a VAE: {e}") from e
+        names = {published_name(name): name for name, _ in model.named_parameters()}
+        for key, tensor in tensors:
+            if key not in names:
+                raise UserError(f"{folder}: a CogVideoX VAE of this config has no tensor {key}, or it came twice")
+            module, leaf = names.pop(key).rsplit(".", 1)
+            module = model.get_submodule(module)
+            want, got = published_shape(getattr(module, leaf), key), tuple(tensor.shape)
+            if got != want:
+                raise UserError(f"{folder}: {key} has shape {got}, but config.json asks for {want}")
+            tensor = tensor.to(dtype or tensor.dtype, copy=True).reshape(getattr(module, leaf).shape)
+            setattr(module, leaf, nn.Parameter(tensor))
+        if names:
+            raise UserError(f"{folder}: {len(names)} tensors are missing, the first is {next(iter(names))}")
+        return model.eval()
+
+    def save_cogvideox(self, folder):
+        """Write a folder that diffusers' AutoencoderKLCogVideoX.from_pretrained loads, in our dtype.
+
+        diffusers always streams; how this one codes its chunks stays in a config entry that diffusers skips. Raises
+        UserError if the folder cannot be written, or the model has a patchified stem, which diffusers does not know.
+        """
+        c = self.config
+        if c.patch != 1 or len(c.channels) != LEVELS:
+            raise UserError(f"diffusers knows no VAE with patch {c.patch} and {len(c.channels)} levels of channels")
+        named = {published_name(name): p.data for name, p in self.named_parameters()}
+        weights = {key: p.reshape(published_shape(p, key)) for key, p in named.items()}
+        config = {theirs: getattr(c, ours) for ours, theirs in CONFIG.items()} | FIXED
+        save_folder(folder, CLASS, config | {"_dollar": {k: getattr(c, k) for k in MADE}}, weights)
 
 
 def remainder_first(n, size):
@@ -290,5 +338,92 @@ def remainder_first(n, size):
     return [size + n % size] + [size] * (n // size - 1)
 
 
-def join(chunks):
-    return torch.cat(list(chunks), 2)
+def join(chunks, frames):
+    """One video of `frames` frames out of its chunks as they come, so that no more than it and one chunk is held."""
+    out, i = None, 0
+    for chunk in chunks:
+        if chunk.shape[2] == frames:
+            return chunk
+        out = chunk.new_empty(*chunk.shape[:2], frames, *chunk.shape[3:]) if out is None else out
+        out[:, :, i : i + chunk.shape[2]] = chunk
+        i += chunk.shape[2]
+    return out
+
+
+# Everything we have under its name in diffusers; * counts levels and residual blocks, as in both. Each of these modules
+# has a weight and a bias; nothing else is stored and nothing is dropped.
+# fmt: off
+NAMES = {
+    "encoder.conv_in": "encoder.conv_in.conv",
+    "encoder.blocks.*.*.norm1": "encoder.down_blocks.*.resnets.*.norm1",
+    "encoder.blocks.*.*.conv1": "encoder.down_blocks.*.resnets.*.conv1.conv",
+    "encoder.blocks.*.*.norm2": "encoder.down_blocks.*.resnets.*.norm2",
+    "encoder.blocks.*.*.conv2": "encoder.down_blocks.*.resnets.*.conv2.conv",
+    "encoder.blocks.*.*.shortcut": "encoder.down_blocks.*.resnets.*.conv_shortcut",
+    "encoder.down.*.conv": "encoder.down_blocks.*.downsamplers.0.conv",
+    "encoder.mid.*.norm1": "encoder.mid_block.resnets.*.norm1",
+    "encoder.mid.*.conv1": "encoder.mid_block.resnets.*.conv1.conv",
+    "encoder.mid.*.norm2": "encoder.mid_block.resnets.*.norm2",
+    "encoder.mid.*.conv2": "encoder.mid_block.resnets.*.conv2.conv",
+    "encoder.norm_out": "encoder.norm_out",
+    "encoder.conv_out": "encoder.conv_out.conv",
+    "decoder.conv_in": "decoder.conv_in.conv",
+    "decoder.mid.*.norm1": "decoder.mid_block.resnets.*.norm1.norm_layer",
+    "decoder.mid.*.norm1.scale": "decoder.mid_block.resnets.*.norm1.conv_y.conv",
+    "decoder.mid.*.norm1.shift": "decoder.mid_block.resnets.*.norm1.conv_b.conv",
+    "decoder.mid.*.conv1": "decoder.mid_block.resnets.*.conv1.conv",
+    "decoder.mid.*.norm2": "decoder.mid_block.resnets.*.norm2.norm_layer",
+    "decoder.mid.*.norm2.scale": "decoder.mid_block.resnets.*.norm2.conv_y.conv",
+    "decoder.mid.*.norm2.shift": "decoder.mid_block.resnets.*.norm2.conv_b.conv",
+    "decoder.mid.*.conv2": "decoder.mid_block.resnets.*.conv2.conv",
+    "decoder.blocks.*.*.norm1": "decoder.up_blocks.*.resnets.*.norm1.norm_layer",
+    "decoder.blocks.*.*.norm1.scale": "decoder.up_blocks.*.resnets.*.norm1.conv_y.conv",
+    "decoder.blocks.*.*.norm1.shift": "decoder.up_blocks.*.resnets.*.norm1.conv_b.conv",
+    "decoder.blocks.*.*.conv1": "decoder.up_blocks.*.resnets.*.conv1.conv",
+    "decoder.blocks.*.*.norm2": "decoder.up_blocks.*.resnets.*.norm2.norm_layer",
+    "decoder.blocks.*.*.norm2.scale": "decoder.up_blocks.*.resnets.*.norm2.conv_y.conv",
+    "decoder.blocks.*.*.norm2.shift": "decoder.up_blocks.*.resnets.*.norm2.conv_b.conv",
+    "decoder.blocks.*.*.conv2": "decoder.up_blocks.*.resnets.*.conv2.conv",
+    "decoder.blocks.*.*.shortcut": "decoder.up_blocks.*.resnets.*.conv_shortcut",
+    "decoder.up.*.conv": "decoder.up_blocks.*.upsamplers.0.conv",
+    "decoder.norm_out": "decoder.norm_out.norm_layer",
+    "decoder.norm_out.scale": "decoder.norm_out.conv_y.conv",
+    "decoder.norm_out.shift": "decoder.norm_out.conv_b.conv",
+    "decoder.conv_out": "decoder.conv_out.conv",
+}
+CLASS, LEVELS = "AutoencoderKLCogVideoX", 4
+CONFIG = {
+    "channels": "block_out_channels", "latent_channels": "latent_channels", "layers_per_block": "layers_per_block",
+    "groups": "norm_num_groups", "scaling_factor": "scaling_factor",
+}
+FIXED = {  # other values are other models
+    "in_channels": 3, "out_channels": 3, "act_fn": "silu", "norm_eps": 1e-6, "temporal_compression_ratio": 4,
+    "down_block_types": ["CogVideoXDownBlock3D"] * LEVELS, "up_block_types": ["CogVideoXUpBlock3D"] * LEVELS,
+    "use_quant_conv": False, "use_post_quant_conv": False, "shift_factor": None, "latents_mean": None,
+    "latents_std": None,
+}
+MADE = ("chunking", "chunk_frames")  # ours alone
+# fmt: on
+
+
+def published_name(name):
+    """encoder.blocks.0.1.conv1.weight -> encoder.down_blocks.0.resnets.1.conv1.conv.weight"""
+    *module, leaf = name.split(".")
+    pattern = NAMES[".".join("*" if part.isdigit() else part for part in module)]
+    return pattern.replace("*", "{}").format(*(part for part in module if part.isdigit())) + "." + leaf
+
+
+def published_shape(p, key):
+    """The samplers' convolutions are two-dimensional there, and here three-dimensional of depth one."""
+    return tuple(p.shape[:2] + p.shape[3:] if "samplers" in key and p.dim() == 5 else p.shape)
+
+
+def read_config(folder, published):
+    """diffusers' config as ours; what it leaves out is as in CogVideoX-2B."""
+    default = VAEConfig()
+    get = {theirs: getattr(default, ours) for ours, theirs in CONFIG.items()} | FIXED | published
+    for key, value in FIXED.items():
+        if get[key] != value:
+            raise UserError(f"{folder}: {key} is {get[key]} in config.json, in a CogVideoX VAE it is {value}")
+    made = {k: published["_dollar"][k] for k in MADE} if "_dollar" in published else {}
+    return VAEConfig(**{ours: get[theirs] for ours, theirs in CONFIG.items()}, **made)
