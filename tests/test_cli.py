@@ -126,10 +126,15 @@ def test_atomic_writes_whole_or_nothing(tmp_path):
         part.write_text("first")
         assert not path.exists()
     assert path.read_text() == "first"
+    with open(path) as reader:
+        with atomic(path) as part:
+            part.write_text("second")
+        assert reader.read() == "first"  # renamed, not copied over: who is reading goes on with the old file
+    assert path.read_text() == "second"
     with pytest.raises(RuntimeError), atomic(path) as part:
         part.write_text("half")
         raise RuntimeError
-    assert path.read_text() == "first"
+    assert path.read_text() == "second"
     assert [p.name for p in path.parent.iterdir()] == ["x.txt"]
 
 

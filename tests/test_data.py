@@ -202,6 +202,8 @@ def test_batches_have_one_shape_and_miss_nothing():
         counts = np.bincount(seen)
         assert counts[:11].max() - counts[:11].min() <= 1 and counts[11:16].max() - counts[11:16].min() <= 1
     assert sorted(i for b in s.order(3, 0) for i in b) == list(range(17))
+    partners = [{frozenset(b) for b in s.order(3, epoch, size=2)} for epoch in (0, 1)]
+    assert len(partners[0] & partners[1]) < 5  # each epoch puts others together
 
 
 def test_order_is_a_function_of_seed_and_position():
@@ -330,8 +332,8 @@ def test_a_killed_run_goes_on_and_no_clip_is_lost_or_doubled(tmp_path):
         with pytest.raises(UserError, match=r"unfinished, . of 8 shards are missing.*run data.py cache again"):
             LatentCache(out)
         made |= {p: p.stat().st_mtime_ns for p in out.glob("shard-*.safetensors") if p not in made}
-    picture(clips / "zz.png")  # a clip that is new since is added
-    (clips / "zz.txt").write_text("a red ball")
+    picture(clips / "000.png")  # a clip that is new since is added, and moves none of the others
+    (clips / "000.txt").write_text("a red ball")
     assert cache(clips, out, VAE, TEXT, MADE, shard=2) == 17
     assert {p: p.stat().st_mtime_ns for p in made} == made  # what was finished is not made again
     found, _ = stems(out)
