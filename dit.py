@@ -93,7 +93,6 @@ def _every_token(*parts):
 
 
 @functools.lru_cache(maxsize=4)  # teacher, student and fake score share one
-@torch.inference_mode(False)  # what sampling leaves in the cache, training must be able to use
 def sincos_table(width, frames, rows, cols, spatial_scale, temporal_scale, dtype, device):
     """The added positions of the 2B family, (1, frames * rows * cols, width); rows and columns are of patches.
 
@@ -107,7 +106,7 @@ def sincos_table(width, frames, rows, cols, spatial_scale, temporal_scale, dtype
 
 
 @functools.lru_cache(maxsize=4)
-@torch.inference_mode(False)
+@torch.inference_mode(False)  # what sampling leaves in the cache, training must be able to save for its backward
 def rotary_table(dim, frames, rows, cols, base_rows, base_cols, text_length, device):
     """The rotations of the 5B family, (text_length + frames * rows * cols, 1, dim / 2), unit complex numbers.
 

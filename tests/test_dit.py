@@ -77,6 +77,7 @@ CASES = [  # batch, latent size, text length: the config's own, fewer and more f
     (3, (1, 8, 12), 9),
     (2, (2, 12, 20), 1),
     (1, (2, 14, 6), 7),
+    (1, (2, 4, 20), 7),
     (1, (2, 4, 6), 12),
 ]
 
@@ -104,6 +105,17 @@ def test_other_widths_heads_and_depths_agree_with_diffusers(case):
     model = perturbed(replace(TINY, **changes), seed=case)
     with torch.no_grad():
         y, want = model(*inputs(model.config)), run_reference(reference(model), *inputs(model.config))
+    torch.testing.assert_close(y, want, atol=1e-5, rtol=1e-5)
+
+
+def test_epsilon_of_the_query_and_key_norms_agrees_with_diffusers():
+    model = perturbed(TINY)
+    for block in model.blocks:
+        for part in (block.q, block.k):  # so small that their variance is near the epsilon
+            part.weight.data *= 1e-3
+            part.bias.data *= 1e-3
+    with torch.no_grad():
+        y, want = model(*inputs(TINY)), run_reference(reference(model), *inputs(TINY))
     torch.testing.assert_close(y, want, atol=1e-5, rtol=1e-5)
 
 
