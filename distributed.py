@@ -1,22 +1,17 @@
-"""Many GPUs: who holds which rows of the weights, which noise belongs to which sample, and checkpoints.
+"""Many GPUs, many CPUs (gloo) or one process: who holds which weights, which noise is whose, and checkpoints.
 
-All of it also runs as one process without torchrun, and on CPUs (gloo), where it is tested.
+`fully_shard` (FSDP2) cuts parameters along their first dimension, and gradients and optimizer state with them. A
+block's full weights exist only while it computes; its gradients are averaged over the ranks and cut again. The root,
+too, is freed after its forward: in a network that only runs forward (teacher, EMA) its full copy would go stale.
 
-Sharding. `fully_shard` (FSDP2) cuts every parameter along its first dimension, and gradients and optimizer state with
-it, in float32. A block's full weights exist only while it computes: gathered before (in bfloat16 on a GPU), freed
-after; gradients are averaged over the ranks in float32 and cut again. The root, too, is freed after its forward: in a
-network that only runs forward (teacher, EMA, a student in simulation) its gathered copy would go stale at the next
-update. A network built on the meta device gets its weights row by row, so no rank ever holds a whole one.
+Noise belongs to a sample, not to a rank: it comes from a hash of (seed, step, name, sample index), so a global batch is
+the same on 1, 2, 4 or 8 ranks. What decides how many forwards a step makes is alike on all ranks: each forward needs
+all of them, and ranks that disagree wait forever.
 
-Randomness. Noise belongs to a sample, not to a rank: it comes from a hash of (seed, step, name, sample index), so that
-a global batch is the same on 1, 2, 4 or 8 ranks. What decides how many forwards a step makes (`randint`) is alike on
-all ranks: gathering weights is a collective, and ranks that disagree about it wait forever.
-
-Checkpoints. Every rank writes its rows, in the background, into a hidden folder that is renamed once all of it is on
-disk; a kill at any time leaves the checkpoint before it, and any number of ranks can read it. Optimizer state is kept
-by the name of its parameter, not through `get_state_dict`: that fills a state that is still empty by taking a step,
-and a run that saves would differ from one that does not.
-Sources: FSDP, arXiv:2304.11277; torch.distributed.checkpoint (DCP).
+Every rank writes its rows of a checkpoint, in the background, into a hidden folder that is renamed once all is on disk:
+a kill at any time leaves the checkpoint before it, and any number of ranks can read it. Optimizer state is kept by its
+parameter's name, not through `get_state_dict`, which fills a state that is still empty by taking a step: a run that
+saves would differ from one that does not. Sources: FSDP, arXiv:2304.11277; torch.distributed.checkpoint (DCP).
 """
 
 import functools
@@ -24,7 +19,6 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import shutil
 import signal
 import warnings
@@ -36,9 +30,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
-from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.experimental import implicit_replication
@@ -54,28 +47,21 @@ class World:
     rank: int
     size: int
     device: torch.device
-    mesh: DeviceMesh | None = None  # all ranks in a row; None in one process
-
-    @property
-    def main(self):
-        return self.rank == 0
+    mesh: dist.DeviceMesh | None = None  # all ranks in a row; None in one process
+    main = property(lambda self: self.rank == 0)
 
 
 def start(device=None, timeout_s=600):
-    """Join the processes that torchrun started, or be the only one. device None: this rank's GPU, else the CPU.
-
-    A rank that waits longer than timeout_s for another fails, and torchrun then ends or restarts all of them.
-    """
+    """Join the processes of torchrun, or be the only one; device None: a GPU if there is one. A rank that waits for
+    another longer than timeout_s fails, and torchrun then ends or restarts all of them."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda":
         device = torch.device("cuda", device.index or int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if (size := int(os.environ.get("WORLD_SIZE", 1))) == 1:
         return World(0, 1, device)
     dist.init_process_group(BACKEND[device.type], timeout=timedelta(seconds=timeout_s))
-    return World(
-        dist.get_rank(), dist.get_world_size(), device, init_device_mesh(device.type, (dist.get_world_size(),))
-    )
+    return World(dist.get_rank(), size, device, _mesh(device.type, size, size))
 
 
 def stop(world):
@@ -84,47 +70,39 @@ def stop(world):
         dist.destroy_process_group()
 
 
+@functools.lru_cache  # so that all networks share one set of communicators
+def _mesh(kind, size, shards):
+    if not dist.is_initialized():  # a group of one
+        dist.init_process_group(BACKEND[kind], store=dist.HashStore(), rank=0, world_size=1)
+    return dist.init_device_mesh(
+        kind, (size,) if shards == size else (size // shards, shards)
+    )  # the last dimension shards
+
+
 def shard(model, world, how="full", dtype=None, cpu_offload=False, trainable=True):
     """Cut model (it has `.blocks`) over the ranks, in place, and return it. Make optimizers and copies afterwards.
 
     how: "full" over all ranks, "hybrid" within a node and replicated across nodes, "none" replicated on every rank.
     dtype: of computation; what is trained is kept and reduced in float32, what is not is frozen and kept in dtype. (An
     EMA needs float32: shard it as trainable, then `requires_grad_(False)`.) cpu_offload: what is kept is kept in CPU
-    memory. One process, and "none", return the plain model unless dtype or cpu_offload need FSDP; under "none" call
-    average_gradients. A model on the meta device gets memory full of NaN: then load_sharded or materialise.
+    memory. One process, and "none", leave the model plain unless dtype or cpu_offload need FSDP; under "none" call
+    average_gradients. A model on the meta device gets this rank's memory, for load_sharded or materialise to fill.
     """
     if how not in ("full", "hybrid", "none"):
         raise ValueError(f"how is {how!r}: want 'full', 'hybrid' or 'none'")
-    cpu_offload = cpu_offload and world.device.type != "cpu"
+    kind, cpu_offload = world.device.type, cpu_offload and world.device.type != "cpu"
     if not trainable:
         model.requires_grad_(False).to(dtype=dtype)
     if (how != "none" and world.size > 1) or (dtype and trainable) or cpu_offload:
         per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
-        rules = {
-            "mesh": _mesh(world.device.type, world.size, {"full": world.size, "hybrid": per_node, "none": 1}[how]),
-            "reshard_after_forward": True,
-            # the model casts its inputs: FSDP would also round the rotary table, which blocks take in float32
-            "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
-            "offload_policy": CPUOffloadPolicy() if cpu_offload else OffloadPolicy(),
-        }
-        for block in model.blocks:
-            fully_shard(block, **rules)
-        fully_shard(model, **rules)
+        mesh = _mesh(kind, world.size, {"full": world.size, "hybrid": per_node, "none": 1}[how])
+        # the model casts its inputs: FSDP would also round the rotary table, which blocks take in float32
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
+        for module in (*model.blocks, model):
+            fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=policy, offload_policy=offload)
     device = "cpu" if cpu_offload else world.device
-    if not any(p.is_meta for p in model.parameters()):
-        return model.to(device)
-    model.to_empty(device=device)
-    for p in model.parameters():
-        local(p).detach().fill_(math.nan)
-    return model
-
-
-@functools.lru_cache  # the networks share their communicators
-def _mesh(kind, size, shards):
-    """The ranks in a row, or (replicas, shards) in rows of `shards`."""
-    if not dist.is_initialized():  # mixed precision or offloading in one process: a group of one
-        dist.init_process_group(BACKEND[kind], store=dist.HashStore(), rank=0, world_size=1)
-    return init_device_mesh(kind, (size,) if shards == size else (size // shards, shards))
+    return model.to_empty(device=device) if any(p.is_meta for p in model.parameters()) else model.to(device)
 
 
 def local(p):
@@ -141,62 +119,52 @@ def materialise(model, world, seed=0):
 
 @torch.no_grad()
 def load_sharded(model, source):
-    """Fill model, sharded or not, from a safetensors file (reading this rank's rows alone) or pairs (name, tensor).
-
-    Raises UserError for an unreadable file and where a parameter is missing, unknown, or of another shape.
-    """
-    if isinstance(source, (str, os.PathLike)):
+    """Fill model from a safetensors file, touching this rank's rows alone, or pairs (name, tensor); else UserError."""
+    if isinstance(source, str | os.PathLike):
         try:
             with safe_open(source, "pt") as file:
-                return load_sharded(model, ((name, file.get_slice(name)) for name in file.keys()))  # noqa: SIM118
+                return load_sharded(model, ((name, file.get_tensor(name)) for name in file.keys()))  # noqa: SIM118
         except (OSError, SafetensorError) as e:
             raise UserError(f"cannot read the weights {source}: {e}") from e
     params = model.state_dict()
     for name, whole in source:
-        shape, p = getattr(whole, "get_shape", lambda t=whole: t.shape)(), params.pop(name, None)
-        if p is None or list(p.shape) != list(shape):
-            raise UserError(f"these weights are of another model: {name} {list(shape)} does not fit")
-        first = 0
-        if isinstance(p, DTensor):  # as torch.chunk cuts; the mesh's last dimension shards
-            dim = p.device_mesh.ndim - 1
-            first = p.device_mesh.get_local_rank(dim) * math.ceil(len(p) / p.device_mesh.size(dim))
-        local(p).copy_(whole[first : first + len(local(p))])
+        p = params.pop(name, None)
+        if p is None or p.shape != whole.shape:
+            raise UserError(f"these weights are of another model: {name} {list(whole.shape)} does not fit")
+        if isinstance(p, DTensor):  # cut as torch.chunk does
+            mesh, dim = p.device_mesh, p.device_mesh.ndim - 1
+            whole = whole[mesh.get_local_rank(dim) * math.ceil(len(p) / mesh.size(dim)) :][: len(local(p))]
+        local(p).copy_(whole)
     if params:
-        raise UserError(f"these weights are of another model: {sorted(params)[0]} is not among them")
+        raise UserError(f"these weights are of another model: {min(params)} is not among them")
     return model
 
 
-@torch.no_grad()
 def gather(model):
     """The whole state dict on the CPU of rank 0 (the others get {}), tensor by tensor. All ranks call it."""
-    main, whole = not dist.is_initialized() or dist.get_rank() == 0, {}
-    for name, p in model.state_dict().items():
-        full = p.full_tensor() if isinstance(p, DTensor) else p
-        whole |= {name: full.to("cpu", copy=True)} if main else {}
-    return whole
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
 @torch.no_grad()
 def average_gradients(model, world):
     """Replace the gradients of a replicated module by their mean over the ranks. FSDP has averaged its own already."""
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
-    if world.size > 1 and grads and not isinstance(grads[0], DTensor):
-        flat = torch.cat([g.flatten().float() for g in grads])  # one message
-        dist.all_reduce(flat)
-        for g, total in zip(grads, flat.split([g.numel() for g in grads])):
-            g.copy_(total.view_as(g) / world.size)
+    for p in model.parameters() if world.size > 1 else ():
+        if p.grad is not None and not isinstance(p.grad, DTensor):
+            dist.all_reduce(p.grad)
+            p.grad /= world.size
 
 
 @torch.no_grad()
 def clip_gradients(model, max_norm):
     """Scale the gradients down to max_norm. Returns their norm before, alike on all ranks; it may not be finite."""
     grads = [p.grad for p in model.parameters() if p.grad is not None]
-    parts = [local(g) for g in grads]  # many times faster than DTensor's own arithmetic on lists
-    total = nn.utils.get_total_norm(parts).square()
+    parts = [local(g) for g in grads]  # DTensor's own arithmetic on lists is many times slower
+    square = torch.nn.utils.get_total_norm(parts).square()
     if grads and isinstance(grads[0], DTensor):
-        dist.all_reduce(total, group=grads[0].device_mesh.get_group(grads[0].device_mesh.ndim - 1))
-    torch._foreach_mul_(parts, (max_norm / (total.sqrt() + 1e-6)).clamp(max=1))
-    return total.sqrt().item()
+        dist.all_reduce(square, group=grads[0].device_mesh.get_group(grads[0].device_mesh.ndim - 1))
+    for part in parts:
+        part *= (max_norm / (square.sqrt() + 1e-6)).clamp(max=1)
+    return square.sqrt().item()
 
 
 def mean(value, world):
@@ -217,10 +185,7 @@ def _hash(key):
 
 
 def normal(shape, key, indices, device="cpu"):
-    """Standard normal noise (len(indices), *shape), float32; sample i depends on key and indices[i] alone.
-
-    key: a tuple of numbers and words, such as (seed, step, "student"). Drawn on the CPU, alike for every device.
-    """
+    """Standard normal noise (len(indices), *shape), float32; sample i depends on the tuple key and indices[i] alone."""
     generators = [torch.Generator().manual_seed(_hash((*key, int(i)))) for i in indices]
     return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
 
@@ -230,147 +195,104 @@ def randint(high, key):
     return _hash(("randint", *key)) % high
 
 
-class _Writer(dcp.FileSystemWriter):
-    """DCP's, which at the end, on rank 0 when all ranks have written, calls `publish`."""
-
-    def finish(self, metadata, results):
-        super().finish(metadata, results)
-        self.publish(Path(self.path))
-
-
 class Checkpoints:
-    """folder/step_00001000 and so on: the newest keep_last, and those whose step is a multiple of keep_every (0: none).
-
-    All ranks make it and call each method; with several nodes, on a folder that all of them see.
-    """
+    """folder/step_00001000, ...: the newest keep_last, and each multiple of keep_every (0: none). For all ranks."""
 
     def __init__(self, folder, keep_last=2, keep_every=0):
-        """Raises UserError where nothing can be written."""
         self.folder, self.keep_last, self.keep_every, self.pending = Path(folder), keep_last, keep_every, None
         # a group of its own: saving talks in the background, between the messages of training
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
-        self.main = self.group is None or dist.get_rank() == 0
+        self.main = not self.group or dist.get_rank() == 0
         with atomic(self.folder / ".writable"):  # find out now, not at the first save
             pass
 
     def newest(self):
-        """The newest complete checkpoint's path, or None; rank 0 looks and tells the others."""
-        found = [max(self.folder.glob("step_*"), default=None) if self.main else None]
-        if self.group:
-            dist.broadcast_object_list(found, 0, self.group)
-        return found[0]
+        """The newest complete checkpoint's path, or None."""
+        return max(self.folder.glob("step_*"), default=None)
 
     def save(self, step, modules, optimizers, extra, wait=False):
-        """Copy everything to the CPU, then write it in the background; return after the copy, unless wait.
-
-        modules, optimizers: dicts by name; an optimizer's parameters belong to the modules. extra: goes into JSON.
-        Learning rates and the like are not saved: the configuration has them. Raises UserError where the save before
-        this one (with wait: this one) failed; earlier checkpoints are then untouched.
-        """
+        """Copy all to the CPU, then write it in the background, extra as JSON. Raises as `wait`, of the save before."""
         self.wait()
         self._clean()
-        extra, final = json.dumps(extra), self.folder / f"step_{step:08d}"
+        extra, part, final = json.dumps(extra), self.folder / f".tmp_{step}", self.folder / f"step_{step:08d}"
+        writer = dcp.FileSystemWriter(part)
+        write_index = writer.finish
 
-        def publish(part):
+        def finish(metadata, results):  # DCP calls it on rank 0 when all ranks have written
+            write_index(metadata, results)
             (part / "extra.json").write_text(extra)
             if final.exists():  # the same step once more
-                final.rename(part.with_name(part.name + ".old"))
+                final.rename(self.folder / f".tmp_old_{step}")
             part.rename(final)
             self._clean()
 
-        writer, tensors = _Writer(final.with_name(f".tmp_{final.name}")), _tensors(modules, optimizers)
-        writer.publish = publish
-        kwargs = {"process_group": self.group, "no_dist": not self.group}
-        self.pending = dcp.async_save(tensors, storage_writer=writer, **kwargs)
+        writer.finish = finish
+        self.pending = dcp.async_save(_tensors(modules, optimizers), storage_writer=writer, process_group=self.group)
         if wait:
             self.wait()
 
     def wait(self):
-        """Wait until the save under way is complete. Raises UserError, on all ranks, if it failed on one."""
+        """Until the save under way is complete. Raises UserError on all ranks if it failed on one, a full disk say."""
         pending, self.pending = self.pending, None
         try:
             if pending:
                 pending.result()
         except CheckpointException as e:
             self._clean()
-            raise UserError(f"cannot save in {self.folder}: {_cause(e)} (earlier checkpoints are whole)") from e
+            cause = str(e).strip().splitlines()[-1]  # after DCP's traceback
+            raise UserError(f"cannot save in {self.folder}: is the disk full? ({cause}); older ones are whole") from e
 
     def _clean(self):
         """Remove what is no longer kept, and what a killed or failed save left."""
-        for path in sorted(self.folder.glob("step_*"))[: -self.keep_last] if self.main else []:
-            if not self.keep_every or int(path.name[5:]) % self.keep_every:
-                path.rename(path.with_name(f".tmp_{path.name}"))  # half a folder must not look like a checkpoint
-        for path in self.folder.glob(".tmp_*") if self.main else []:
-            shutil.rmtree(path, ignore_errors=True)
+        if self.main:
+            for path in sorted(self.folder.glob("step_*"))[: -self.keep_last]:
+                if not self.keep_every or int(path.name[5:]) % self.keep_every:
+                    path.rename(self.folder / f".tmp_{path.name}")  # half a folder must not look like a checkpoint
+            for path in self.folder.glob(".tmp_*"):
+                shutil.rmtree(path, ignore_errors=True)
 
     def load(self, path, modules, optimizers):
-        """Fill modules and optimizers in place from a checkpoint of any number of ranks. Returns extra.
-
-        Raises UserError for a damaged checkpoint and for one of other models.
-        """
-        tensors, params = _tensors(modules, {}), {name: p for p, name in _names(modules).items()}
-        slots = []  # (optimizer, parameter, key, name): a fresh optimizer is empty, what was saved says what it needs
+        """Fill modules and optimizers in place from a checkpoint of any number of ranks. Returns extra."""
+        tensors = _tensors(modules, {})
+        params = {f"{m}/{name}": p for m, module in modules.items() for name, p in module.named_parameters()}
+        for optimizer in optimizers.values():
+            optimizer.state.clear()
         try:
             extra = json.loads((Path(path) / "extra.json").read_text())
             saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-            theirs = {
-                (k, m.size) for k, m in saved.items() if k.split("/")[0] == "modules" and k.split("/")[1] in modules
-            }
-            for name, _ in theirs ^ {(k, t.shape) for k, t in tensors.items()}:
-                raise UserError(f"the checkpoint {path} is of another model: {name} differs")
-            for name, m in saved.items():
+            for name, m in saved.items():  # a fresh optimizer is empty: what was saved tells what it will hold
                 kind, o, *rest = name.split("/")
                 if kind == "optimizers" and o in optimizers:
                     p, key = params["/".join(rest[:-1])], rest[-1]
-                    slots.append((optimizers[o], p, key, name))
-                    like = m.size == p.shape
-                    tensors[name] = torch.zeros_like(p) if like else torch.zeros(m.size, dtype=m.properties.dtype)
-            dcp.load(tensors, checkpoint_id=path, process_group=self.group, no_dist=not self.group)
-        except (CheckpointException, OSError, EOFError, json.JSONDecodeError, pickle.UnpicklingError) as e:
-            raise UserError(f"cannot read the checkpoint {path} ({_cause(e)}); remove it to use the one before") from e
+                    zeros = torch.zeros_like(p) if m.size == p.shape else torch.zeros(m.size, dtype=m.properties.dtype)
+                    tensors[name] = optimizers[o].state[p][key] = zeros
+                if kind == "modules" and o in modules and name not in tensors:
+                    raise LookupError(f"the model has no {name}")
+            dcp.load(tensors, checkpoint_id=path, process_group=self.group)
+        except (CheckpointException, Exception) as e:  # whatever half a file may bring about
+            cause = f"{type(e).__name__}: {e}".strip().splitlines()[-1]
+            raise UserError(f"the checkpoint {path} is damaged or of another model ({cause})") from e
         for optimizer in optimizers.values():
-            optimizer.state.clear()
-        for optimizer, p, key, name in slots:
-            optimizer.state[p][key] = tensors[name]
-        for optimizer in optimizers.values():
-            optimizer.load_state_dict(optimizer.state_dict())  # puts each tensor where the optimizer wants it
+            optimizer.load_state_dict(optimizer.state_dict())  # puts each tensor where this optimizer wants it
         return extra
 
 
-def _names(modules):
-    return {p: f"{m}/{name}" for m, module in modules.items() for name, p in module.named_parameters()}
-
-
 def _tensors(modules, optimizers):
-    """All to be saved, by name: modules/student/out.weight, optimizers/adamw/student/out.weight/exp_avg, ..."""
-    names = _names(modules)
+    """By name: modules/ema/out.weight, optimizers/adam/student/out.weight/exp_avg. Learning rates are configuration."""
+    names = {p: f"{m}/{name}" for m, module in modules.items() for name, p in module.named_parameters()}
     tensors = {f"modules/{m}/{name}": t for m, module in modules.items() for name, t in module.state_dict().items()}
-    for o, optimizer in optimizers.items():
-        for p, slot in optimizer.state.items():
-            tensors |= {f"optimizers/{o}/{names[p]}/{key}": t for key, t in slot.items() if t is not None}
+    for o, p, slot in ((o, p, slot) for o, optimizer in optimizers.items() for p, slot in optimizer.state.items()):
+        tensors |= {f"optimizers/{o}/{names[p]}/{key}": t for key, t in slot.items() if t is not None}
     return tensors
 
 
-def _cause(e):
-    e = next(iter(e.failures.values()))[0] if isinstance(e, CheckpointException) else e
-    return getattr(e, "strerror", None) or f"{type(e).__name__}: {e}"
-
-
 class Stopper:
-    """SIGTERM and SIGINT set a flag; `stopper()`, at the end of a step, says on all ranks alike whether any has one.
-
-    Without torchrun (which sends Ctrl-C on a second time) another Ctrl-C interrupts at once.
-    """
+    """SIGTERM and SIGINT set a flag; `stopper()`, at the end of a step, says on all ranks alike whether any has one."""
 
     def __init__(self, world):
         self.world, self.flag = world, False
-        signal.signal(signal.SIGTERM, self._ask)
-        signal.signal(signal.SIGINT, self._ask)
-
-    def _ask(self, number, frame):
-        if self.flag and number == signal.SIGINT and "TORCHELASTIC_RUN_ID" not in os.environ:
-            raise KeyboardInterrupt
-        self.flag = True
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: setattr(self, "flag", True))
 
     def __call__(self):
         return any_rank(self.flag, self.world)
