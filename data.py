@@ -57,7 +57,7 @@ def list_clips(folder):
     names = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.suffix.lower() in IMAGES + VIDEOS}
     said, captions, skipped = {}, {}, {}
     if (table := folder / "metadata.jsonl").exists():
-        for number, line in enumerate(table.read_text("utf-8", errors="replace").splitlines(), 1):
+        for number, line in enumerate(table.read_text("utf-8", errors="replace").split("\n"), 1):
             try:
                 if line.strip():
                     row = json.loads(line)
@@ -86,7 +86,8 @@ def section(path, n, fps, seed=0):
         return shown
     room = shown[-1] - (n - 1) / fps
     if room < -0.5 * shown[-1] / max(1, len(shown) - 1) or len(shown) < min(n, 2):  # each needs a frame close by
-        raise UserError(f"{path} is too short: {len(shown)} frames in {shown[-1]:.2f} s, {n} at {fps:g} fps are needed")
+        there = f"{len(shown)} frames in {shown[-1]:.2f} s"
+        raise UserError(f"cannot read {path}: it is too short, {there}, where {n} at {fps:g} fps are wanted")
     start = max(0.0, room) * random.Random(f"{seed}/{Path(path).name}").random()
     return [start + i / fps for i in range(n)]
 
@@ -111,8 +112,7 @@ class _Samples:
     """Samples of several shapes, in an order without state. `shapes` has one hashable value a sample."""
 
     def __init__(self, shapes):
-        self.shapes, self._memo = shapes, (None, None)
-        self.groups = {}
+        self.shapes, self.groups, self._memo = shapes, {}, (None, None)
         for i, shape in enumerate(shapes):
             self.groups.setdefault(shape, []).append(i)
 
@@ -251,30 +251,29 @@ def cache(data, out, vae, text, made, reward=None, shard=64, rank=0, world=1, de
                 except UserError as e:
                     bad[name] = str(e)
                 else:
-                    sample = {"latents": _encode(vae, video).half(), "text": embedding.to(text.dtype)}
+                    try:
+                        with torch.no_grad():
+                            latents = vae.encode(video).half()  # (1, C, T, h, w)
+                    except ValueError as e:  # it knows which sizes it takes
+                        raise UserError(f"the VAE does not take such clips: {e}") from e
+                    sample = {"latents": latents, "text": embedding.to(text.dtype)}
                     if reward is not None:
                         sample["reward"] = reward(video, [caption]).detach().float()
                     tensors |= {f"{len(samples)}.{key}": x[0].cpu().contiguous() for key, x in sample.items()}
-                    samples.append({"name": name, "caption": caption, "shape": list(sample["latents"].shape[1:])})
+                    samples.append({"name": name, "caption": caption, "shape": list(latents.shape[1:])})
                 bar.update()
             with atomic(_shard(out, k)) as part:
                 save_file(tensors, part, {"samples": json.dumps(samples), "skipped": json.dumps(bad)})
 
     heads = {k: _head(_shard(out, k)) for k in range(len(shards)) if _shard(out, k).exists()}
-    skipped = {} if rank else skipped
-    for k in set(mine) & set(heads):
+    skipped = {} if rank else skipped  # each process names its own, the first those without a shard
+    for k in mine:
         skipped |= heads[k][1]
-    usable = sum(len(samples) for samples, _ in heads.values())
-    _report(data, usable if len(heads) == len(shards) else max(1, usable), skipped)
+    usable, finished = sum(len(samples) for samples, _ in heads.values()), len(heads) == len(shards)
+    for junk in out.glob(".shard-*.tmp*") if finished else []:  # what was half written when a run was killed
+        junk.unlink(missing_ok=True)
+    _report(data, usable if finished else max(1, usable), skipped)
     return usable
-
-
-def _encode(vae, video):
-    try:
-        with torch.no_grad():
-            return vae.encode(video)  # (1, C, T, h, w)
-    except ValueError as e:  # it knows which sizes it takes
-        raise UserError(f"the VAE does not take such clips: {e}") from e
 
 
 def _shard(out, k):
@@ -319,16 +318,11 @@ class LatentCache(_Samples):
 
     def __init__(self, folder, **made):
         plan = _plan(folder, made)
-        self.folder, self.made, files = (
-            Path(folder),
-            plan["made"],
-            [_shard(folder, k) for k in range(len(plan["shards"]))],
-        )
+        self.folder, self.made = Path(folder), plan["made"]
+        files = [_shard(folder, k) for k in range(len(plan["shards"]))]
         if missing := [file.name for file in files if not file.exists()]:
-            raise UserError(
-                f"the cache {folder} is unfinished, {len(missing)} of {len(files)} shards are missing, "
-                f"first {missing[0]}: run data.py cache again"
-            )
+            some = f"{len(missing)} of {len(files)} shards are missing, first {missing[0]}"
+            raise UserError(f"the cache {folder} is unfinished, {some}: run data.py cache again")
         samples = [(file, i, sample) for file in files for i, sample in enumerate(_head(file)[0])]
         if not samples:
             raise UserError(f"the cache {folder} holds no clip")
@@ -375,9 +369,7 @@ class Config:
 
 def main():
     if sys.argv[1:2] != ["cache"]:
-        raise UserError(
-            "say what to do: python data.py cache --data CLIPS --vae VAE --text TEXT --out CACHE (see cache --help)"
-        )
+        raise UserError("say what to do: python data.py cache --data CLIPS --out CACHE (and see cache --help)")
     cfg = parse(Config, sys.argv[2:], "Encode a folder of captioned clips once, for training.", PRESETS)
     if not cfg.data or not cfg.out:
         raise UserError("--data and --out are required")
