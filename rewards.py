@@ -3,109 +3,100 @@
 A reward is a callable `reward(video (B, 3, F, H, W) in [-1, 1], prompts) -> (B,)` in float32, higher is better. The
 latent reward model (lrm.py) learns any of them from such numbers alone, so a reward may be a file size. Those that
 are differentiable give their gradient on request (`with_grad=True`), which only the direct-gradient baselines ask for.
+
+Image rewards score frames one at a time, and a video is worth their mean; `frames` evenly spaced ones are enough. The
+rewards that see motion (dynamic_degree and the judge's four) take every frame. Those learned from people, HPSv2,
+PickScore, ImageReward and LAION's aesthetic score, are in preference.py. The table at the end names them all.
 """
 
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
+import checkpoint
+import preference
 from cli import UserError
 from judge import Judge
 from shapes import FACTORS, FRAMES, SIZE, parse
 
-# name -> (differentiable, reads the prompt, scale)
-REWARDS = {
-    "jpeg_compressibility": (False, False, "minus kilobytes (1000 bytes) of a frame as JPEG of quality 95"),
-    "jpeg_incompressibility": (False, False, "kilobytes (1000 bytes) of a frame as JPEG of quality 95"),
-    "agreement": (True, True, "0..1: the judge's mean probability of the factors that the prompt names"),
-    "object": (True, True, "0..1: the judge's probability of the object that the prompt names"),
-    "colour": (True, True, "0..1: the judge's probability of the colour that the prompt names"),
-    "action": (True, True, "0..1: the judge's probability of the action that the prompt names"),
-}
-JUDGED = ("agreement", "object", "colour", "action")
-NAMES = list(REWARDS)
-
 
 @dataclass
 class Reward:
-    """One reward, ready to be called; `make` builds it.
-
-    `frames` is the number of evenly spaced frames that are scored (None: all).
-    """
+    """One reward, ready to be called; `make` builds it."""
 
     name: str
     score: Callable  # (video, prompts) -> (B,)
     differentiable: bool
     text: bool  # does it read the prompt?
-    scale: str
-    frames: int | None = None
-    device: str | torch.device = "cpu"
+    scale: str  # one line on its scale
+    frames: int | None  # how many evenly spaced frames are scored; None: all
+    device: str | torch.device
 
     def __call__(self, video: torch.Tensor, prompts: list[str] | None = None, with_grad: bool = False) -> torch.Tensor:
         """video (B, 3, F, H, W) in [-1, 1] -> (B,) float32 on the video's device; NaN for a clip that is not finite.
 
         Raises ValueError for another shape, a wrong number of prompts, or a gradient that does not exist.
         """
-        check(video)
+        if video.ndim != 5 or video.shape[1] != 3:
+            raise ValueError(f"a reward takes video (B, 3, F, H, W), not {tuple(video.shape)}")
         if self.text and (prompts is None or len(prompts) != len(video)):
             raise ValueError(f"{self.name} needs one prompt a clip: {len(video)} clips, {len(prompts or [])} prompts")
         if with_grad and not self.differentiable:
             raise ValueError(f"{self.name} has no gradient")
-        if self.frames and self.frames < video.shape[2]:
-            video = video[:, :, spread(video.shape[2], self.frames)]
+        if self.frames and self.frames < video.shape[2]:  # the middles of equal intervals
+            video = video[:, :, [int((i + 0.5) * video.shape[2] / self.frames) for i in range(self.frames)]]
         x = video.to(self.device, torch.float32)
         # the published scores are those of float32, whatever precision the training around this call runs in
         with torch.set_grad_enabled(with_grad), torch.autocast(x.device.type, enabled=False):
-            score = self.score(x, prompts)
             bad = ~torch.isfinite(x).flatten(1).all(1)
-            return score.float().masked_fill(bad, torch.nan).to(video.device)
-
-
-def check(video: torch.Tensor) -> None:
-    if video.ndim != 5 or video.shape[1] != 3:
-        raise ValueError(f"a reward takes video (B, 3, F, H, W), not {tuple(video.shape)}")
-
-
-def spread(total: int, n: int) -> list[int]:
-    """n of `total` frames, evenly spaced: the middles of n equal intervals."""
-    return [int((i + 0.5) * total / n) for i in range(n)]
+            return self.score(x, prompts).float().masked_fill(bad, torch.nan).to(video.device)
 
 
 def parse_spec(spec: str) -> dict[str, float]:
-    """'jpeg_compressibility=1,agreement=2' -> {name: weight}; a name alone has weight 1. UserError for anything else."""
-    weights = {}
-    for part in filter(None, spec.replace(" ", "").split(",")):
+    """The words hpsv2=1,agreement=2 -> {name: weight}; a bare name has weight 1. Raises UserError for others."""
+    found = {}
+    for part in spec.replace(" ", "").split(","):
         name, _, number = part.partition("=")
         if name not in REWARDS:
-            raise UserError(f"unknown reward {name!r}; there are: {', '.join(NAMES)}")
+            raise UserError(f"unknown reward {name!r}; there are: {', '.join(REWARDS)}")
         try:
-            weights[name] = float(number or 1)
+            found[name] = float(number or 1)
         except ValueError:
             raise UserError(f"the weight of the reward {name} must be a number, not {number!r}") from None
-    if not weights:
-        raise UserError(f"no reward in {spec!r}; there are: {', '.join(NAMES)}")
-    return weights
+    return found
 
 
 def make(name: str, weights: str | None = None, frames: int | None = None, device="cpu") -> Reward:
-    """The reward of that name; `weights` is its file or folder, `frames` how many frames it scores (None: all).
+    """The reward of that name, or the weighted sum of several ("hpsv2=1,agreement=2").
 
-    The rewards that read motion (the judge's four, dynamic_degree) always see every frame.
+    `weights` is its file or folder; of several rewards, "hpsv2=FILE,agreement=FILE". `frames`: see Reward.
     Raises UserError for an unknown name and for weights that are missing or of something else.
     """
-    (name,) = parse_spec(name)
+    spec, parts = parse_spec(name), []
     if frames is not None and frames < 1:
         raise UserError(f"a reward scores at least one frame, not {frames}")
-    differentiable, text, scale = REWARDS[name]
-    if name in JUDGED:
-        score, frames = _judged(name, weights or "weights/judge_reward.safetensors", device), None
-    else:
-        score = partial(_jpeg, sign=-1.0 if name == "jpeg_compressibility" else 1.0)
-    return Reward(name, score, differentiable, text, scale, frames, device)
+    files = dict(part.partition("=")[::2] for part in weights.split(",")) if weights else {}
+    if not set(files) <= set(spec):  # one path, then
+        if len(readers := [n for n in spec if REWARDS[n][4]]) != 1:
+            raise UserError(f"{len(readers)} of the rewards {', '.join(spec)} read weights: name them, NAME={weights}")
+        files = {readers[0]: weights}
+    for n, weight in spec.items():
+        build, differentiable, text, moving, needs, scale = REWARDS[n]
+        file = files.get(n) or (needs if needs == JUDGE else "")
+        if needs and not (file and Path(file).exists()):
+            raise UserError(f"the reward {n} needs weights ({needs}); there is nothing at {file or 'no path given'}")
+        score, many = build(n, file, device), None if moving else frames
+        parts.append((weight, Reward(n, score, differentiable, text, scale, many, device)))
+    if list(spec.values()) == [1.0]:
+        return parts[0][1]
+    smooth = all(part.differentiable for _, part in parts)
+    total = lambda video, prompts: sum(w * r(video, prompts, torch.is_grad_enabled()) for w, r in parts)
+    return Reward(name, total, smooth, any(r.text for _, r in parts), "the weighted sum of its parts", None, device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -115,43 +106,127 @@ def make(name: str, weights: str | None = None, frames: int | None = None, devic
 def jpeg_compressibility(video: torch.Tensor) -> torch.Tensor:
     """Minus kilobytes (bytes / 1000) of each frame as JPEG, mean over the frames: (B, 3, F, H, W) -> (B,).
 
-    Quality 95, the encoder's defaults else, as DDPO has it (github.com/kvablack/ddpo-pytorch, rewards.py).
+    Quality 95, else the encoder's defaults, as DDPO has it (github.com/kvablack/ddpo-pytorch, rewards.py).
     """
-    check(video)
-    return _jpeg(video, None, -1.0).to(video.device)
+    return make("jpeg_compressibility")(video)
 
 
-def _jpeg(video, prompts, sign):
-    pixels = ((video.detach().float() + 1) / 2 * 255).round().clamp(0, 255).to(torch.uint8)
-    kilobytes = []
-    for clip in pixels.permute(0, 2, 3, 4, 1).cpu().numpy():  # (F, H, W, 3)
-        total = 0
-        for frame in clip:
+def _jpeg(name, file, device):
+    sign = -1.0 if name == "jpeg_compressibility" else 1.0
+
+    def score(video, prompts):
+        pixels = ((video + 1) / 2 * 255).round().clamp(0, 255).to(torch.uint8)
+        kilobytes = []
+        for clip in pixels.permute(0, 2, 3, 4, 1).cpu().numpy():  # (F, H, W, 3)
             buffer = io.BytesIO()
-            Image.fromarray(frame).save(buffer, format="JPEG", quality=95)
-            total += buffer.tell()
-        kilobytes.append(total / len(clip) / 1000)
-    return sign * torch.tensor(kilobytes, device=video.device)
+            for frame in clip:
+                Image.fromarray(frame).save(buffer, format="JPEG", quality=95)
+            kilobytes.append(buffer.tell() / len(clip) / 1000)
+        return sign * torch.tensor(kilobytes, device=video.device)
+
+    return score
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the shapes world's rewarding judge
+# the shapes world's rewarding judge, which is never the one that evaluates
 
 
-def _judged(name, weights, device):
-    import checkpoint
-
-    judge, _ = checkpoint.load_model(weights, Judge, device)
-    judge.requires_grad_(False)
+def _judged(name, file, device):
+    judge = checkpoint.load_model(file, Judge, device)[0].requires_grad_(False)
 
     def score(video, prompts):
         if tuple(video.shape[2:]) != (FRAMES, SIZE, SIZE):
-            raise UserError(f"the reward {name} reads clips of the shapes world only, {FRAMES} frames of {SIZE}x{SIZE}")
+            raise UserError(f"the reward {name} reads clips of the shapes world: {FRAMES} frames of {SIZE}x{SIZE}")
         if name == "agreement":
             return judge.agreement(video, prompts)
-        p = judge(video)[name].softmax(1)  # (B, values)
-        # where the prompt leaves the factor open, any clear one is right
         named = [parse(prompt).get(name) for prompt in prompts]
+        p = judge(video)[name].softmax(
+            1
+        )  # (B, values); where the prompt leaves the factor open, any clear one is right
         return torch.stack([q[FACTORS[name].index(v)] if v else q.max() for q, v in zip(p, named)])
 
     return score
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# motion
+
+
+def optical_flow(first: torch.Tensor, second: torch.Tensor, window: int = 7, iterations: int = 3) -> torch.Tensor:
+    """Lucas-Kanade from coarse to fine: images (N, C, H, W) in [0, 1] -> flow (N, 2, H, W), x and y in pixels.
+
+    What is at p in `first` is at p + flow(p) in `second`. In a window that is flat the flow is that of the coarser
+    level, and none at the coarsest: motion is only where it can be seen. Lucas and Kanade (1981), Bouguet (2001).
+    """
+    pyramid = [(first, second)]
+    while min(pyramid[-1][0].shape[-2:]) >= 32:
+        pyramid.append(tuple(F.avg_pool2d(image, 2) for image in pyramid[-1]))
+    mean = lambda q: F.avg_pool2d(q, window, 1, window // 2, count_include_pad=False)
+    # twice, so that the window is a triangle: a box turns some wavelengths around, and iterating would blow them up
+    around = lambda q: mean(mean(q.mean(1, keepdim=True)))
+    flow = first.new_zeros(len(first), 2, 1, 1)
+    for a, b in reversed(pyramid):
+        h, w = a.shape[-2:]
+        finer = flow.new_tensor([w / flow.shape[3], h / flow.shape[2]]).view(1, 2, 1, 1)
+        flow = F.interpolate(flow, (h, w), mode="bilinear") * finer
+        wide = F.pad(a, (1, 1, 1, 1), mode="replicate")
+        gx, gy = (wide[..., 1:-1, 2:] - wide[..., 1:-1, :-2]) / 2, (wide[..., 2:, 1:-1] - wide[..., :-2, 1:-1]) / 2
+        floor = 1e-4  # a gradient of 0.01 a pixel, about what noise and compression leave in a flat place
+        xx, xy, yy = around(gx * gx) + floor, around(gx * gy), around(gy * gy) + floor
+        y, x = torch.meshgrid(torch.arange(h, device=a.device), torch.arange(w, device=a.device), indexing="ij")
+        for _ in range(iterations):
+            place = torch.stack([(x + flow[:, 0] + 0.5) / w, (y + flow[:, 1] + 0.5) / h], -1) * 2 - 1  # (N, h, w, 2)
+            change = F.grid_sample(b, place, padding_mode="border", align_corners=False) - a
+            change = change * (place.abs().amax(-1) < 1)[:, None]  # what has left the picture says nothing
+            bx, by = around(gx * change), around(gy * change)
+            step = torch.cat([xy * by - yy * bx, xy * bx - xx * by], 1) / (xx * yy - xy * xy)
+            flow = flow + step.clamp(-1, 1)  # beyond a pixel the linearisation does not hold
+    return flow
+
+
+def _dynamic_degree(name, file, device):
+    """VBench's dynamic degree before its threshold, which is 1 here, and by Lucas-Kanade instead of RAFT.
+
+    For each pair of frames the mean of the largest 5% of flow lengths, in units of 6 min(H, W) / 256 pixels. VBench
+    asks whether a quarter of the pairs exceed 1; the mean over the pairs also says by how much. VBench first thins a
+    video to 8 frames a second: give clips at about that rate.
+    """
+
+    def score(video, prompts):
+        n, _, f, h, w = video.shape
+        if f < 2:
+            return video.new_zeros(n)
+        images = (video.transpose(1, 2).flatten(0, 1).clamp(-1, 1) + 1) / 2
+        if min(h, w) > 128:  # the unit shrinks along
+            images = F.interpolate(images, scale_factor=128 / min(h, w), mode="area")
+        h, w = images.shape[-2:]
+        images = images.unflatten(0, (n, f))
+        flow = optical_flow(images[:, :-1].flatten(0, 1), images[:, 1:].flatten(0, 1))
+        length = torch.linalg.vector_norm(flow, dim=1).flatten(1)  # (n (f - 1), h w)
+        top = length.topk(max(1, int(0.05 * h * w))).values.mean(1)
+        return top.view(n, f - 1).mean(1) / (6 * min(h, w) / 256)
+
+    return score
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# name -> (maker, differentiable, reads the prompt, sees every frame, its weights, its scale)
+
+HPS = "--reward-weights FILE, HPS_v2_compressed.pt or HPS_v2.1_compressed.pt of hub xswu/HPSv2"
+PICK = "--reward-weights FOLDER, hub yuvalkirstain/PickScore_v1"
+IMAGE = "--reward-weights FOLDER, hub THUDM/ImageReward and in it vocab.txt of bert-base-uncased"
+LAION = "--reward-weights FOLDER, hub openai/clip-vit-large-patch14 and in it sac+logos+ava1-l14-linearMSE.pth"
+JUDGE = "weights/judge_reward.safetensors"
+REWARDS = {
+    "jpeg_compressibility": (_jpeg, False, False, False, "", "minus kB of a frame as JPEG, quality 95"),
+    "jpeg_incompressibility": (_jpeg, False, False, False, "", "kB of a frame as JPEG, quality 95"),
+    "agreement": (_judged, True, True, True, JUDGE, "0..1: mean probability of the factors the prompt names"),
+    "object": (_judged, True, True, True, JUDGE, "0..1: probability of the object the prompt names"),
+    "colour": (_judged, True, True, True, JUDGE, "0..1: probability of the colour the prompt names"),
+    "action": (_judged, True, True, True, JUDGE, "0..1: probability of the action the prompt names"),
+    "dynamic_degree": (_dynamic_degree, True, False, True, "", "0 is still; VBench's threshold of motion is 1"),
+    "hpsv2": (preference.hpsv2, True, True, False, HPS, "cosine, about 0.2..0.35; versions 2.0 and 2.1 do not compare"),
+    "pickscore": (preference.pickscore, True, True, False, PICK, "cosine, about 0.18..0.24"),
+    "imagereward": (preference.imagereward, True, True, False, IMAGE, "standardised preference, about -2..2"),
+    "aesthetic": (preference.aesthetic, True, False, False, LAION, "about 1..10"),
+}

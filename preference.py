@@ -1,0 +1,204 @@
+"""Rewards learned from people: HPSv2, PickScore, ImageReward and LAION's aesthetic score, from the user's files.
+
+Each is a large CLIP or BLIP that scores an image, mostly with its prompt; a video is worth the mean of its frames.
+Nothing is fetched and no code in a file is run. What each model's own preprocessing does to a picture is done here to
+a tensor, so that the score has a gradient; it differs from theirs by their rounding to 8 bits alone.
+
+Every function here takes (name, its file or folder, device) and returns score(video (B, 3, F, H, W), prompts) -> (B,);
+rewards.py makes rewards of them. Raises UserError for files that are missing or hold something else.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from cli import UserError
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+def _prepare(images, size, whole):
+    """Images (N, 3, H, W) in [0, 1] to a network's normalised square input (N, 3, size, size).
+
+    whole: the longest side becomes `size`, and black fills the rest before normalising (HPSv2). Otherwise the shortest
+    side becomes `size`, and the middle is cut out (CLIP).
+    """
+    h, w = images.shape[-2:]
+    scale = size / (max(h, w) if whole else min(h, w))
+    h, w = (round(h * scale), round(w * scale)) if whole else (int(h * scale + 1e-6), int(w * scale + 1e-6))
+    x = F.interpolate(images, (h, w), mode="bicubic", antialias=True, align_corners=False)
+    top, left = (size - h) // 2, (size - w) // 2
+    if not whole:  # CLIP resizes 8-bit pictures, where what bicubic overshoots is cut off
+        x, top, left = x.clamp(0, 1), -((h - size) // 2), -((w - size) // 2)
+    x = F.pad(x, (left, size - w - left, top, size - h - top))  # negative padding cuts
+    return (x - x.new_tensor(CLIP_MEAN).view(3, 1, 1)) / x.new_tensor(CLIP_STD).view(3, 1, 1)
+
+
+def _mean_over_frames(video, size, whole, score):
+    """score(prepared images (n, 3, size, size), index of each one's clip (n,)) -> (n,), averaged over frames: (B,)."""
+    images = ((video.transpose(1, 2).flatten(0, 1) + 1) / 2).clamp(0, 1)  # (B F, 3, H, W)
+    clip = torch.arange(len(video), device=video.device).repeat_interleave(video.shape[2])
+    parts = zip(images.split(32), clip.split(32))  # all at once would not fit beside a ViT-H
+    return torch.cat([score(_prepare(x, size, whole), i) for x, i in parts]).view(len(video), -1).mean(1)
+
+
+def _cosine(encode_image, encode_text, size, whole, context, device):
+    """cos(image, text), without CLIP's temperature: the scale on which the paper reports HPSv2 and PickScore."""
+    from open_clip import SimpleTokenizer
+
+    tokens = SimpleTokenizer(context_length=context)  # CLIP's words are the same in every implementation
+
+    def score(video, prompts):
+        text = F.normalize(encode_text(tokens(prompts).to(device)), dim=-1)  # (B, D)
+        one = lambda x, clip: (F.normalize(encode_image(x), dim=-1) * text[clip]).sum(-1)
+        return _mean_over_frames(video, size, whole, one)
+
+    return score
+
+
+def _tensors(file):
+    """The state dict in a .safetensors or torch file; never runs code from it."""
+    try:
+        if Path(file).suffix == ".safetensors":
+            return load_file(file)
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
+        return tensors.get("state_dict", tensors)
+    except Exception as e:  # the readers raise many kinds, none of which says more to a user
+        raise UserError(f"cannot read weights from {file}: missing, cut short or foreign ({type(e).__name__})") from e
+
+
+def _fill(module, tensors, file, device):
+    try:
+        module.load_state_dict(tensors)
+    except RuntimeError as e:
+        raise UserError(f"{file} holds other weights than expected: {' '.join(str(e).split())[:200]}") from None
+    return module.to(device).eval().requires_grad_(False)
+
+
+def hpsv2(name, file, device):
+    """HPSv2 (arXiv:2306.09341): a CLIP ViT-H-14; versions 2.0 and 2.1 differ in their weights alone.
+
+    A CLIP of another size has open_clip's `open_clip_config.json` beside its file.
+    """
+    import open_clip
+
+    tensors, told = _tensors(file), Path(file).with_name("open_clip_config.json")
+    try:
+        config = json.loads(told.read_text())["model_cfg"] if told.exists() else open_clip.get_model_config("ViT-H-14")
+        model = open_clip.CLIP(**config)
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{told} does not describe a CLIP model: {e!r}") from e
+    _fill(model, tensors, file, device)
+    size, context = model.visual.image_size[0], model.context_length
+    return _cosine(model.encode_image, model.encode_text, size, True, context, device)
+
+
+def _clip_folder(folder, device):
+    """transformers' CLIPModel in a folder -> (encode_image, encode_text, image size, text length)."""
+    from transformers import CLIPModel
+
+    try:
+        if json.loads((Path(folder) / "config.json").read_text())["model_type"] != "clip":
+            raise ValueError("its config.json is not that of a CLIP model")
+        how = {"local_files_only": True, "output_loading_info": True, "dtype": torch.float32}
+        model, info = CLIPModel.from_pretrained(folder, **how)
+        if info["missing_keys"]:  # transformers would leave them random and go on
+            raise ValueError(f"it lacks {sorted(info['missing_keys'])[0]}")
+    except Exception as e:
+        raise UserError(f"{folder} is no folder of a CLIPModel: {' '.join(str(e).split())[:200]}") from e
+    model.to(device).eval().requires_grad_(False)
+    embedding = lambda out: getattr(out, "pooler_output", out)  # a tensor in transformers 4, an output object in 5
+    image = lambda x: embedding(model.get_image_features(pixel_values=x))
+    text = lambda tokens: embedding(model.get_text_features(input_ids=tokens))
+    return image, text, model.config.vision_config.image_size, model.config.text_config.max_position_embeddings
+
+
+def pickscore(name, folder, device):
+    """PickScore v1 (arXiv:2305.01569): a CLIP ViT-H-14."""
+    image, text, size, context = _clip_folder(folder, device)
+    return _cosine(image, text, size, False, context, device)
+
+
+def _affine(x, tensors, prefix):
+    """The five layers of LAION's and ImageReward's heads: dropout between them, and no nonlinearity at all."""
+    for i in (0, 2, 4, 6, 7):
+        x = F.linear(x, tensors[f"{prefix}{i}.weight"], tensors[f"{prefix}{i}.bias"])
+    return x.squeeze(-1)
+
+
+def aesthetic(name, folder, device):
+    """LAION's improved aesthetic predictor (v2), as in DDPO: five linear layers on normalised CLIP features."""
+    encode, _, size, _ = _clip_folder(folder, device)
+    file = Path(folder) / "sac+logos+ava1-l14-linearMSE.pth"
+    head = {key: value.float().to(device) for key, value in _tensors(file).items()}
+    if any(f"layers.{i}.weight" not in head for i in (0, 2, 4, 6, 7)):
+        raise UserError(f"{file} is not LAION's aesthetic head")
+    one = lambda x, clip: _affine(F.normalize(encode(x), dim=-1), head, "layers.")
+    return lambda video, prompts: _mean_over_frames(video, size, False, one)
+
+
+# BLIP's names for the parts of its image encoder, and transformers' own
+BLIP_KEYS = {
+    r"^patch_embed\.proj": "embeddings.patch_embedding",
+    r"^cls_token": "embeddings.class_embedding",
+    r"^pos_embed": "embeddings.position_embedding",
+    r"^blocks\.": "encoder.layers.",
+    r"\.norm": ".layer_norm",
+    r"^norm\.": "post_layernorm.",
+    r"\.attn\.": ".self_attn.",
+    r"attn\.proj\.": "attn.projection.",
+}
+
+
+def imagereward(name, folder, device):
+    """ImageReward v1.0 (arXiv:2304.05977): a BLIP that reads the prompt while looking at the image, and a linear head.
+
+    Its own package needs a transformers of years ago, so the BLIP is transformers' own, with the keys renamed.
+    """
+    from transformers import BertTokenizerFast, BlipTextConfig, BlipVisionConfig
+    from transformers.models.blip.modeling_blip import BlipVisionModel
+    from transformers.models.blip.modeling_blip_text import BlipTextModel
+
+    folder, file = Path(folder), Path(folder) / "ImageReward.pt"
+    tensors = {k: v for k, v in _tensors(file).items() if "position_ids" not in k}
+    take = lambda prefix: {k.removeprefix(prefix): v.float() for k, v in tensors.items() if k.startswith(prefix)}
+    see, read, head = take("blip.visual_encoder."), take("blip.text_encoder."), take("mlp.layers.")
+    try:
+        width, _, _, patch = see["patch_embed.proj.weight"].shape
+        size = patch * round((see["pos_embed"].shape[1] - 1) ** 0.5)
+        depth = 1 + max(int(k.split(".")[1]) for k in see if k.startswith("blocks."))
+        sizes = {"hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": width // 64}
+        sizes |= {"intermediate_size": 4 * width, "image_size": size, "patch_size": patch, "layer_norm_eps": 1e-6}
+        eye = BlipVisionModel(BlipVisionConfig(**sizes))
+        told = json.loads((folder / "med_config.json").read_text())
+        names = ["hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"]
+        names += ["max_position_embeddings", "vocab_size"]
+        reader = BlipTextConfig(**{k: told[k] for k in names}, encoder_hidden_size=width)
+        reader = BlipTextModel(reader, add_pooling_layer=False)
+        if not (folder / "vocab.txt").is_file():
+            raise OSError("vocab.txt, the words of bert-base-uncased, is not there")
+        words = BertTokenizerFast.from_pretrained(folder, local_files_only=True)
+    except (KeyError, OSError, ValueError) as e:
+        raise UserError(f"{folder} is no ImageReward folder (ImageReward.pt, med_config.json, vocab.txt): {e}") from e
+    for old, new in BLIP_KEYS.items():
+        see = {re.sub(old, new, k): v for k, v in see.items()}
+    _fill(eye, see, file, device), _fill(reader, read, file, device)
+    head = {k: v.to(device) for k, v in head.items()}
+
+    def score(video, prompts):
+        how = {"padding": "max_length", "truncation": True, "max_length": 35, "return_tensors": "pt"}
+        said = words(prompts, **how).to(device)
+
+        def one(x, clip):
+            seen = eye(pixel_values=x).last_hidden_state
+            ids, mask = said.input_ids[clip], said.attention_mask[clip]
+            out = reader(input_ids=ids, attention_mask=mask, encoder_hidden_states=seen).last_hidden_state[:, 0]
+            return (_affine(out, head, "") - 0.16717362830052426) / 1.0333394966054072
+
+        return _mean_over_frames(video, size, False, one)
+
+    return score
