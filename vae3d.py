@@ -18,7 +18,7 @@ what lets two CPU cores train one.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -236,7 +236,7 @@ class VAE3D(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config = replace(config)  # a copy: scaling_factor is set after training, and presets are shared
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
 

@@ -240,6 +240,14 @@ def test_presets_have_the_shapes_they_should(name, video, latents):
         assert z.shape[1:] == latents and vae.decode(z).shape[2:] == video
 
 
+def test_setting_a_scale_after_training_leaves_the_preset_alone():
+    vae, other = make(SMALL), make(SMALL)
+    vae.config.scaling_factor = 0.5
+    z = vae.encode(video := noise(1, 3, 16, 8, 8))
+    assert_close(z, other.encode(video) / 2, 1e-6)
+    assert_close(vae.decode(z), other.decode(2 * z), 1e-6)
+
+
 def test_the_decoder_norm_reads_the_latents_of_its_own_place():
     """With a norm that gives zeros only the shift is left: each z fills its block, the first frame stands alone."""
     norm = Norm(2, 2, 1)
