@@ -144,7 +144,7 @@ def test_parameter_counts_of_the_published_sizes():
     assert count["cogvideox-2b"] == 1_693_783_872 and count["cogvideox-5b"] == 5_570_283_072
     # 4 channels fewer, in and out, and nothing else
     assert count["cogvideox-2b"] - count["dollar"] == 4 * 4 * (1920 + 1920 + 1)
-    assert 4e6 < count["shapes"] < 8e6
+    assert 3e6 < count["shapes"] < 8e6  # small enough for two CPU cores
 
 
 def test_published_presets():
