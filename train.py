@@ -65,7 +65,7 @@ class Config:
     beta_cd: float = opt(0.5, "weight of consistency distillation (Eq. 6-7); 0 leaves it out")
     beta_ft: float = opt(1.0, "weight of the latent reward (Eq. 15), where there is a --reward")
     # the student
-    steps: int = opt(4, "sampling steps of the student: 4, 2 or 1")
+    steps: Literal[4, 2, 1] = opt(4, "sampling steps of the student")
     prediction: str | None = opt(
         None, "the student's output: conjugate, velocity, epsilon, sample (none: the teacher's)"
     )
@@ -436,12 +436,9 @@ def draw_videos(nets, who, prompts, seed, n, batch=32):
 def finish(cfg, world, nets, out):
     """Write the student and what a person would look at; in the small world, say what the distillation has brought."""
     weights = distributed.gather(nets.ema)
-    shown, n = nets.prompts[:4], cfg.steps
-    rows = [
-        draw_videos(nets, "teacher", shown, 0, 50),
-        draw_videos(nets, "teacher", shown, 0, n),
-        draw_videos(nets, "student", shown, 0, n),
-    ]
+    shown, n = nets.prompts[:3], cfg.steps
+    columns = [("teacher", 50), ("teacher", n), *(("student", k) for k in (4, 2, 1) if k <= n)]
+    drawn = [draw_videos(nets, who, shown, 0, k) for who, k in columns]
     scores = []
     if nets.judge and cfg.judged:  # the same prompts, noise and number of steps
         for who in ("teacher", "student"):
@@ -452,14 +449,13 @@ def finish(cfg, world, nets, out):
         return
     student = DiT(nets.student.config)
     student.load_state_dict(weights)
-    file, titles = out / "student.safetensors", ["teacher, 50 steps", f"teacher, {n}", f"student, {n}"]
+    file, titles = out / "student.safetensors", [f"{who}, {k} step{'s' * (k > 1)}" for who, k in columns]
     made = {"command": " ".join(["python", *sys.argv]), "date": time.strftime("%Y-%m-%d"), "settings": asdict(cfg)}
     checkpoint.save_model(file, student, torch.float16, **nets.about | made)
-    write_video_grid(out / "compare.mp4", [list(row) for row in zip(*rows)], nets.fps, titles=titles)
-    write_grid(
-        out / "compare.png", [v for row in zip(*rows) for v in row], [f"{t}: {p}" for p in shown for t in titles]
-    )
-    print(f"wrote {file}, and {out}/compare.mp4 and compare.png: {', '.join(titles)}")
+    rows, words = zip(*drawn), [f"{title}: {prompt}" for prompt in shown for title in titles]
+    write_video_grid(out / "compare.mp4", [list(row) for row in zip(*drawn)], nets.fps, titles=titles)
+    write_grid(out / "compare.png", [video for row in rows for video in row], words)
+    print(f"wrote {file}, and {out}/compare.mp4 and compare.png: {'; '.join(titles)}")
     if scores:
         gain = scores[1] - scores[0]
         error = gain.std().item() / math.sqrt(len(gain))
