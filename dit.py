@@ -293,10 +293,11 @@ class DiT(nn.Module):
             raise UserError(f"{folder}: {len(names)} tensors are missing, the first is {next(iter(names))}")
         return model
 
-    def save_cogvideox(self, folder):
+    def save_cogvideox(self, folder, **about):
         """Write config.json and one safetensors file that diffusers' CogVideoXTransformer3DModel loads, in our dtype.
 
-        diffusers skips config entries that begin with an underscore: there we keep what the network predicts.
+        diffusers skips config entries that begin with an underscore: there we keep what the network predicts, and
+        whatever else is to be said `about` it.
         Raises UserError if the folder cannot be written, or holds sharded weights, which would be read instead.
         """
         folder = Path(folder)
@@ -304,7 +305,7 @@ class DiT(nn.Module):
         if (folder / INDEX).exists():
             raise UserError(f"{folder} already holds {INDEX}: give another folder")
         weights = {key: self.get_parameter(name).data.cpu() for key, name in weight_names(self.config.depth).items()}
-        made = {"_class_name": CLASS, "_dollar": {name: getattr(self.config, name) for name in MADE}}
+        made = {"_class_name": CLASS, "_dollar": about | {name: getattr(self.config, name) for name in MADE}}
         try:
             with atomic(file) as part:
                 save_file(weights, part, {"format": "pt"})

@@ -6,14 +6,17 @@ for or a subset of them. All noise of a video comes from that video's own seed, 
 is in its batch, nor its first noise on the number of steps: models and step counts are compared on the same noise.
 """
 
+import json
+from pathlib import Path
+
 import torch
 
 import checkpoint
 import shapes
-from cli import UserError
+from cli import UserError, atomic
 from dit import DiT
 from schedule import Schedule, ddim, denoise, few_step, timesteps
-from text import WordTable
+from text import T5, WordTable
 from vae3d import VAE3D
 
 
@@ -31,16 +34,37 @@ class Generator:
         self.null = self.encoder.encode([""]).to(device)  # (1, L, D)
 
     @classmethod
-    def load(cls, weights, vae, device="cpu"):
-        """From two files of weights. Raises UserError where one cannot be read or the two do not fit together."""
-        model, about = checkpoint.load_model(weights, DiT, device)
-        vae, _ = checkpoint.load_model(vae, VAE3D, device)
-        if model.config.channels != vae.config.latent_channels:
+    def load(cls, weights, vae="", device="cpu", text=""):
+        """The model in a file of weights, or in a CogVideoX folder of diffusers with its own VAE and T5.
+
+        vae: file or folder (default: the one in the weights' folder); text: folder of a T5 encoder (default: likewise,
+        or the word table of the small world). Raises UserError where a part is missing or they do not fit together.
+        """
+        folder = Path(weights) if Path(weights).is_dir() else None
+        if folder:
+            if not (folder / "transformer").is_dir():
+                raise UserError(f"{weights} has no transformer/: want a .safetensors file or a CogVideoX folder")
+            model = DiT.from_cogvideox(folder / "transformer")
+            said = json.loads((folder / "transformer" / "config.json").read_text()).get("_dollar", {})
+            about = {"kind": "teacher", "w": 5.0} | said  # published weights are made for a guidance scale of 6
+        else:
+            model, about = checkpoint.load_model(weights, DiT)
+        c, place = model.config, Path(vae or weights)
+        if place.is_dir():
+            coder = VAE3D.from_cogvideox(place / "vae" if (place / "vae").is_dir() else place)
+        else:
+            coder, _ = checkpoint.load_model(place, VAE3D)
+        size = coder.config.chunk_frames // 4 + 1 if coder.config.chunking == "independent" else 1
+        if c.channels != coder.config.latent_channels or (c.latents[0] > 1 and c.latents[0] % size):
             raise UserError(
-                f"{weights} draws latents of {model.config.channels} channels, but the VAE has "
-                f"{vae.config.latent_channels}: name the VAE it was trained on with --vae"
+                f"{weights} draws {c.latents[0]} latent frames of {c.channels} channels, {place} decodes multiples of "
+                f"{size} of {coder.config.latent_channels}: name the weights' own autoencoder with --vae"
             )
-        return cls(model, vae, about, device=device)
+        text = text or folder
+        encoder = T5(text, c.text_length, device=device) if text else WordTable(shapes.WORDS, c.text_dim, c.text_length)
+        if encoder.dim != c.text_dim or about.get("text_fingerprint", encoder.fingerprint) != encoder.fingerprint:
+            raise UserError(f"{weights} was trained with another text encoder: name it with --text FOLDER")
+        return cls(model.eval(), coder.eval(), about, encoder, device)
 
     @property
     def student(self):
@@ -70,7 +94,8 @@ class Generator:
     @torch.no_grad()
     def latents(self, text, seeds, n, w=None, autocast=True):
         """text (B, L, D), a seed a video, n steps -> latents (B, C, T, h, w), float32."""
-        w, shape = self.guidance(w), (self.config.channels, *self.config.latents)
+        w, size = self.guidance(w), self.about.get("latents") or self.config.latents  # (T, h, w)
+        shape = (self.config.channels, *size)
         sources = [torch.Generator().manual_seed(seed) for seed in seeds]
         noise = lambda i=None: torch.stack([torch.randn(shape, generator=g) for g in sources]).to(self.device)
         text = text.to(self.device)
@@ -89,3 +114,28 @@ class Generator:
         """Latents (B, C, T, h, w) -> video (B, 3, F, H, W), float32, clamped to [-1, 1]."""
         with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=autocast):
             return self.vae.decode(latents).float().clamp(-1, 1)
+
+
+def save_diffusers(folder, model, about):
+    """Write a student (a DiT, its file's metadata) as diffusers' transformer/ and scheduler/. Returns a line to print.
+
+    diffusers' LCMScheduler renoises as `few_step` does. It has no SNR shift, so it gets our betas as such; of its own
+    boundary condition (c_skip, c_out) a large timestep_scaling leaves nothing; with 1000 original steps its n steps are
+    ours. It knows neither conjugate velocity nor DDIM between the steps: such a student leaves without scheduler/, and
+    the transformer's config says what it predicts (`_dollar`), which is all that `Generator.load` needs.
+    """
+    folder, c = Path(folder), model.config
+    dtype = getattr(torch, about.get("weights_dtype", "torch.float32").removeprefix("torch."))
+    model.to(dtype).save_cogvideox(folder / "transformer", **about)
+    (file := folder / "scheduler" / "scheduler_config.json").unlink(missing_ok=True)  # an earlier run's
+    kinds = {"velocity": "v_prediction", "sample": "sample", "epsilon": "epsilon"}
+    if c.prediction not in kinds or c.schedule == "flow" or about["transition"] != "renoise":
+        return f"wrote {folder}/transformer, for sample.py alone: diffusers has no sampler for it"
+    abar = Schedule(c.schedule, c.snr_shift).a ** 2
+    betas = 1 - abar / torch.cat([abar.new_ones(1), abar[:-1]])
+    config = {"_class_name": "LCMScheduler", "trained_betas": betas.tolist(), "prediction_type": kinds[c.prediction]}
+    config |= {"num_train_timesteps": 1000, "original_inference_steps": 1000, "timestep_scaling": 1e6}
+    config |= {"clip_sample": False, "set_alpha_to_one": True}
+    with atomic(file) as part:
+        part.write_text(json.dumps(config, indent=2) + "\n")
+    return f"wrote {folder}: transformer and scheduler for diffusers' CogVideoXPipeline (guidance_scale=1)"

@@ -14,7 +14,7 @@ import json
 import math
 import sys
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -23,27 +23,14 @@ from tqdm import tqdm
 
 import checkpoint
 import distributed
-import lrm as latent_rewards
-import rewards
 from cli import UserError, open_log, opt, parse, run
-from data import PRESETS as CLIPS
-from data import Folder, LatentCache, Shapes
-from dit import DiT
-from generate import Generator
-from judge import Judge
+from dit import DiT, Prediction
+from generate import Generator, save_diffusers
 from losses import conjugate_velocity_loss, consistency_loss, lrm_loss, reward_loss, vsd_loss
-from schedule import Schedule, denoise, simulate, timesteps
-from shapes import WORDS, held_out_prompts
-from text import T5, WordTable
-from vae3d import VAE3D
+from nets import Moments, Nets, build
+from schedule import denoise, simulate, timesteps
 from video import write_grid, write_video_grid
 
-PROMPTS = [  # what pictures show where the data is not the small world's
-    "a red car drives along a road by the sea",
-    "a cat walks over a wooden floor",
-    "waves break on a beach at sunset",
-    "a person plays the guitar in a park",
-]
 GRID = [-1, *reversed(timesteps(50))]  # CD's nodes -1, 19, 39, ..., 999 (section 4.1: N = 50)
 
 
@@ -52,8 +39,8 @@ class Config:
     preset: str = opt("shapes", "the values of one world")
     data: str = opt("shapes", "shapes (rendered), a folder of captioned videos and images, or a cache made by data.py")
     teacher: str = opt("weights/teacher.safetensors", "the teacher: a .safetensors file or a CogVideoX folder")
-    vae: str = opt("weights/vae.safetensors", "its VAE: a .safetensors file or a CogVideoX folder")
-    text: str = opt("words", "its text encoder: words (the small world's table) or a T5 folder")
+    vae: str = opt("weights/vae.safetensors", "its VAE: a file or a CogVideoX folder; with a cache for pictures alone")
+    text: str = opt("words", "its text encoder: words (the small world's) or a T5 folder; with a cache to compare")
     out: str = opt("runs/train", "folder for checkpoints, logs, pictures and the student")
     iterations: int = opt(40000, "generator updates")
     batch: int = opt(1, "clips a rank and forward")
@@ -66,9 +53,7 @@ class Config:
     beta_ft: float = opt(1.0, "weight of the latent reward (Eq. 15), where there is a --reward")
     # the student
     steps: Literal[4, 2, 1] = opt(4, "sampling steps of the student")
-    prediction: str | None = opt(
-        None, "the student's output: conjugate, velocity, epsilon, sample (none: the teacher's)"
-    )
+    prediction: Prediction | None = opt(None, "the student's output (none: the teacher's)")  # noqa: RUF009
     generator_input: Literal["simulate", "data"] = opt(
         "simulate", "the student's input: its own samples, or noised data"
     )
@@ -104,7 +89,7 @@ class Config:
     save_every: int = opt(500, "iterations between checkpoints")
     keep_last: int = opt(2, "newest checkpoints kept")
     keep_every: int = opt(0, "also keep those of every so many iterations")
-    sample_every: int = opt(500, "iterations between pictures")
+    sample_every: int = opt(500, "iterations between pictures (0: no pictures, not even at the end)")
     patience: int = opt(5, "updates in a row that may be skipped because they are not finite")
     judged: int = opt(0, "prompts on which the end compares student and teacher (the small world)")
     threads: int = opt(0, "CPU threads (0: all)")
@@ -113,7 +98,7 @@ class Config:
 
 PRESETS = {  # the field defaults are the paper's (section 4.1); the small world's were measured, see README
     "shapes": {
-        "iterations": 100, "batch": 16, "lr": 1e-4, "fake_lr": 2e-4, "beta1": 0.0, "beta2": 0.99, "ema": 0.95,
+        "iterations": 130, "batch": 16, "lr": 1e-4, "fake_lr": 2e-4, "beta1": 0.0, "beta2": 0.99, "ema": 0.95,
         "fake_updates": 2, "w_vsd": 2.0, "w_cd": 2.0, "checkpoint_activations": False, "save_every": 50,
         "sample_every": 50, "judged": 192,
     },
@@ -123,171 +108,19 @@ PRESETS = {  # the field defaults are the paper's (section 4.1); the small world
 }  # fmt: skip
 
 
-@dataclass
-class Moments:
-    """Running mean and deviation of the true reward, so that --beta-ft means the same for every reward."""
-
-    count: float = 0.0
-    mean: float = 0.0
-    square: float = 0.0  # sum of squared deviations
-
-    def update(self, values, world):
-        n, m = len(values), distributed.mean(values.mean(), world)
-        spread = distributed.mean(((values - m) ** 2).mean(), world) * n
-        delta, total = m - self.mean, self.count + n
-        self.square += spread + delta**2 * self.count * n / total
-        self.mean += delta * n / total
-        self.count = total
-
-    def standardise(self, values):
-        return (values - self.mean) / max(math.sqrt(self.square / max(self.count, 1)), 1e-6)
-
-
-@dataclass
-class Nets:
-    """What Algorithm 1 takes for given and what it makes."""
-
-    teacher: DiT
-    student: DiT
-    fake: DiT | None
-    ema: DiT
-    vae: VAE3D | None
-    encoder: object
-    schedule: Schedule
-    about: dict  # what the student's file will say of itself
-    device: torch.device
-    prompts: list[str]  # for pictures, and for the judge
-    fps: float
-    judge: Judge | None = None
-    lrm: torch.nn.Module | None = None
-    reward: object = None
-    moments: Moments = field(default_factory=Moments)
-
-
-def build(cfg: Config, world) -> Nets:
-    """Line 1 and 4 of Algorithm 1: theta <- theta', theta_fake <- theta'. Raises UserError for what does not fit."""
-    for name in ("data", "teacher", "vae", "text"):
-        if not getattr(cfg, name):
-            raise UserError(f"--{name} is needed: the preset {cfg.preset} has no {name} of its own")
-    dtype = torch.bfloat16 if cfg.precision == "bf16" and world.device.type == "cuda" else None
-
-    def network(trainable):
-        if Path(cfg.teacher).is_dir():
-            folder = Path(cfg.teacher) / "transformer"
-            model = DiT.from_cogvideox(folder if folder.is_dir() else cfg.teacher, torch.float32)
-            if trainable and cfg.prediction:
-                model.config = replace(model.config, prediction=cfg.prediction)
-            return distributed.shard(model, world, cfg.shard, dtype, cfg.cpu_offload, trainable)
-        config = DiT.Config(**checkpoint.metadata(cfg.teacher, "DiT")["config"])
-        if trainable and cfg.prediction:
-            config = replace(config, prediction=cfg.prediction)
-        with torch.device("meta"):
-            model = DiT(config)
-        model.checkpoint_activations = cfg.checkpoint_activations and trainable
-        return distributed.load_sharded(
-            distributed.shard(model, world, cfg.shard, dtype, cfg.cpu_offload, trainable), cfg.teacher
-        )
-
-    teacher, student, ema = network(False), network(True), network(True).requires_grad_(False)
-    fake = network(True) if cfg.beta_vsd else None
-    if fake:
-        fake.config = teacher.config  # a diffusion model of the teacher's own kind, whatever the student predicts
-    config, w = teacher.config, 5.0  # CogVideoX is made for a guidance scale of 6
-    if not Path(cfg.teacher).is_dir():
-        w = checkpoint.metadata(cfg.teacher, "DiT").get("w", 2.0)
-    if Path(cfg.vae).is_dir():
-        folder = Path(cfg.vae) / "vae"
-        vae = VAE3D.from_cogvideox(folder if folder.is_dir() else cfg.vae)
-    else:
-        vae = checkpoint.load_model(cfg.vae, VAE3D)[0]
-    if vae.config.latent_channels != config.channels:
-        raise UserError(
-            f"{cfg.vae} makes {vae.config.latent_channels} latent channels, {cfg.teacher} takes {config.channels}"
-        )
-    vae = vae.to(world.device, memory_format=torch.channels_last_3d).eval().requires_grad_(False)
-    if cfg.text == "words":
-        encoder = WordTable(WORDS, config.text_dim, config.text_length)
-    else:
-        encoder = T5(cfg.text, config.text_length, device=world.device)
-    schedule = Schedule(config.schedule, config.snr_shift)
-    about = {"kind": "student", "timesteps": timesteps(cfg.steps), "transition": cfg.transition, "w": w}
-    about["text_fingerprint"] = encoder.fingerprint
-    prompts = held_out_prompts(max(4, cfg.judged)) if cfg.text == "words" else PROMPTS
-    fps = CLIPS[cfg.preset]["fps"]
-    nets = Nets(teacher, student, fake, ema, vae, encoder, schedule, about, world.device, prompts, fps)
-    if cfg.reward != "none":
-        nets.reward = rewards.make(cfg.reward, cfg.reward_weights, cfg.reward_frames, world.device)
-        make = latent_rewards.TextVideoLRM if nets.reward.text else latent_rewards.VideoLRM
-        sizes = {"text_dim": config.text_dim} if nets.reward.text else {}
-        nets.lrm = make(channels=config.channels, seed=cfg.seed, **sizes).to(world.device)
-    judge = Path(cfg.vae).parent / "judge.safetensors"
-    if cfg.data == "shapes" and judge.exists():
-        nets.judge = checkpoint.load_model(judge, Judge, world.device)[0]
-    return nets
-
-
-def source(cfg: Config):
-    """D of Algorithm 1: pairs of captions and clips, or of embeddings and latents."""
-    if cfg.data == "shapes":
-        return Shapes(cfg.seed)
-    if (Path(cfg.data) / "index.json").exists():
-        return LatentCache(cfg.data)
-    size = CLIPS[cfg.preset]
-    return Folder(cfg.data, size["frames"], size["height"], size["width"], size["fps"], cfg.seed)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Algorithm 1
 
 
-def train(cfg: Config, world) -> None:
-    nets, data, out = build(cfg, world), source(cfg), Path(cfg.out)
+def iterate(cfg: Config, world, nets: Nets, optimizers, step, accumulate):
+    """One iteration, lines 5-20. Returns the numbers for the log, and whether every update was finite and made."""
     student, teacher, fake, lrm, schedule = nets.student, nets.teacher, nets.fake, nets.lrm, nets.schedule
-    steps = timesteps(cfg.steps)
-    null = (data.null if isinstance(data, LatentCache) else nets.encoder.encode([""])).to(world.device)  # (1, L, D)
-    each = cfg.batch * world.size
-    accumulate = max(1, round(cfg.global_batch / each)) if cfg.global_batch else 7 if nets.reward and each < 16 else 1
-    total = each * accumulate  # the global batch
-    adam = lambda model, lr: torch.optim.AdamW(model.parameters(), lr, (cfg.beta1, cfg.beta2))
-    optimizers, modules = {"student": adam(student, cfg.lr)}, {"student": student, "ema": nets.ema}
-    if fake:
-        modules["fake"], optimizers["fake"] = fake, adam(fake, cfg.fake_lr)
-    if lrm:
-        modules["lrm"], optimizers["lrm"] = lrm, torch.optim.AdamW(lrm.parameters(), cfg.lrm_lr)
-    checkpoints = distributed.Checkpoints(out / "checkpoints", cfg.keep_last, cfg.keep_every)
-    stopper, first, skipped = distributed.Stopper(world), 0, 0
-    if cfg.resume:
-        if not (newest := checkpoints.newest()):
-            raise UserError(f"{out} holds no checkpoint: leave out --resume to start")
-        extra = checkpoints.load(newest, modules, optimizers)
-        first, nets.moments = extra["step"], Moments(**extra["moments"])
+    numbers, drawn, total = {}, [], cfg.batch * world.size * accumulate
 
-    def save(step, wait=False):
-        extra = {"step": step, "moments": asdict(nets.moments), "config": asdict(cfg)}
-        checkpoints.save(step, modules, optimizers, extra, wait)
-
-    def batch_of(step, micro):
-        """This rank's part of a batch. A sample's noise follows from (seed, step, its number in the global batch)."""
-        numbers = [(micro * world.size + world.rank) * cfg.batch + i for i in range(cfg.batch)]
-        chosen = data.at(cfg.seed, step, total)
-        batch = data.batch([chosen[i] for i in numbers])
-        if not isinstance(data, LatentCache):
-            video, captions = batch
-            with torch.no_grad(), autocast(cfg, world):
-                x = nets.vae.encode(video.to(world.device))
-            batch = {"latents": x, "text": nets.encoder.encode(captions), "captions": captions, "reward": None}
-        shape = batch["latents"].shape[1:]
-        draw = lambda *key: distributed.normal(shape, (cfg.seed, step, *key), numbers, world.device)
-        whole = lambda low, high, *key: torch.tensor(
-            [low + distributed.randint(high - low + 1, (cfg.seed, step, *key, i)) for i in numbers], device=world.device
-        )
-        return batch["latents"].float().to(world.device), batch["text"].to(world.device), batch, draw, whole
-
-    def generate(x, text, draw, step, j):
+    def generate(x, text, draw, j):
         """x_hat = G(c, eps), line 8, with gradient through one of the student's steps alone."""
-        k = distributed.randint(
-            len(steps), (cfg.seed, step, "k", j)
-        )  # alike on all ranks: it decides how many forwards
+        steps = timesteps(cfg.steps)
+        k = distributed.randint(len(steps), (cfg.seed, step, "k", j))  # alike on all ranks: it decides how many calls
         predict = denoiser(student, schedule, text)
         if cfg.generator_input == "data":
             x_t = schedule.add_noise(x, draw("data", j), steps[k])
@@ -298,81 +131,97 @@ def train(cfg: Config, world) -> None:
 
     def update(name, loss_is_fine):
         """One optimizer step, on all ranks or on none."""
-        model = modules[name]
-        distributed.average_gradients(model, world)
-        norm = distributed.clip_gradients(model, cfg.clip)
+        distributed.average_gradients(nets.modules[name], world)
+        norm = distributed.clip_gradients(nets.modules[name], cfg.clip)
         fine = not distributed.any_rank(not (loss_is_fine and math.isfinite(norm)), world)
         if fine:
             optimizers[name].step()
         optimizers[name].zero_grad(set_to_none=True)
         return norm, fine
 
-    bar = tqdm(
-        range(first, cfg.iterations), initial=first, total=cfg.iterations, disable=not world.main, dynamic_ncols=True
-    )
-    log, begun, in_a_row = open_log(out / "log.jsonl", first) if world.main else None, time.time(), 0
-    for step in bar:
-        numbers, drawn = {}, []
-        # Update the generator with distillation and latent reward: one backward of the weighted sum (Eq. 16)
-        for micro in range(accumulate):
-            x, text, batch, draw, whole = batch_of(step, micro)  # line 6
-            real = denoiser(teacher, schedule, text, cfg.w_vsd, null)
-            loss = {}
+    # Update the generator with distillation and latent reward: one backward of the weighted sum (Eq. 16)
+    for micro in range(accumulate):
+        x, text, batch, draw, whole = batch_of(cfg, world, nets, step, micro, total)  # line 6
+        loss = {}
+        with autocast(cfg, world):
+            x_hat = generate(x, text, draw, 0) if cfg.beta_vsd or lrm else x  # line 8
+            if cfg.beta_vsd:  # Eq. 10-13
+                real = denoiser(teacher, schedule, text, cfg.w_vsd, nets.null)
+                t, fake_score = whole(cfg.t_min, cfg.t_max, "t"), denoiser(fake, schedule, text)
+                vsd, info = vsd_loss(x_hat, real, fake_score, schedule, t, draw("vsd"), cfg.vsd_weight)
+                loss["vsd"] = cfg.beta_vsd * vsd
+                add(numbers, accumulate, score_gap=info["score_gap"], dropped=info["dropped"] * accumulate)
+            if cfg.beta_cd:  # line 9, Eq. 6-7
+                target = {"ema": nets.ema, "student": student, "teacher": teacher}[cfg.cd_target]
+                guided = denoiser(teacher, schedule, text, cfg.w_cd, nets.null)
+                goal = guided if target is teacher else denoiser(target, schedule, text)
+                n, ours = whole(0, len(GRID) - 1 - cfg.m, "n"), denoiser(student, schedule, text)
+                cd = consistency_loss(ours, goal, guided, schedule, x, n, draw("cd"), cfg.m, GRID, cfg.cd_loss)
+                loss["cd"] = cfg.beta_cd * cd
+            if lrm and step >= cfg.lrm_warmup:  # line 19, Eq. 15
+                loss["ft"] = cfg.beta_ft * reward_loss(lrm, x_hat, text if nets.reward.text else None)
+        if loss:
+            (sum(loss.values()) / accumulate).backward()
+        add(numbers, accumulate, **loss)
+        drawn.append((x_hat.detach(), x, text, batch, draw, whole))
+    numbers["grad_norm"], fine = update("student", all(math.isfinite(v) for v in numbers.values()))
+    if fine:
+        average(nets.ema, student, cfg.ema)
+
+    # Update the fake score on the student's samples (lines 13-14, Eq. 4), section 4.1: five times
+    for j in range(cfg.fake_updates if cfg.beta_vsd else 0):
+        for x_hat, x, text, _, draw, whole in drawn:
             with autocast(cfg, world):
-                x_hat = generate(x, text, draw, step, 0) if cfg.beta_vsd or lrm else x  # line 8
-                if cfg.beta_vsd:  # Eq. 10-13
-                    t, fake_score = whole(cfg.t_min, cfg.t_max, "t"), denoiser(fake, schedule, text)
-                    vsd, info = vsd_loss(x_hat, real, fake_score, schedule, t, draw("vsd"), cfg.vsd_weight)
-                    loss["vsd"] = cfg.beta_vsd * vsd
-                    add(numbers, accumulate, score_gap=info["score_gap"], dropped=info["dropped"] * accumulate)
-                if cfg.beta_cd:  # line 9, Eq. 6-7
-                    target = {"ema": nets.ema, "student": student, "teacher": teacher}[cfg.cd_target]
-                    guided = denoiser(teacher, schedule, text, cfg.w_cd, null)
-                    goal = guided if target is teacher else denoiser(target, schedule, text)
-                    n, ours = whole(0, len(GRID) - 1 - cfg.m, "n"), denoiser(student, schedule, text)
-                    cd = consistency_loss(ours, goal, guided, schedule, x, n, draw("cd"), cfg.m, GRID, cfg.cd_loss)
-                    loss["cd"] = cfg.beta_cd * cd
-                if lrm and step >= cfg.lrm_warmup:  # line 19, Eq. 15
-                    loss["ft"] = cfg.beta_ft * reward_loss(lrm, x_hat, text if nets.reward.text else None)
-            if loss:
-                (sum(loss.values()) / accumulate).backward()
-            add(numbers, accumulate, **loss)
-            drawn.append((x_hat.detach(), x, text, batch, draw, whole))
-        finite = all(math.isfinite(v) for v in numbers.values())
-        numbers["grad_norm"], fine = update("student", finite)
-        if fine:
-            average(nets.ema, student, cfg.ema)
-
-        # Update the fake score on the student's samples (lines 13-14, Eq. 4), section 4.1: five times
-        for j in range(cfg.fake_updates if cfg.beta_vsd else 0):
-            for x_hat, x, text, _, draw, whole in drawn:
-                with autocast(cfg, world):
-                    if j:  # the first update takes the generator's own samples, the others fresh ones
-                        with torch.no_grad():
-                            x_hat = generate(x, text, draw, step, j)
-                    t, eps = whole(0, 999, "fake t", j), draw("fake", j)
-                    model = lambda x, t, text=text: fake(x, t, text)
-                    loss = conjugate_velocity_loss(model, schedule, x_hat, t, eps, fake.config.prediction)
-                (loss / accumulate).backward()
-                add(numbers, accumulate * cfg.fake_updates, fake=loss)
-            fine = update("fake", math.isfinite(loss.item()))[1] and fine
-
-        # Train the latent reward model on real and generated latents (lines 16-17, Eq. 14)
-        for x_hat, x, text, batch, *_ in drawn if lrm else []:
-            with torch.no_grad(), autocast(cfg, world):
-                both = torch.cat([x, x_hat])  # x~ = x u x^
-                known = batch["reward"]
-                video = nets.vae.decode(x_hat if known is not None else both).float().clamp(-1, 1)
-            true = nets.reward(video, batch["captions"] * (len(video) // len(x)))
-            true = torch.cat([known.to(true), true]) if known is not None else true
-            nets.moments.update(true, world)
-            words = torch.cat([text, text]) if nets.reward.text else None
-            loss = lrm_loss(lrm, both, nets.moments.standardise(true), words)
+                if j:  # the first update takes the generator's own samples, the others fresh ones
+                    with torch.no_grad():
+                        x_hat = generate(x, text, draw, j)
+                t, eps = whole(0, 999, "fake t", j), draw("fake", j)
+                model = lambda x, t, text=text: fake(x, t, text)
+                loss = conjugate_velocity_loss(model, schedule, x_hat, t, eps, fake.config.prediction)
             (loss / accumulate).backward()
-            add(numbers, accumulate, lrm=loss, reward=true[len(x) :].mean())
-        if lrm:
-            fine = update("lrm", math.isfinite(loss.item()))[1] and fine
+            add(numbers, accumulate * cfg.fake_updates, fake=loss)
+        fine = update("fake", math.isfinite(loss.item()))[1] and fine
 
+    # Train the latent reward model on real and generated latents (lines 16-17, Eq. 14)
+    for x_hat, x, text, batch, *_ in drawn if lrm else []:
+        with torch.no_grad(), autocast(cfg, world):
+            both = torch.cat([x, x_hat])  # x~ = x u x^
+            known = batch["reward"]
+            video = nets.vae.decode(x_hat if known is not None else both).float().clamp(-1, 1)
+        true = nets.reward(video, batch["captions"] * (len(video) // len(x)))
+        true = torch.cat([known.to(true), true]) if known is not None else true
+        nets.moments.update(true, world)
+        words = torch.cat([text, text]) if nets.reward.text else None
+        loss = lrm_loss(lrm, both, nets.moments.standardise(true), words)
+        (loss / accumulate).backward()
+        add(numbers, accumulate, lrm=loss, reward=true[len(x) :].mean())
+    if lrm:
+        fine = update("lrm", math.isfinite(loss.item()))[1] and fine
+    return numbers, fine
+
+
+def train(cfg: Config, world) -> None:
+    nets, out = build(cfg, world), Path(cfg.out)
+    each = cfg.batch * world.size
+    accumulate = max(1, round(cfg.global_batch / each)) if cfg.global_batch else 7 if nets.reward and each < 16 else 1
+    optimizers, modules = adam(cfg, nets), nets.modules
+    checkpoints = distributed.Checkpoints(out / "checkpoints", cfg.keep_last, cfg.keep_every)
+    stopper, first, skipped, in_a_row, begun = distributed.Stopper(world), 0, 0, 0, time.time()
+    if cfg.resume:
+        if not (newest := checkpoints.newest()):
+            raise UserError(f"{out} holds no checkpoint: leave out --resume to start")
+        extra = checkpoints.load(newest, modules, optimizers)
+        first, nets.moments = extra["step"], Moments(**extra["moments"])
+
+    def save(step, wait=False):
+        extra = {"step": step, "moments": asdict(nets.moments), "config": asdict(cfg)}
+        checkpoints.save(step, modules, optimizers, extra, wait)
+
+    log = open_log(out / "log.jsonl", first) if world.main else None
+    every = range(first, cfg.iterations)
+    bar = tqdm(every, initial=first, total=cfg.iterations, disable=not world.main, dynamic_ncols=True)
+    for step in bar:
+        numbers, fine = iterate(cfg, world, nets, optimizers, step, accumulate)
         in_a_row, skipped = (0, skipped) if fine else (in_a_row + 1, skipped + 1)
         if world.main:
             numbers = {k: round(v, 6) for k, v in numbers.items()} | {"skipped": skipped}
@@ -386,8 +235,8 @@ def train(cfg: Config, world) -> None:
         ending = stopper()
         if (step + 1) % cfg.save_every == 0 or ending or step + 1 == cfg.iterations:
             save(step + 1, wait=ending or step + 1 == cfg.iterations)
-        if (step + 1) % cfg.sample_every == 0 and not ending:
-            videos = draw_videos(nets, "student", nets.prompts[:4], 0, cfg.steps)
+        if nets.vae and cfg.sample_every and (step + 1) % cfg.sample_every == 0 and not ending:
+            videos = draw_videos(cfg, nets, "student", nets.prompts[:4], 0, cfg.steps)
             if world.main:
                 write_grid(out / f"step{step + 1:06d}.png", list(videos), nets.prompts[:4])
         if ending:
@@ -399,6 +248,31 @@ def train(cfg: Config, world) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # its parts
+
+
+def batch_of(cfg, world, nets, step, micro, total):
+    """This rank's part of a batch. A sample's noise follows from (seed, step, its number in the global batch)."""
+    numbers = [(micro * world.size + world.rank) * cfg.batch + i for i in range(cfg.batch)]
+    chosen = nets.data.at(cfg.seed, step, total)
+    batch = nets.data.batch([chosen[i] for i in numbers])
+    if isinstance(batch, tuple):  # not from a cache
+        video, captions = batch
+        with torch.no_grad(), autocast(cfg, world):
+            x = nets.vae.encode(video.to(world.device))
+        batch = {"latents": x, "text": nets.encoder.encode(captions), "captions": captions, "reward": None}
+    shape = batch["latents"].shape[1:]  # of this batch: a cache has images too
+    draw = lambda *key: distributed.normal(shape, (cfg.seed, step, *key), numbers, world.device)
+    whole = lambda low, high, *key: torch.tensor(
+        [low + distributed.randint(high - low + 1, (cfg.seed, step, *key, i)) for i in numbers], device=world.device
+    )
+    return batch["latents"].float().to(world.device), batch["text"].to(world.device), batch, draw, whole
+
+
+def adam(cfg, nets):
+    """An optimizer for each network that learns."""
+    make = lambda model, lr: torch.optim.AdamW(model.parameters(), lr, (cfg.beta1, cfg.beta2))
+    optimizers = {"student": make(nets.student, cfg.lr)} | ({"fake": make(nets.fake, cfg.fake_lr)} if nets.fake else {})
+    return optimizers | ({"lrm": torch.optim.AdamW(nets.lrm.parameters(), cfg.lrm_lr)} if nets.lrm else {})
 
 
 def denoiser(model, schedule, text, w=0.0, null=None):
@@ -421,13 +295,13 @@ def average(ema, model, decay):
     torch._foreach_lerp_(ours, theirs, 1 - decay)
 
 
-def draw_videos(nets, who, prompts, seed, n, batch=32):
+def draw_videos(cfg, nets, who, prompts, seed, n):
     """Videos (N, 3, F, H, W) of the student's average in its steps, or of the teacher by n steps of guided DDIM."""
-    about = nets.about | ({"kind": "student"} if who == "student" else {"kind": "teacher"})
-    generator = Generator(nets.ema if who == "student" else nets.teacher, nets.vae, about, nets.encoder, nets.device)
+    model = nets.ema if who == "student" else nets.teacher
+    generator = Generator(model, nets.vae, nets.about | {"kind": who}, nets.encoder, nets.device)
     videos = []
-    for i in range(0, len(prompts), batch):
-        text = nets.encoder.encode(prompts[i : i + batch])
+    for i in range(0, len(prompts), cfg.batch):
+        text = nets.encoder.encode(prompts[i : i + cfg.batch])
         latents = generator.latents(text, [seed + i + j for j in range(len(text))], n)
         videos.append(generator.decode(latents).cpu())
     return torch.cat(videos)
@@ -436,26 +310,32 @@ def draw_videos(nets, who, prompts, seed, n, batch=32):
 def finish(cfg, world, nets, out):
     """Write the student and what a person would look at; in the small world, say what the distillation has brought."""
     weights = distributed.gather(nets.ema)
+    if world.main:
+        student = DiT(nets.student.config)
+        student.load_state_dict(weights)
+        made = {"command": " ".join(["python", *sys.argv]), "date": time.strftime("%Y-%m-%d"), "settings": asdict(cfg)}
+        checkpoint.save_model(out / "student.safetensors", student, torch.float16, **nets.about | made)
+        print(f"wrote {out}/student.safetensors")
+        if Path(cfg.teacher).is_dir():
+            print(save_diffusers(out / "diffusers", student, nets.about | made))
+    if not nets.vae or not cfg.sample_every:
+        return
     shown, n = nets.prompts[:3], cfg.steps
     columns = [("teacher", 50), ("teacher", n), *(("student", k) for k in (4, 2, 1) if k <= n)]
-    drawn = [draw_videos(nets, who, shown, 0, k) for who, k in columns]
+    drawn = [draw_videos(cfg, nets, who, shown, 0, k) for who, k in columns]
     scores = []
     if nets.judge and cfg.judged:  # the same prompts, noise and number of steps
         for who in ("teacher", "student"):
-            videos = draw_videos(nets, who, nets.prompts[: cfg.judged], 1, n).split(32)
+            videos = draw_videos(cfg, nets, who, nets.prompts[: cfg.judged], 1, n).split(32)
             read = [nets.judge.score(v.to(nets.device), nets.prompts[32 * i :][: len(v)]) for i, v in enumerate(videos)]
             scores.append(torch.cat(read))
     if not world.main:
         return
-    student = DiT(nets.student.config)
-    student.load_state_dict(weights)
-    file, titles = out / "student.safetensors", [f"{who}, {k} step{'s' * (k > 1)}" for who, k in columns]
-    made = {"command": " ".join(["python", *sys.argv]), "date": time.strftime("%Y-%m-%d"), "settings": asdict(cfg)}
-    checkpoint.save_model(file, student, torch.float16, **nets.about | made)
+    titles = [f"{who}, {k} step{'s' * (k > 1)}" for who, k in columns]
     rows, words = zip(*drawn), [f"{title}: {prompt}" for prompt in shown for title in titles]
-    write_video_grid(out / "compare.mp4", [list(row) for row in zip(*drawn)], nets.fps, titles=titles)
+    write_video_grid(out / "compare.mp4", [list(row) for row in zip(*drawn)], nets.about["fps"], titles=titles)
     write_grid(out / "compare.png", [video for row in rows for video in row], words)
-    print(f"wrote {file}, and {out}/compare.mp4 and compare.png: {'; '.join(titles)}")
+    print(f"wrote {out}/compare.mp4 and compare.png: {'; '.join(titles)}")
     if scores:
         gain = scores[1] - scores[0]
         error = gain.std().item() / math.sqrt(len(gain))

@@ -1,0 +1,204 @@
+"""What a distillation takes for given, and whether it fits together: teacher, VAE, text encoder, data, reward.
+
+Everything a user names is read and compared here before the first step: weights with the preset, the VAE and the data
+with the weights, a cache with the VAE and text encoder it was made by. The three trained networks begin as copies of
+the teacher. What all this will hold in memory is said before it is held, so that a run too large for its GPUs tells.
+"""
+
+import math
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+import checkpoint
+import distributed
+import lrm as latent_rewards
+import rewards
+from cli import UserError
+from data import PRESETS as CLIPS
+from data import Folder, LatentCache, Shapes, fingerprint
+from dit import PRESETS as SIZES
+from dit import DiT
+from judge import Judge
+from schedule import Schedule, timesteps
+from shapes import WORDS, held_out_prompts
+from text import T5, WordTable
+from vae3d import VAE3D
+
+PROMPTS = [  # what pictures show where the data has no captions to lend
+    "a red car drives along a road by the sea",
+    "a cat walks over a wooden floor",
+    "waves break on a beach at sunset",
+    "a person plays the guitar in a park",
+]
+
+
+@dataclass
+class Moments:
+    """Running mean and deviation of the true reward, so that --beta-ft means the same for every reward."""
+
+    count: float = 0.0
+    mean: float = 0.0
+    square: float = 0.0  # sum of squared deviations
+
+    def update(self, values, world):
+        n, m = len(values), distributed.mean(values.mean(), world)
+        spread = distributed.mean(((values - m) ** 2).mean(), world) * n
+        delta, total = m - self.mean, self.count + n
+        self.square += spread + delta**2 * self.count * n / total
+        self.mean += delta * n / total
+        self.count = total
+
+    def standardise(self, values):
+        return (values - self.mean) / max(math.sqrt(self.square / max(self.count, 1)), 1e-6)
+
+
+@dataclass
+class Nets:
+    """What Algorithm 1 takes for given and what it makes."""
+
+    teacher: DiT
+    student: DiT
+    fake: DiT | None
+    ema: DiT
+    vae: VAE3D | None
+    encoder: object  # of text.py, or Kept
+    data: object  # D: pairs of captions and clips, or of embeddings and latents
+    about: dict  # what the student's file will say of itself
+    device: torch.device
+    prompts: list[str]  # for pictures, and for the judge
+    judge: Judge | None = None
+    lrm: torch.nn.Module | None = None
+    reward: object = None
+    moments: Moments = field(default_factory=Moments)
+
+    def __post_init__(self):
+        self.schedule = Schedule(self.teacher.config.schedule, self.teacher.config.snr_shift)
+        self.null = self.encoder.encode([""]).to(self.device)  # (1, L, D)
+        named = {"student": self.student, "ema": self.ema, "fake": self.fake, "lrm": self.lrm}
+        self.modules = {name: module for name, module in named.items() if module}
+
+
+class Kept:
+    """In a text encoder's place, what a cache kept of it: the embeddings of "" and of a few videos' captions."""
+
+    def __init__(self, cache, n=4):
+        videos = [i for i, shape in enumerate(cache.shapes) if shape == max(cache.shapes, key=math.prod)]
+        self.known = {cache.captions[i]: cache.batch([i])["text"][0] for i in videos[:n]} | {"": cache.null[0]}
+        self.fingerprint = cache.made["text"]
+
+    def encode(self, prompts):
+        return torch.stack([self.known[prompt] for prompt in prompts])
+
+
+def build(cfg, world) -> Nets:
+    """Lines 1 and 4 of Algorithm 1: theta <- theta', theta_fake <- theta'. cfg: train.py's Config.
+
+    From a cache, training needs no text encoder, and the VAE for rewards and pictures alone; what is named of them is
+    compared with the cache's own. Raises UserError for what is missing or does not fit.
+    """
+    cached = (Path(cfg.data) / "index.json").exists()
+    for name in ("data", "teacher", *(() if cached else ("vae", "text")), *(("vae",) if cfg.reward != "none" else ())):
+        if not getattr(cfg, name):
+            raise UserError(f"--{name} is needed: the preset {cfg.preset} has no {name} of its own")
+    if folder := Path(cfg.teacher).is_dir():
+        whole = DiT.from_cogvideox(below(cfg.teacher, "transformer"))  # read once for all networks, in the file's dtype
+        config, w, weights = whole.config, 5.0, lambda: whole.state_dict().items()  # made for a guidance scale of 6
+    else:
+        said = checkpoint.metadata(cfg.teacher, "DiT")
+        config, w, weights = DiT.Config(**said["config"]), said.get("w", 2.0), lambda: cfg.teacher
+    for name in ("channels", "rotary"):
+        there, here = getattr(config, name), getattr(SIZES[cfg.preset], name)
+        if there != here:
+            raise UserError(f"{cfg.teacher} has {name} = {there}, --preset {cfg.preset} {here}: choose its own preset")
+    own = replace(config, prediction=cfg.prediction or config.prediction)
+    if own.prediction == "epsilon" and Schedule(config.schedule, config.snr_shift).a[-1] == 0:
+        raise UserError("--prediction epsilon cannot start from pure noise, where this teacher's schedule starts")
+
+    vae = encoder = None
+    if cfg.vae and Path(cfg.vae).is_dir():
+        vae = VAE3D.from_cogvideox(below(cfg.vae, "vae"))
+    elif cfg.vae:
+        vae = checkpoint.load_model(cfg.vae, VAE3D)[0]
+    if vae and vae.config.latent_channels != config.channels:
+        there = vae.config.latent_channels
+        raise UserError(f"{cfg.vae} makes {there} latent channels, {cfg.teacher} takes {config.channels}")
+    if cfg.text == "words":
+        encoder = WordTable(WORDS, config.text_dim, config.text_length)
+    elif cfg.text and (world.main or not cached):
+        encoder = T5(cfg.text, config.text_length, device="cpu" if cached else world.device)
+    latents, fps = SIZES[cfg.preset].latents, CLIPS[cfg.preset]["fps"]
+    prompts = held_out_prompts(max(4, cfg.judged)) if cfg.text == "words" else PROMPTS
+    if cached:
+        used = {"vae": vae and fingerprint(vae), "text": encoder and encoder.fingerprint}
+        data = LatentCache(cfg.data, **{name: value for name, value in used.items() if value})
+        if any(s[0] != config.channels or s[2] % config.patch or s[3] % config.patch for s in data.shapes):
+            raise UserError(f"{cfg.data} holds latents {data.shapes[0]} (C, T, H, W) that {cfg.teacher} does not take")
+        if data.made["reward"] and cfg.reward not in ("none", data.made["reward"]):
+            raise UserError(f"{cfg.data} keeps the reward {data.made['reward']}, not {cfg.reward}: make a new cache")
+        vae = vae if cfg.sample_every or cfg.reward != "none" else None
+        encoder, latents, fps = Kept(data), max(data.shapes, key=math.prod)[1:], data.made["fps"]
+        prompts = [prompt for prompt in encoder.known if prompt]
+    elif cfg.data == "shapes":
+        data = Shapes(cfg.seed)
+    else:
+        size = CLIPS[cfg.preset]
+        data = Folder(cfg.data, size["frames"], size["height"], size["width"], size["fps"], cfg.seed)
+    if (width := encoder.encode([""]).shape[2]) != config.text_dim:
+        raise UserError(f"the text of {cfg.text or cfg.data} is {width} wide, {cfg.teacher} takes {config.text_dim}")
+    if world.main:
+        print(memory(cfg, own, world, latents))
+
+    dtype = torch.bfloat16 if cfg.precision == "bf16" and world.device.type == "cuda" else None
+
+    def network(trainable):
+        with torch.device("meta"):
+            model = DiT(own if trainable else config)
+        model.checkpoint_activations = cfg.checkpoint_activations and trainable
+        model = distributed.shard(model, world, cfg.shard, dtype, cfg.cpu_offload, trainable)
+        return distributed.load_sharded(model, weights())
+
+    teacher, student, ema = network(False), network(True), network(True).requires_grad_(False)
+    if fake := network(True) if cfg.beta_vsd else None:
+        fake.config = config  # a diffusion model of the teacher's own kind, whatever the student predicts
+    about = {"kind": "student", "timesteps": timesteps(cfg.steps), "transition": cfg.transition, "w": w, "fps": fps}
+    about |= {"latents": list(latents), "text_fingerprint": encoder.fingerprint}
+    if folder:
+        about["weights_dtype"] = str(whole.patch_in.weight.dtype)
+    if vae:
+        vae = vae.to(world.device, memory_format=torch.channels_last_3d).eval().requires_grad_(False)
+    reward = lrm = judge = None
+    if cfg.reward != "none":
+        reward = rewards.make(cfg.reward, cfg.reward_weights, cfg.reward_frames, world.device)
+        make = latent_rewards.TextVideoLRM if reward.text else latent_rewards.VideoLRM
+        sizes = {"text_dim": config.text_dim} if reward.text else {}
+        lrm = make(channels=config.channels, seed=cfg.seed, **sizes).to(world.device)
+    if cfg.data == "shapes" and (file := Path(cfg.vae).parent / "judge.safetensors").exists():
+        judge = checkpoint.load_model(file, Judge, world.device)[0]
+    return Nets(teacher, student, fake, ema, vae, encoder, data, about, world.device, prompts, judge, lrm, reward)
+
+
+def below(folder, name):
+    """A pipeline's part: `folder`/name, or `folder` itself where that is the part."""
+    return Path(folder) / name if (Path(folder) / name).is_dir() else Path(folder)
+
+
+def memory(cfg, config, world, latents):
+    """One line: GiB that each GPU (or process) will hold. config: a DiTConfig; latents: (T, h, w)."""
+    with torch.device("meta"):
+        n = sum(p.numel() for p in DiT(config).parameters())
+    parts = {"full": world.size, "hybrid": int(os.environ.get("LOCAL_WORLD_SIZE", world.size)), "none": 1}[cfg.shard]
+    half = cfg.precision == "bf16" and world.device.type == "cuda"
+    held = {"teacher": (2 if half else 4) * n, "student and its optimizer": 16 * n, "its average": 4 * n}
+    held |= {"fake score and its optimizer": 16 * n} if cfg.beta_vsd else {}
+    held = {name: size / parts for name, size in held.items()}
+    # a block stores about 20 tensors of all tokens; checkpointed, its input, and the 20 while it is computed again
+    tokens = cfg.batch * (config.text_length + math.prod(latents) // config.patch**2)
+    blocks = config.depth + 20 if cfg.checkpoint_activations else 20 * config.depth
+    passes = bool(cfg.beta_vsd or cfg.reward != "none") + bool(cfg.beta_cd)  # of the student, until the backward
+    held["activations (estimated)"] = passes * blocks * tokens * config.width * (2 if cfg.precision == "bf16" else 4)
+    said = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in held.items())
+    where = f"{'GPU' if world.device.type == 'cuda' else 'process'}, of {world.size}"
+    return f"GiB on each {where}: {said}, together {sum(held.values()) / 2**30:.2f} ({n:,} parameters a network)"
