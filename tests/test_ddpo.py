@@ -1,0 +1,425 @@
+"""ddpo.py: its mathematics against closed forms in float64, the script with a tiny random student and VAE."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections import defaultdict, deque
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import ddpo
+import rewards
+from cli import run
+from ddpo import advantages, graded, log_probability, policy_loss, transition, walk
+from dit import DiT, DiTConfig
+from generate import Generator
+from schedule import Schedule, few_step, timesteps
+from vae3d import VAE3D, VAEConfig
+
+STEPS = [999, 749, 499, 249]
+KINDS = ("ddpm", "cogvideox", "flow")
+
+
+def normal(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+# moves
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("how", ["renoise", "posterior"])
+def test_log_probability_is_that_of_the_normal_distribution(kind, how):
+    schedule = Schedule(kind)
+    x_t, x0, x_next = (normal(3, 2, 5, seed=s) for s in range(3))
+    for t, t_next in ((999, 749), (749, 499), (499, 249)):
+        (a_t, b_t), (a, b) = ((schedule.a[i], schedule.b[i]) for i in (t, t_next))
+        if how == "renoise":
+            mean, std = a * x0, b
+        else:  # Bayes: N(x_next; a x_0, b^2) times N(x_t; r x_next, var), by adding precisions
+            r, var = a_t / a, b_t**2 - (a_t / a * b) ** 2
+            std = (1 / b**2 + r**2 / var) ** -0.5
+            mean = std**2 * (a * x0 / b**2 + r * x_t / var)
+        expected = torch.distributions.Normal(mean, std).log_prob(x_next)
+        for over, value in (("mean", expected.mean((1, 2))), ("sum", expected.sum((1, 2)))):
+            got = log_probability(schedule, x_t, x0, x_next, t, t_next, how, over)
+            assert got.dtype == torch.float64
+            torch.testing.assert_close(got, value)
+
+
+def test_log_probability_sees_single_precision_inputs_in_double():
+    x_t, x0, x_next = (normal(2, 4000, seed=s, dtype=torch.float32) for s in range(3))
+    got = log_probability(Schedule(), x_t, x0, x_next, 749, 499, "renoise", "sum")
+    b = Schedule().b[499]
+    expected = torch.distributions.Normal(Schedule().a[499] * x0.double(), b).log_prob(x_next.double()).sum(1)
+    torch.testing.assert_close(got, expected, rtol=1e-13, atol=0)  # float32 would be off by 1e-7
+
+
+@pytest.mark.parametrize("how", ["renoise", "posterior"])
+def test_moves_without_std_are_left_out(how):
+    schedule = Schedule()
+    assert graded(schedule, STEPS, how, 2) == [1, 2]  # 749 to 499 and 499 to 249, not 249 to x_0
+    assert graded(schedule, STEPS, how, 9) == [0, 1, 2]
+    assert graded(schedule, [999, 499], how, 2) == [0]
+    assert graded(schedule, [999], how, 2) == []
+    assert graded(schedule, STEPS, "ddim", 2) == []
+    x = normal(1, 3)
+    with pytest.raises(ValueError, match="no log-probability"):
+        log_probability(schedule, x, x, x, 249, -1, how)
+    with pytest.raises(ValueError, match="unknown transition"):
+        transition(schedule, x, x, 249, -1, "jump")
+
+
+def test_walk_samples_as_the_student_does():
+    schedule, noise = Schedule(), lambda i: normal(2, 3, seed=10 + i, dtype=torch.float32)
+    predict, x = lambda x, t: 0.5 * x + t / 999, normal(2, 3, dtype=torch.float32)
+    steps_as_tensors = lambda x, t: predict(x, t[0].item())
+    for how in ("renoise", "ddim"):
+        path = walk(predict, schedule, x, STEPS, noise, how)
+        assert len(path) == 4 and torch.equal(path[0][0], x)
+        assert torch.equal(path[-1][1], few_step(steps_as_tensors, schedule, x, STEPS, noise, how))
+
+
+def test_posterior_walk_keeps_the_marginals():
+    schedule, x0 = Schedule(), 0.7
+    noise = lambda i: normal(200_000, 1, seed=i)
+    path = walk(lambda x, t: torch.full_like(x, x0), schedule, noise(9), STEPS, noise, "posterior")
+    # from x_999 = a x_0 + b eps, all further x_t have mean a x_0 and std b; here a_999 is 0.006
+    for (x_t, _), t in zip(path, STEPS):
+        assert x_t.mean().item() == pytest.approx(schedule.a[t].item() * x0, abs=0.008)
+        assert x_t.std().item() == pytest.approx(schedule.b[t].item(), rel=0.01)
+
+
+class Scale(torch.nn.Module):
+    """A student of one parameter: x_0 = theta x_t, or a policy that looks at nothing: x_0 = theta."""
+
+    def __init__(self, theta, blind=False):
+        super().__init__()
+        self.theta, self.blind = torch.nn.Parameter(torch.tensor(theta, dtype=torch.float64)), blind
+
+    def forward(self, x, t):
+        return self.theta * (torch.ones_like(x) if self.blind else x)
+
+
+def gauss(dimensions, n=8):
+    """Nodes (N, dimensions) and weights (N,) that integrate polynomials against a standard normal exactly."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(n)
+    grid = np.stack(np.meshgrid(*[nodes] * dimensions, indexing="ij"), -1).reshape(-1, dimensions)
+    weight = np.stack(np.meshgrid(*[weights / weights.sum()] * dimensions, indexing="ij"), -1).prod(-1).reshape(-1)
+    return torch.from_numpy(grid), torch.from_numpy(weight)
+
+
+def policy_gradient(student, schedule, steps, how, n, reward, baseline=0.0):
+    """-dL/dtheta by DDPO's own pieces, its expectation exact by quadrature; one element, so mean and sum agree."""
+    nodes, weight = gauss(len(steps))
+    path = walk(student, schedule, nodes[:, :1], steps, lambda i: nodes[:, i + 1 : i + 2], how)
+    assert not any(x.requires_grad for pair in path for x in pair)
+    value = (reward(path)[:, 0] - baseline) * weight * len(weight)  # policy_loss takes the mean over the batch
+    for i in graded(schedule, steps, how, n):
+        x_t, x_next = path[i][0], path[i + 1][0]
+        log_p = log_probability(schedule, x_t, student(x_t, steps[i]), x_next, steps[i], steps[i + 1], how)
+        policy_loss(log_p, log_p.detach(), value)[0].backward()
+    return -student.theta.grad.item()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_policy_gradient_of_a_gaussian_policy(kind):
+    schedule, steps = Schedule(kind), [999, 499]
+    a, b = schedule.a[499].item(), schedule.b[499].item()
+
+    def of(theta, reward, baseline=0.0):
+        student, of_move = Scale(theta, blind=True), lambda path: reward(path[1][0])
+        return policy_gradient(student, schedule, steps, "renoise", 2, of_move, baseline)
+
+    # x ~ N(a theta, b^2): d E[x] = a, d E[x^2] = 2 a^2 theta; a constant reward or baseline brings nothing
+    for theta in (-0.3, 1.2):
+        assert of(theta, lambda x: 3 * x) == pytest.approx(3 * a, rel=1e-9)
+        assert of(theta, lambda x: x**2) == pytest.approx(2 * a**2 * theta, rel=1e-9)
+        assert of(theta, lambda x: 3 * x, baseline=5.0) == pytest.approx(3 * a, rel=1e-9)
+        assert of(theta, torch.ones_like) == pytest.approx(0.0, abs=1e-9 * a / b**2)
+
+
+def test_policy_gradient_over_several_moves_and_truncated():
+    schedule, steps, theta = Schedule(), [999, 666, 333], 0.8
+    a1, a2 = (schedule.a[t].item() for t in steps[1:])
+    # x_1 = a1 theta x_T + b1 e, x_2 = a2 theta x_1 + b2 e: E[x_T x_2] = a1 a2 theta^2
+    reward = lambda path: path[0][0] * path[2][0]
+    both = policy_gradient(Scale(theta), schedule, steps, "renoise", 2, reward)
+    assert both == pytest.approx(2 * a1 * a2 * theta, rel=1e-9)
+    last = policy_gradient(Scale(theta), schedule, steps, "renoise", 1, reward)  # theta of the last move alone
+    assert last == pytest.approx(a1 * a2 * theta, rel=1e-9)
+
+
+def test_policy_gradient_by_the_posterior():
+    schedule, steps, theta = Schedule(), [999, 499], 0.8
+    (a_t, b_t), (a, b) = ((schedule.a[t].item(), schedule.b[t].item()) for t in steps)
+    slope = a * (1 - (a_t * b / (a * b_t)) ** 2)  # of the posterior's mean in x_0: 1 minus the share of x_t
+    got = policy_gradient(Scale(theta, blind=True), schedule, steps, "posterior", 2, lambda path: path[1][0])
+    assert got == pytest.approx(slope, rel=1e-9)
+
+
+# importance sampling
+
+
+def test_importance_sampling_at_ratio_one_is_the_score_function():
+    log_p, advantage = normal(50, seed=1), normal(50, seed=2)
+    for variant in ("sf", "is"):
+        leaf = log_p.clone().requires_grad_()
+        loss, info = policy_loss(leaf, log_p, advantage, variant)
+        loss.backward()
+        torch.testing.assert_close(leaf.grad, -advantage / 50)
+        assert info["approx_kl"] == 0 and info["clip_fraction"] == 0
+
+
+def test_importance_sampling_clips_what_would_gain():
+    change = torch.tensor([0.3, 0.3, -0.3, -0.3, 0.05], dtype=torch.float64)  # log ratio
+    advantage = torch.tensor([2.0, -2.0, 2.0, -2.0, 1.0], dtype=torch.float64)
+    leaf = change.clone().requires_grad_()
+    loss, info = policy_loss(leaf, torch.zeros(5), advantage, "is", 0.1)
+    loss.backward()
+    r = change.exp()
+    expected = -torch.stack([2 * 1.1 * r[0] / r[0], -2 * r[1], 2 * r[2], -2 * 0.9 * r[3] / r[3], r[4]])
+    assert loss.item() == pytest.approx(expected.mean().item())
+    slope = torch.stack([r[0] * 0, 2 * r[1], -2 * r[2], r[3] * 0, -r[4]]) / 5  # none where it has gained enough
+    torch.testing.assert_close(leaf.grad, slope)
+    assert info["clip_fraction"].item() == pytest.approx(0.8)
+    assert info["approx_kl"].item() == pytest.approx((4 * 0.09 + 0.0025) / 10)
+
+
+# advantages
+
+
+def test_advantages_raw_and_of_the_batch():
+    reward = torch.tensor([-2.0, -1.0, 0.0, 5.0], dtype=torch.float64)
+    assert torch.equal(advantages("raw", reward, list("aabb"), {}), reward)
+    got = advantages("batch", reward, list("aabb"), memory := {})
+    torch.testing.assert_close(got, (reward - 0.5) / reward.std(correction=0))
+    assert got.mean().abs() < 1e-12 and got.std(correction=0).item() == pytest.approx(1) and memory == {}
+    assert torch.equal(
+        advantages("batch", torch.full((3,), 2.0, dtype=torch.float64), list("abc"), {}),
+        torch.zeros(3, dtype=torch.float64),
+    )
+    rare = torch.zeros(100, dtype=torch.float64).index_fill(0, torch.tensor([7]), 1.0)
+    assert advantages("batch", rare, ["a"] * 100, {}).max() == 5.0  # it would be 9.9
+
+
+def test_advantages_of_each_prompt():
+    kept, memory, draw = defaultdict(lambda: deque(maxlen=16)), {}, np.random.default_rng(0)
+    used = set()
+    for _ in range(12):
+        prompts = [str(p) for p in draw.choice(["often", "often", "often", "seldom"], 8)]
+        reward = torch.from_numpy(draw.normal(size=8)) + torch.tensor([3.0 * (p == "often") for p in prompts])
+        expected = np.empty(8)
+        for p in set(prompts):
+            mine = np.array([q == p for q in prompts])
+            kept[p].extend(reward.numpy()[mine])
+            basis = np.array(kept[p]) if len(kept[p]) >= 16 else reward.numpy()
+            used.add((p, len(kept[p]) >= 16))
+            expected[mine] = (reward.numpy()[mine] - basis.mean()) / (basis.std() + 1e-6)
+        got = advantages("prompt", reward, prompts, memory)
+        np.testing.assert_allclose(got.numpy(), expected.clip(-5, 5), rtol=1e-12, atol=1e-12)
+        memory = json.loads(json.dumps(memory))  # as a checkpoint keeps it
+    assert used == {("often", False), ("often", True), ("seldom", False), ("seldom", True)}
+    assert {p: len(values) for p, values in memory.items()} == {"often": 16, "seldom": 16}
+
+
+# direct gradients
+
+
+def test_direct_gradients_of_a_linear_student():
+    schedule, theta = Schedule(), 0.8
+    eps = lambda i: normal(4, 1, seed=20 + i)
+    (a1, a2, a3), (b1, b2, b3) = schedule.a[STEPS[1:]], schedule.b[STEPS[1:]]
+    x = normal(4, 1)
+    x1 = a1 * theta * x + b1 * eps(0)
+    x2 = a2 * theta * x1 + b2 * eps(1)
+    x3 = a3 * theta * x2 + b3 * eps(2)
+    expected = {
+        (1, 1): x1,  # ReFL at the second step: x_0 = theta x_1
+        (3, 3): x3,  # DRaFT-1
+        (2, 3): x3 + theta * a3 * x2,  # DRaFT-2: theta (a3 theta x_2 + b3 e)
+        (0, 3): x3 + theta * a3 * (x2 + theta * a2 * (x1 + theta * a1 * x)),
+    }
+    for (first, last), slope in expected.items():
+        student = Scale(theta)
+        path = walk(student, schedule, x, STEPS, eps, "renoise", first, last)
+        assert len(path) == last + 1
+        assert [x0.requires_grad for _, x0 in path] == [i >= first for i in range(last + 1)]
+        (2 * path[-1][1]).sum().backward()  # the decoder and the reward: linear
+        assert student.theta.grad.item() == pytest.approx(2 * slope.sum().item(), rel=1e-12)
+
+
+# the script
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Flags that name a tiny student and VAE: 16 frames of 16x16 pixels."""
+    folder = tmp_path_factory.mktemp("weights")
+    config = DiTConfig(4, 32, 1, 2, text_dim=32, text_length=16, time_dim=16, latents=(5, 2, 2))
+    model, noise = DiT(config), torch.Generator().manual_seed(1)
+    with torch.no_grad():  # no layer may stay at zero, or neither words nor steps would change anything
+        for p in model.parameters():
+            p += 0.2 * torch.randn(p.shape, generator=noise)
+    about = {"kind": "student", "timesteps": STEPS, "transition": "renoise", "settings": {"lr": 1}}
+    checkpoint.save_model(folder / "student.safetensors", model, torch.float16, **about)
+    checkpoint.save_model(folder / "one.safetensors", model, kind="student", timesteps=[999])
+    checkpoint.save_model(folder / "teacher.safetensors", model, kind="teacher")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vae = VAE3D(VAEConfig((8, 8, 8), 4, 1, 4, patch=4, chunking="independent", chunk_frames=16, scaling_factor=1.0))
+        fat = VAE3D(VAEConfig((8, 8, 8), 6, 1, 4, patch=4, chunking="independent", chunk_frames=16, scaling_factor=1.0))
+    checkpoint.save_model(folder / "vae.safetensors", vae)
+    checkpoint.save_model(folder / "fat.safetensors", fat)
+    return folder
+
+
+@pytest.fixture
+def call(weights, tmp_path, monkeypatch, capsys):
+    """call(*flags) -> (exit code, stderr), in this process; a later --weights replaces the tiny student."""
+    monkeypatch.chdir(tmp_path)
+    handlers = [(s, signal.getsignal(s)) for s in (signal.SIGTERM, signal.SIGINT)]
+
+    def call(*flags):
+        code = 0
+        monkeypatch.setattr(sys, "argv", ["ddpo.py", *given(weights, *flags)])
+        try:
+            run(ddpo.main)
+        except SystemExit as e:
+            code = e.code
+        return code, capsys.readouterr().err
+
+    yield call
+    for number, handler in handlers:
+        signal.signal(number, handler)
+    torch.set_flush_denormal(False)
+
+
+def given(weights, *flags):
+    files = ["--weights", weights / "student.safetensors", "--vae", weights / "vae.safetensors", "--device", "cpu"]
+    return [str(f) for f in [*files, "--batch", 2, "--global-batch", 2, "--iterations", 1, "--prompt-count", 9, *flags]]
+
+
+def lines(folder):
+    return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+
+
+def same(a, b):
+    a, b = (checkpoint.load(Path(folder) / "student.safetensors")[0] for folder in (a, b))
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def process(weights, tmp_path, *flags, ranks=0):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    command = [sys.executable, *(torchrun if ranks else []), ddpo.__file__, *given(weights, *flags)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("method", ["refl", "draft"])
+def test_direct_methods_as_a_process(weights, tmp_path, method):
+    said = process(weights, tmp_path, "--method", method, "--reward", "dynamic_degree", "--beta-kl", 1)
+    assert "runs/ddpo/student.safetensors" in said
+    (line,) = lines(tmp_path / "runs/ddpo")
+    assert line["loss"] == pytest.approx(-line["reward_mean"], rel=1e-5)  # kl is 0: nothing has changed yet
+    assert line["kl"] == 0 and line["grad_norm"] > 0 and line["reward_evaluations"] == 2
+    assert not same(weights, tmp_path / "runs/ddpo")
+
+
+def test_ddpo_on_two_ranks_is_ddpo_on_one(weights, tmp_path, call):
+    flags = ["--reward", "jpeg_compressibility", "--precision", "fp32", "--advantage", "batch", "--global-batch", 4]
+    process(weights, tmp_path, *flags, "--out", "two", ranks=2)
+    assert call(*flags, "--batch", 4, "--out", "one")[0] == 0
+    (two,), (one,) = lines("two"), lines("one")
+    for key in ("reward_mean", "reward_std", "reward_evaluations", "grad_norm"):
+        assert two[key] == pytest.approx(one[key], rel=1e-4)
+    assert one["reward_evaluations"] == 4 and one["approx_kl"] == pytest.approx(0, abs=1e-12)
+    assert one["reward_std"] > 0 and one["grad_norm"] > 0
+
+
+def test_resume_goes_on_to_the_bit(weights, call):
+    flags = ["--reward", "jpeg_compressibility", "--variant", "is", "--updates", 2, "--beta-kl", 1, "--lr", 1e-3]
+    flags += ["--advantage", "prompt", "--prompt-count", 1, "--global-batch", 4, "--clip-range", 0.1]
+    flags += ["--transition", "posterior"]  # 20 clips of one prompt: from the 16th on its own statistics count
+    assert call(*flags, "--iterations", 5, "--out", "whole")[0] == 0
+    assert call(*flags, "--iterations", 3, "--out", "parts")[0] == 0
+    assert not same("whole", "parts")
+    assert call(*flags, "--iterations", 5, "--out", "parts", "--resume")[0] == 0
+    assert same("whole", "parts")
+    a, b = ([line | {"seconds": 0} for line in lines(folder)] for folder in ("whole", "parts"))
+    assert a == b and [line["reward_evaluations"] for line in a] == [4, 8, 12, 16, 20]
+    assert all(math.isfinite(value) for line in a for value in line.values())
+    assert a[0]["kl"] > 0 and a[0]["approx_kl"] > 0  # of the second update
+    assert {"step000000.png", "step000005.png"} <= {file.name for file in Path("whole").iterdir()}
+    # what sample.py takes
+    student = Generator.load("whole/student.safetensors", weights / "vae.safetensors")
+    assert student.student and student.steps(4) == STEPS and student.about["settings"] == {"lr": 1}
+    (tuned,) = student.about["tuned"]
+    assert tuned["reward_evaluations"] == 20 and tuned["settings"]["reward"] == "jpeg_compressibility"
+
+
+def brightness(*_):
+    """A reward that is linear in the pixels."""
+    return rewards.Reward("bright", lambda video, _: video.mean((1, 2, 3, 4)), True, False, "-1..1", None, "cpu")
+
+
+@pytest.mark.parametrize("method", ["ddpo", "draft"])
+def test_the_reward_rises(call, monkeypatch, method):
+    monkeypatch.setattr(rewards, "make", brightness)
+    flags = ["--reward", "object", "--method", method, "--iterations", 6, "--advantage", "batch", "--precision", "fp32"]
+    assert call(*flags, "--batch", 32, "--global-batch", 32, "--lr", 1e-2)[0] == 0
+    reward = [line["reward_mean"] for line in lines("runs/ddpo")]
+    assert reward[-1] > reward[0] + 0.02, reward
+
+
+def test_a_reward_that_is_not_finite_touches_nothing(weights, call, monkeypatch):
+    nan = lambda video, _: video.mean((1, 2, 3, 4)) * torch.tensor([1, math.nan])
+    monkeypatch.setattr(rewards, "make", lambda *_: rewards.Reward("nan", nan, True, False, "", None, "cpu"))
+    for method in ("ddpo", "refl"):
+        code, err = call("--reward", "object", "--method", method, "--iterations", 9, "--patience", 2, "--out", method)
+        assert code == 2 and "2 iterations in a row were not finite" in err
+        assert [line["skipped"] for line in lines(method)] == [1, 2]
+        monkeypatch.setattr(rewards, "make", brightness)
+        assert call("--reward", "object", "--method", method, "--iterations", 2, "--resume", "--out", method)[0] == 0
+        assert same(weights, method)
+        monkeypatch.setattr(rewards, "make", lambda *_: rewards.Reward("nan", nan, True, False, "", None, "cpu"))
+
+
+def test_wrong_input_is_one_clear_line(weights, call, tmp_path):
+    jpeg = ["--reward", "jpeg_compressibility"]
+    (tmp_path / "odd.txt").write_text("a red star\na red hippopotamus\n")
+    (tmp_path / "empty.txt").write_text("\n\n")
+    (tmp_path / "file").write_text("")
+    for flags, what in (
+        ([], "--reward is needed"),
+        (["--reward", "beauty"], "unknown reward 'beauty'"),
+        ([*jpeg, "--method", "refl"], "jpeg_compressibility has no gradient"),
+        ([*jpeg, "--method", "draft"], "has no gradient, which --method draft needs"),
+        ([*jpeg, "--weights", weights / "teacher.safetensors"], "is no few-step student"),
+        ([*jpeg, "--weights", "nowhere.safetensors"], "there is no file nowhere.safetensors"),
+        ([*jpeg, "--weights", weights / "one.safetensors"], "needs two steps"),
+        ([*jpeg, "--transition", "ddim"], "by ddim has a density"),
+        ([*jpeg, "--vae", weights / "fat.safetensors"], "decodes 6 channels"),
+        ([*jpeg, "--updates", 2], "--variant is"),
+        ([*jpeg, "--advantage", "batch", "--batch", 1, "--global-batch", 1], "2 or more"),
+        ([*jpeg, "--global-batch", 3], "no multiple of 2"),
+        ([*jpeg, "--truncate", 0], "at least 1"),
+        ([*jpeg, "--prompts", "missing.txt"], "cannot read the prompts in missing.txt"),
+        ([*jpeg, "--prompts", "empty.txt"], "is empty"),
+        ([*jpeg, "--prompts", "odd.txt"], "hippopotamus"),
+        ([*jpeg, "--resume"], "holds no checkpoint"),
+        ([*jpeg, "--out", "file/here"], "cannot write"),
+        ([*jpeg, "--method", "ppo"], "invalid choice"),
+    ):
+        code, err = call(*flags)
+        assert code == 2 and what in err and err.count("\n") == 1, (flags, code, err)
+    assert timesteps(4) == STEPS
