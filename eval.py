@@ -1,45 +1,55 @@
-"""How good is it? Every number that this repository prints about a model comes out of this script.
+"""How good is it? Every number and every page that this repository makes about a model comes out of this script.
 
-    python eval.py world --weights W --steps 4 2 1    # accuracy by the judge, Frechet distance, diversity, coverage
-    python eval.py world --reference                  # the same of rendered clips, and of what the VAE makes of them
-    python eval.py table NAME ...                     # results/NAME*.json as Markdown tables
-    python eval.py readme                             # the same, between the markers in README.md
+    python eval.py --weights W [--teacher T] --out report/   # everything below that fits, as one page to read
+    python eval.py world --weights W --steps 4 2 1           # accuracy, Frechet distance, coverage, diversity
+    python eval.py world --reference                         # the same of rendered clips and the VAE's copies of them
+    python eval.py validate                                  # does each of the sixteen dimensions see what it should?
+    python eval.py time --weights W --teacher T              # Table 4; memory: the same for peak memory
+    python eval.py grid --weights W                          # one subject in every look and camera move (Fig. 28, 29)
+    python eval.py videos --weights W --out DIR              # VBench's 4,730 videos; torchrun shares them out
+    python eval.py vbench --videos DIR --results DIR         # VBench's sixteen dimensions and totals
+    python eval.py vendi --videos DIR --inception FILE       # diversity of video files (Eq. 17, Table 3)
+    python eval.py people --a DIR --b DIR --out PAGE.html    # pairs of videos for people to compare (section 8.1)
+    python eval.py votes FILES...                            # what they said (Fig. 6)
+    python eval.py table NAME ... | readme                   # results/*.json as Markdown, there or in README.md
 
-Results are small JSON files in results/, each with its command, date and seed; tables are made from them alone, so that
-no number is ever typed. Every score has its sampling error beside it.
+--out NAME.json keeps a measurement (results.py); every score has its sampling error beside it. Each command has --help.
 """
 
-import contextlib
 import json
-import math
+import os
 import random
 import re
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-import checkpoint
+import benchmark
+import cost
+import dimensions
+import people
+import report
+import results
 import shapes
+from benchmark import vbench_scores
 from cli import UserError, atomic, opt, parse, run
 from generate import Generator
-from judge import Judge
-from metrics import frechet, jackknife, mean_error, neighbours, vendi, vendi_kernel
-from vae3d import VAE3D
+from metrics import Inception, pixel_features, vendi, vendi_kernel, video_diversity
+from reading import Eye, held_out, model_rows, reference_rows
+from video import VIDEOS, read_video, write_grid, write_video, write_video_grid
 
-__all__ = ["vendi", "vendi_kernel"]
+__all__ = ["vbench_scores", "vendi", "vendi_kernel"]  # the names under which others look for them
 
-HELD_OUT = 1_000_000  # seed of the clips that nothing is trained on
-MAIN = ("object", "colour", "action", "scene")  # the factors that the headline averages
+HERE = Path(__file__).parent / "weights"
 
 
 @dataclass
 class Config:
-    vae: str = opt("weights/vae.safetensors", "the autoencoder")
-    judge: str = opt("weights/judge.safetensors", "the judge that evaluates (never the one that rewards)")
+    out: str = opt("", "where to write: NAME.json for a measurement, else a file or folder")
     seed: int = opt(0, "seed of all noise")
     batch: int = opt(64, "videos at a time")
     threads: int = opt(0, "CPU threads (0: all)")
@@ -47,278 +57,401 @@ class Config:
 
 
 @dataclass
-class WorldConfig(Config):
-    weights: str = opt("", "a teacher's or a student's file")
-    reference: bool = opt(False, "measure rendered clips and their reconstruction instead: what can be reached at all")
-    steps: tuple[int, ...] = opt((4,), "one or more numbers of steps, on the same prompts and noise")
-    prompts: int = opt(2000, "held-out prompts")
-    vendi_prompts: int = opt(100, "prompts drawn with 5 seeds each for diversity (0: none)")
-    w: float | None = opt(None, "guidance of a teacher as in Eq. 9 (default: the teacher's own, or 2)")
-    label: str = opt("", "name of the rows in tables (default: the file's name)")
-    out: str = opt("", "JSON to write, e.g. results/student.json")
+class ModelConfig(Config):
+    weights: str = opt(str(HERE / "student.safetensors"), "a teacher's or a student's file, or a CogVideoX folder")
+    vae: str = opt(str(HERE / "vae.safetensors"), "the autoencoder: file or folder")
+    text: str = opt("", "folder of a T5 encoder (default: the small world's words, or the one in the weights' folder)")
+    w: float | None = opt(None, "guidance of a teacher as in Eq. 9 (default: what its weights say)")
+    label: str = opt("", "name in tables (default: the file's name)")
+
+    def load(self, weights=""):
+        weights, vae = weights or self.weights, self.vae
+        if Path(weights).is_dir() and vae == ModelConfig.vae:
+            vae = ""  # such a folder has its own
+        return Generator.load(weights, vae, self.device, self.text)
+
+    def name(self):
+        return self.label or Path(self.weights).stem
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the small world
 
 
-def held_out_prompts(n, seed=HELD_OUT):
-    """n clips that no training sees, a prompt for each, and the factors that it names."""
-    clips = [shapes.Clip.make(seed, i) for i in range(n)]
-    words = [shapes.caption(clip, "train", random.Random(f"prompt {seed} {i}")) for i, clip in enumerate(clips)]
-    return clips, [prompt for prompt, _ in words], [named for _, named in words]
-
-
-class Eye:
-    """The evaluating judge, fed in batches: class indices of every factor and features of each clip."""
-
-    def __init__(self, cfg):
-        self.judge, self.about = checkpoint.load_model(cfg.judge, Judge, cfg.device)
-        self.judge.to(memory_format=torch.channels_last_3d)
-        self.cfg = cfg
-
-    @torch.no_grad()
-    def __call__(self, video):
-        """(B, 3, F, H, W) -> readings (B, factors), features (B, d), on the CPU."""
-        video = video.to(self.cfg.device, memory_format=torch.channels_last_3d)
-        with torch.autocast(torch.device(self.cfg.device).type, torch.bfloat16):
-            return self.judge.read(video).cpu(), self.judge.features(video).float().cpu()
-
-    def over(self, make, n, name):
-        """Look at clips 0..n-1; make(list of indices) -> videos. -> readings (n, factors), features (n, d)."""
-        parts = []
-        for i in tqdm(range(0, n, self.cfg.batch), desc=name, dynamic_ncols=True, leave=False):
-            parts.append(self(make(list(range(i, min(i + self.cfg.batch, n))))))
-        return torch.cat([r for r, _ in parts]), torch.cat([f for _, f in parts])
-
-
-def accuracy(readings, named):
-    """Share of right readings of every factor over the prompts that name it, and of the mean of the main factors.
-
-    readings (n, factors); named: n dicts. -> {factor: {"mean", "error", "n"}}. The error of the mean over factors
-    counts prompts, not answers: two factors of one prompt fail together.
-    """
-    truth = torch.tensor([[v.index(p[f]) if f in p else -1 for f, v in shapes.FACTORS.items()] for p in named])
-    asked, right = truth >= 0, readings == truth
-    scores, influence, means = {}, torch.zeros(len(named), dtype=torch.float64), []
-    for i, factor in enumerate(shapes.FACTORS):
-        scores[factor] = mean_error(right[asked[:, i], i].double())
-        if factor in MAIN and scores[factor]["n"]:
-            share = asked[:, i].double().mean()
-            influence += (right[:, i].double() - scores[factor]["mean"]) * asked[:, i] / share
-            means.append(scores[factor]["mean"])
-    mean = sum(means) / len(means) if means else float("nan")
-    error = (influence / max(len(means), 1)).std().item() / math.sqrt(len(named))
-    return scores | {"main": {"mean": mean, "error": error, "n": len(named)}}
-
-
-def compare(features, reference):
-    """Frechet distance with its sampling error, precision, recall and coverage against the reference's features."""
-    distance = {"mean": frechet(features, reference), "error": jackknife(frechet, features, reference)}
-    return {"frechet": distance, **neighbours(reference, features)}
-
-
-def diversity(groups):
-    """Vendi - 1 over judge features of the videos of one prompt, mean and error over the prompts: 0 is collapse."""
-    return mean_error([vendi(group) - 1 for group in groups])
-
-
-def reference_rows(cfg, eye, reference):
-    """What can be reached at all: other rendered clips, and what the VAE makes of them. -> 2 rows"""
-    vae = checkpoint.load_model(cfg.vae, VAE3D, cfg.device)[0].to(memory_format=torch.channels_last_3d)
-    clips, _, named = held_out_prompts(cfg.prompts, HELD_OUT + 1)  # a clip must not be compared with itself
-    groups = []  # of clips that one prompt describes
-    for i, fixed in enumerate(named[: cfg.vendi_prompts]):
-        with contextlib.suppress(ValueError):  # a prompt that names very much has too few clips to be found
-            groups.append([shapes.Clip.make(HELD_OUT + 2 + copy, i, **fixed) for copy in range(5)])
-    psnrs, rows = [], []
-
-    @torch.no_grad()
-    def reconstruct(video):
-        video = video.to(cfg.device)
-        with torch.autocast(torch.device(cfg.device).type, torch.bfloat16):
-            drawn = vae.decode(vae.encode(video.to(memory_format=torch.channels_last_3d))).float().clamp(-1, 1)
-        psnrs.append(-10 * ((drawn - video) / 2).square().mean((1, 2, 3, 4)).log10().cpu())
-        return drawn
-
-    for label, pass_on in (("rendered clips", lambda video: video), ("the VAE's reconstruction", reconstruct)):
-        make = lambda some: pass_on(shapes.render_batch([clips[i] for i in some]))  # noqa: B023
-        readings, features = eye.over(make, cfg.prompts, label)
-        row = {"label": label, "steps": None, "nfe": 0} | accuracy(readings, named) | compare(features, reference)
-        if psnrs:
-            psnr = torch.cat(psnrs).sort().values
-            row |= {"psnr": psnr.mean().item(), "psnr_worst_tenth": psnr[: max(1, len(psnr) // 10)].mean().item()}
-        if groups:
-            make = lambda some: pass_on(shapes.render_batch([groups[i // 5][i % 5] for i in some]))  # noqa: B023
-            row["vendi"] = diversity(eye.over(make, 5 * len(groups), "diversity")[1].view(len(groups), 5, -1))
-        rows.append(row)
-        print(world_line(row), flush=True)
-    return rows
-
-
-def model_rows(cfg, eye, reference, generator, prompts, named):
-    """One row for every number of steps, all on the same prompts and the same noise."""
-    text, rows = generator.encoder.encode(prompts), []  # (n, L, D)
-    label = cfg.label or Path(cfg.weights).stem
-    several = [(i, copy) for i in range(min(cfg.vendi_prompts, cfg.prompts)) for copy in range(1, 5)]
-    for steps in cfg.steps:
-
-        def draw(jobs):
-            seeds = [(cfg.seed * 8 + copy) * 10_000_000 + i for i, copy in jobs]
-            return generator.decode(generator.latents(text[[i for i, _ in jobs]], seeds, steps, cfg.w))  # noqa: B023
-
-        start = time.perf_counter()
-        readings, features = eye.over(lambda some: draw([(i, 0) for i in some]), cfg.prompts, f"{label} {steps}")
-        seconds = (time.perf_counter() - start) / cfg.prompts
-        row = {"label": label, "steps": steps, "nfe": generator.evaluations(steps, cfg.w), "seconds": seconds}
-        row |= accuracy(readings, named) | compare(features, reference)
-        if several:
-            others = eye.over(lambda some: draw([several[i] for i in some]), len(several), "diversity")[1]
-            first = features[: len(several) // 4, None]
-            groups = torch.cat([first, others.unflatten(0, (-1, 4))], 1)  # (prompts, 5, d)
-            row["vendi"] = diversity(groups)
-        rows.append(row)
-        print(world_line(row), flush=True)
-    return rows
+@dataclass
+class WorldConfig(ModelConfig):
+    judge: str = opt(str(HERE / "judge.safetensors"), "the judge that evaluates (never the one that rewards)")
+    steps: tuple[int, ...] = opt((4,), "one or more numbers of steps, on the same prompts and noise")
+    prompts: int = opt(2000, "held-out prompts")
+    vendi_prompts: int = opt(100, "prompts of these that are drawn with 5 seeds each, for diversity (0: none)")
+    reference: bool = opt(False, "measure rendered clips and the VAE's copies of them: what can be reached at all")
+    dimensions: bool = opt(False, "measure VBench's sixteen dimensions too")
 
 
 def world(cfg):
     """Accuracy, Frechet distance, precision, coverage and diversity of a model, or of the world itself."""
-    if not cfg.reference and not cfg.weights:
-        raise UserError("name the weights to measure with --weights, or ask for --reference")
     if cfg.prompts < 20:
         raise UserError(f"--prompts {cfg.prompts} is too few to say anything: at least 20")
-    generator = None if cfg.reference else Generator.load(cfg.weights, cfg.vae, cfg.device)
+    generator = None if cfg.reference else cfg.load()
     for steps in [] if cfg.reference else cfg.steps:
         generator.steps(steps)  # refuse before the work, not after it
-    eye = Eye(cfg)
-    clips, prompts, named = held_out_prompts(cfg.prompts)
-    _, reference = eye.over(lambda some: shapes.render_batch([clips[i] for i in some]), cfg.prompts, "reference")
+    eye = Eye(cfg.judge, cfg.device, cfg.batch)
+    clips, prompts, named = held_out(cfg.prompts)
+    reference = eye.over(lambda some: shapes.render_batch([clips[i] for i in some]), cfg.prompts, "reference")
     if cfg.reference:
-        rows = reference_rows(cfg, eye, reference)
+        rows = reference_rows(cfg, eye, reference["features"])
     else:
-        rows = model_rows(cfg, eye, reference, generator, prompts, named)
+        rows = model_rows(cfg, cfg.name(), eye, reference["features"], generator, prompts, named)
     model = {k: generator.about.get(k) for k in ("kind", "timesteps", "command", "date")} if generator else None
-    save(cfg, "world", rows=rows, judge=eye.about.get("results"), model=model)
+    return results.save(cfg, "world", rows=rows, judge=eye.about.get("results"), model=model)
 
 
-def world_line(row):
-    """One row in words, as it is printed while others are still being drawn."""
-    scores = " ".join(f"{f} {pm(row[f], 100)}" for f in (*MAIN, "main"))
-    more = f" vendi-1 {pm(row['vendi'], 1, 3)}" if "vendi" in row else ""
-    return f"{row['label']} {row['steps'] or ''}: {scores} | frechet {pm(row['frechet'], 1, 2)}{more}"
+@dataclass
+class ValidateConfig(Config):
+    judge: str = opt(str(HERE / "judge.safetensors"), "the judge that evaluates")
+    clips: int = opt(96, "rendered clips")
 
 
-def pm(score, scale=1.0, digits=1):
-    """A score and its standard error: 91.2±0.6."""
-    if score is None or score["mean"] != score["mean"]:
-        return "-"
-    return f"{scale * score['mean']:.{digits}f}±{scale * score['error']:.{digits}f}"
+def validate(cfg):
+    """Rendered clips, spoilt on purpose: does each dimension of the small world see it, and the more the worse?"""
+    eye = Eye(cfg.judge, cfg.device, cfg.batch)
+    made = results.save(cfg, "validation", rows=dimensions.validate(eye, cfg.clips, cfg.seed))
+    print(results.table([made]))
+    return made
+
+
+@dataclass
+class GridConfig(ModelConfig):
+    subject: str = opt("a red star", "what is drawn")
+    steps: int = opt(4, "steps a video")
+    looks: tuple[str, ...] = opt(tuple(shapes.LOOKS), "the rows")
+    cameras: tuple[str, ...] = opt(tuple(shapes.CAMERAS), "the columns")
+
+
+def grid(cfg):
+    """One subject in every look (rows) and camera move (columns): a moving sheet, and one of five frames of each."""
+    generator, out = cfg.load(), Path(cfg.out or "samples/grid.mp4")
+    camera = lambda c: "static camera" if c == "static" else c
+    prompts = [f"{cfg.subject} {camera(c)} {look}" for look in cfg.looks for c in cfg.cameras]
+    videos = []
+    for i in tqdm(range(0, len(prompts), cfg.batch), desc="grid", dynamic_ncols=True, leave=False):
+        text = generator.encoder.encode(prompts[i : i + cfg.batch])
+        videos += list(generator.decode(generator.latents(text, [cfg.seed] * len(text), cfg.steps, cfg.w)).cpu())
+    fps, n = generator.about.get("fps", shapes.FPS), len(cfg.cameras)
+    rows = [videos[i : i + n] for i in range(0, len(videos), n)]
+    write_video_grid(out, rows, fps, captions=list(cfg.looks), titles=list(cfg.cameras))
+    write_grid(out.with_suffix(".png"), videos, prompts, frames=5)
+    print(f"wrote {out} and {out.with_suffix('.png')}")
+    return out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# results and tables
+# time and memory
 
 
-def save(cfg, kind, **content):
-    """Write what was measured, with all that is needed to measure it again, to cfg.out (nothing without it)."""
-    made = {
-        "kind": kind,
-        "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "date": time.strftime("%Y-%m-%d"),
-        "settings": asdict(cfg),
+@dataclass
+class CostConfig(ModelConfig):
+    teacher: str = opt(str(HERE / "teacher.safetensors"), "what the student is compared with (none: nothing)")
+    teacher_steps: int = opt(50, "its steps")
+    steps: tuple[int, ...] = opt((4, 2, 1), "the student's")
+    repeats: int = opt(100, "times each is timed, at most")
+    seconds: float = opt(300.0, "begin no further round after so many seconds")
+    prompt: str = opt("a red star spins at night", "what is drawn")
+
+
+def models(cfg):
+    """[(label, generator, steps, w)]: the teacher first, then the student at each of its numbers of steps."""
+    pairs = [("student" if cfg.label == "" else cfg.label, cfg.load(), n, cfg.w) for n in cfg.steps]
+    for _, generator, n, _ in pairs:
+        generator.steps(n)
+    teacher = cfg.teacher.lower() != "none"
+    return ([("teacher", cfg.load(cfg.teacher), cfg.teacher_steps, cfg.w)] if teacher else []) + pairs
+
+
+def time_(cfg):
+    """Table 4: time of text encoding, diffusion and decoding, as per cent of the teacher's total."""
+    rows = cost.times(models(cfg), cfg.prompt, cfg.repeats, cfg.seconds)
+    made = results.save(cfg, "time", rows=rows, device=device_name(cfg.device))
+    print(results.table([made]))
+    return made
+
+
+def memory(cfg):
+    """Peak memory of each phase."""
+    made = results.save(cfg, "memory", rows=cost.memory(models(cfg), cfg.prompt), device=device_name(cfg.device))
+    print(results.table([made]))
+    return made
+
+
+def device_name(device):
+    cuda = torch.device(device).type == "cuda"
+    return torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# VBench, and the diversity of video files
+
+
+@dataclass
+class VideosConfig(ModelConfig):
+    prompts: str = opt("", "VBench_full_info.json or a text file, a prompt a line (default: the installed package's)")
+    long: str = opt("", "text file with the long prompt of each, line by line")
+    copies: int = opt(5, "videos a prompt, each of its own seed")
+    steps: int = opt(4, "steps a video")
+    fps: float = opt(0.0, "frame rate in the files (0: the model's own); dynamic degree depends on it")
+    batch: int = opt(8, "videos at a time")
+
+
+def videos(cfg):
+    """Draw what VBench wants, under its names. What is there already is kept, so a killed run just starts again."""
+    if not cfg.out:
+        raise UserError("name the folder of the videos with --out")
+    entries = benchmark.suite(cfg.prompts, cfg.long)
+    jobs, out = benchmark.plan(entries, cfg.copies, cfg.seed), Path(cfg.out)
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if torch.device(cfg.device).type == "cuda" and ranks > 1:
+        cfg = replace(cfg, device=f"cuda:{os.environ.get('LOCAL_RANK', rank)}")
+    generator = cfg.load()
+    generator.steps(cfg.steps)
+    fps = cfg.fps or generator.about.get("fps", shapes.FPS)
+
+    # who draws into a folder that another model has begun would score a mixture
+    made = {k: v for k, v in asdict(cfg).items() if k in ("weights", "w", "steps", "prompts", "long", "copies", "seed")}
+    made |= {"fps": fps, "entries": entries, "videos": jobs}
+    plan = out / "videos.json"
+    if plan.exists() and (there := json.loads(plan.read_text())) != json.loads(json.dumps(made)):
+        what = ", ".join(k for k in made if there.get(k) != json.loads(json.dumps(made[k])))
+        raise UserError(f"{out} holds videos of other settings ({what}): take another --out, or the same settings")
+    if not plan.exists():
+        with atomic(plan) as part:
+            part.write_text(json.dumps(made, indent=1, ensure_ascii=False))
+
+    mine, broken = [], 0
+    for job in jobs[rank::ranks]:
+        if (file := out / job["file"]).exists():
+            if benchmark.whole(file):
+                continue
+            broken += 1
+        mine.append(job)
+    done = len(jobs[rank::ranks]) - len(mine)
+    print(f"{len(jobs)} videos of {len(entries)} prompts; {len(mine)} to draw here, {done} there, {broken} broken")
+    start = time.perf_counter()
+    for i in tqdm(range(0, len(mine), cfg.batch), desc="videos", dynamic_ncols=True, disable=rank > 0):
+        some = mine[i : i + cfg.batch]
+        text = generator.encoder.encode([job["prompt"] for job in some])
+        drawn = generator.decode(generator.latents(text, [job["seed"] for job in some], cfg.steps, cfg.w))
+        if drawn.shape[2] / fps >= 5 and i == 0:
+            print(
+                f"these clips have {drawn.shape[2] / fps:.1f} s: VBench is made for less than 5, VBench-Long for more"
+            )
+        for job, video in zip(some, drawn.cpu()):
+            if video.isfinite().all():
+                write_video(out / job["file"], video, fps)
+            else:
+                print(f"{job['file']} is not finite and was not written")
+    print(f"drew {len(mine)} videos in {time.perf_counter() - start:.0f} s")
+
+
+@dataclass
+class VBenchConfig(Config):
+    videos: str = opt("", "folder that `videos` filled, for the package vbench (none: only read results)")
+    results: str = opt("evaluation_results", "folder of the package's *_eval_results.json, read and written")
+    prompts: str = opt("", "VBench_full_info.json (default: the installed package's)")
+    dimensions: tuple[str, ...] = opt(tuple(benchmark.key(d) for d in benchmark.DIMENSIONS), "which to compute")
+
+
+def vbench(cfg):
+    """Quality, Semantic and Total from the package's results; dimensions that have none yet are computed by it."""
+    scores, complaints = benchmark.read_package_results(cfg.results)
+    missing = [d for d in benchmark.DIMENSIONS if d not in scores and benchmark.key(d) in cfg.dimensions]
+    if cfg.videos and missing:
+        plan, info = Path(cfg.videos) / "videos.json", cfg.prompts or benchmark.full_info()
+        entries = json.loads(plan.read_text())["entries"] if plan.exists() else benchmark.suite(info)
+        for dimension in missing:
+            try:
+                left_out = benchmark.run_package(cfg.videos, entries, dimension, info, cfg.results, cfg.device)
+                complaints += [f"{dimension}: {name} is missing or broken and left out" for name in left_out]
+            except UserError as e:
+                complaints.append(str(e))
+        scores, more = benchmark.read_package_results(cfg.results)
+        complaints += more
+    for complaint in dict.fromkeys(complaints):
+        print(complaint, file=sys.stderr)
+    if not scores:
+        raise UserError(f"{cfg.results} has no result of vbench, and --videos gave none")
+    made = results.save(cfg, "vbench", scores=scores, complaints=complaints)
+    print(results.table([made]))
+    return made
+
+
+@dataclass
+class VendiConfig(Config):
+    videos: str = opt("", "folder of videos named PROMPT-0.mp4 .. PROMPT-4.mp4")
+    inception: str = opt("", "torchvision's inception_v3_google-0cc3c7bd.pth (none: pixels alone)")
+    every: int = opt(20, "frames from key frame to key frame")
+    copies: int = opt(5, "videos a prompt")
+    prompts: int = opt(500, "prompts at most, drawn at random")
+    label: str = opt("", "name in tables (default: the folder's)")
+
+
+def diversity_of_files(cfg):
+    """Vendi diversity of video files (Eq. 17): mean and standard deviation over prompts."""
+    if not Path(cfg.videos).is_dir():
+        raise UserError(f"--videos {cfg.videos or '(nothing)'} is no folder")
+    groups = {}
+    for file in sorted(f for f in Path(cfg.videos).rglob("*") if f.suffix.lower() in VIDEOS):
+        groups.setdefault(re.sub(r"-\d+$", "", str(file.with_suffix(""))), []).append(file)
+    names = sorted(name for name, files in groups.items() if len(files) == cfg.copies)
+    random.Random(f"vendi {cfg.seed}").shuffle(names)
+    kinds = {"pixel": pixel_features} | ({"inception": Inception(cfg.inception, cfg.device)} if cfg.inception else {})
+    scores, left_out = {kind: [] for kind in kinds}, len(groups) - len(names)
+    for name in tqdm(names[: cfg.prompts], desc="vendi", dynamic_ncols=True, leave=False):
+        try:
+            clips = [read_video(file)[0] for file in groups[name]]
+        except UserError as e:
+            print(f"{e}: its prompt is left out", file=sys.stderr)
+            left_out += 1
+            continue
+        for kind, features in kinds.items():
+            scores[kind].append(video_diversity(clips, features, cfg.every))
+    if not scores["pixel"]:
+        raise UserError(
+            f"{cfg.videos} has no prompt with {cfg.copies} readable videos PROMPT-0 .. PROMPT-{cfg.copies - 1}"
+        )
+    row = {"label": cfg.label or Path(cfg.videos).name, "prompts": len(scores["pixel"]), "left out": left_out}
+    made = results.save(cfg, "vendi", rows=[row | {kind: cost.spread(values) for kind, values in scores.items()}])
+    print(results.table([made]))
+    return made
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# people
+
+
+@dataclass
+class PeopleConfig(Config):
+    a: str = opt("", "folder of videos")
+    b: str = opt("", "folder of videos of the same names")
+    label_a: str = opt("", "name of a in the votes (default: the folder's)")
+    label_b: str = opt("", "name of b")
+    pairs: int = opt(50, "pairs at most, drawn at random")
+
+
+def people_(cfg):
+    """One page on which a person compares the videos of two folders, pair by pair."""
+    out = Path(cfg.out or "people.html")
+    n, left_out = people.make_page(cfg.a, cfg.b, out, cfg.label_a, cfg.label_b, cfg.pairs, cfg.seed)
+    for why in left_out[:20]:
+        print(f"left out: {why}", file=sys.stderr)
+    print(
+        f"wrote {out}: {n} pairs, {out.stat().st_size / 1e6:.1f} MB"
+        + (f"; {len(left_out)} left out" if left_out else "")
+    )
+
+
+@dataclass
+class VotesConfig(Config):
+    files: tuple[str, ...] = opt((), "what the page saved")
+
+
+def votes(cfg):
+    """Win rates without ties, per question and rater."""
+    kept, complaints = people.read_votes(cfg.files)
+    for complaint in complaints:
+        print(complaint, file=sys.stderr)
+    made = results.save(cfg, "votes", rows=people.count(kept))
+    print(results.table([made]))
+    return made
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the report
+
+
+@dataclass
+class ReportConfig(WorldConfig):
+    out: str = opt("report", "folder of the page, the tables, and the results behind them")
+    teacher: str = opt(str(HERE / "teacher.safetensors"), "what the model is compared with (none: nothing)")
+    teacher_steps: int = opt(50, "its steps")
+    steps: tuple[int, ...] = opt((4, 2, 1), "the model's")
+    prompts: int = opt(192, "held-out prompts")
+    vendi_prompts: int = opt(24, "prompts drawn with 5 seeds each, for diversity (0: none)")
+    seconds: float = opt(60.0, "time spent on timing")
+    subject: str = opt("a red star", "what is shown in every look and camera move")
+    dimensions: bool = opt(True, "measure VBench's sixteen dimensions too")
+
+
+def report_(cfg):
+    """Judge a model as the paper does, and write one page about it: OUT/index.html, OUT/report.md."""
+    out, teacher = Path(cfg.out), cfg.teacher.lower() != "none"
+    student = cfg.load()
+    steps = [n for n in cfg.steps if not student.student or n <= len(student.about.get("timesteps") or [0] * 4)]
+    cfg = replace(cfg, steps=tuple(steps or cfg.steps))
+    keep = lambda name, **more: replace(cfg, out=str(out / f"{name}.json"), **more)
+    pages = [world(keep("world-1-reference", reference=True))]
+    if teacher:
+        few = (cfg.teacher_steps, max(steps))  # what the student replaces, and what it must beat
+        pages.append(world(keep("world-2-teacher", weights=cfg.teacher, steps=few, label="teacher")))
+    pages.append(world(keep("world-3-model", label=cfg.name())))
+    shared = {
+        k: getattr(cfg, k) for k in ("weights", "vae", "text", "teacher", "teacher_steps", "steps", "threads", "device")
     }
-    if cfg.out:
-        with atomic(cfg.out) as part:
-            part.write_text(to_json(tidy(made | content)))
-        print(f"wrote {cfg.out}")
+    costs = CostConfig(**shared, seconds=cfg.seconds, repeats=100)
+    clock, peaks = (
+        time_(replace(costs, out=str(out / "time.json"))),
+        memory(replace(costs, out=str(out / "memory.json"))),
+    )
+    film = grid(GridConfig(weights=cfg.weights, vae=cfg.vae, text=cfg.text, subject=cfg.subject, steps=max(steps),
+                           out=str(out / "styles.mp4"), device=cfg.device))  # fmt: skip
+    samples(cfg, student, out / "samples.mp4", max(steps))
+    report.write(out, cfg, pages, clock, peaks, student.about, [out / "samples.mp4", film])
+    print(f"wrote {out / 'index.html'} and {out / 'report.md'}")
 
 
-def to_json(result):
-    """JSON with a line for each field and for each row: small, and readable in a diff."""
-    rows = lambda value: "[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]"
-    lines = [f' "{k}": {rows(v) if k == "rows" else json.dumps(v)}' for k, v in result.items()]
-    return "{\n" + ",\n".join(lines) + "\n}\n"
+def samples(cfg, student, file, n, prompts=6):
+    """The same prompts and noise by the teacher (many and few steps) and by the model, side by side."""
+    columns = [(f"model, {k}", student, k) for k in cfg.steps]
+    if cfg.teacher.lower() != "none":
+        teacher = cfg.load(cfg.teacher)
+        columns = [(f"teacher, {k}", teacher, k) for k in (cfg.teacher_steps, n)] + columns
+    words = held_out(prompts)[1]
+    drawn = []
+    for _, generator, k in columns:
+        text = generator.encoder.encode(words)
+        drawn.append(generator.decode(generator.latents(text, range(cfg.seed, cfg.seed + prompts), k, cfg.w)).cpu())
+    fps = student.about.get("fps", shapes.FPS)
+    write_video_grid(file, [list(row) for row in zip(*drawn)], fps, words, [title for title, *_ in columns])
 
 
-def tidy(value):
-    """Floats to 5 significant digits, NaN to None: small files, valid JSON."""
-    if isinstance(value, dict):
-        return {k: tidy(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [tidy(v) for v in value]
-    if isinstance(value, float):
-        return float(f"{value:.5g}") if math.isfinite(value) else None
-    return value
-
-
-def read_results(name, folder="results"):
-    """The files results/NAME.json and results/NAME-*.json, in the order of their names."""
-    files = sorted(f for f in Path(folder).glob(f"{name}*.json") if f.stem == name or f.stem.startswith(name + "-"))
-    if not files:
-        raise UserError(f"no {folder}/{name}.json nor {folder}/{name}-*.json: measure first (eval.py world --out ...)")
-    try:
-        return [json.loads(f.read_text()) for f in files]
-    except ValueError as e:
-        raise UserError(f"a file of {folder}/{name}*.json is no JSON: {e}") from e
-
-
-def markdown(header, lines):
-    """A Markdown table: the first column to the left, numbers to the right."""
-    rule = ["---"] + ["---:"] * (len(header) - 1)
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [header, rule, *lines])
-
-
-def world_table(results):
-    """Rows of one or more `world` results; shares in per cent, ± one standard error."""
-    header = ["", "steps", "NFE", *MAIN, "mean of 4", "Frechet", "precision", "coverage", "Vendi - 1", "s/video"]
-    lines = []
-    for row in (row for result in results for row in result["rows"]):
-        share = [f"{100 * row[k]:.1f}" for k in ("precision", "coverage")]
-        scores = [pm(row[f], 100) for f in (*MAIN, "main")]
-        seconds = f"{row['seconds']:.2f}" if row.get("seconds") else ""
-        scores += [pm(row["frechet"], 1, 2), *share, pm(row.get("vendi"), 1, 3), seconds]
-        lines.append([row["label"], row["steps"] or "", row["nfe"] or "", *scores])
-    return markdown(header, lines)
-
-
-TABLES = {"world": world_table}
-
-
-def table(name, folder="results"):
-    """results/NAME*.json as Markdown, and below it the commands that made it."""
-    results = read_results(name, folder)
-    kinds = {result["kind"] for result in results}
-    if len(kinds) > 1 or not kinds <= set(TABLES):
-        raise UserError(f"{folder}/{name}*.json holds results of kinds {sorted(kinds)}: a table has one kind")
-    commands = "\n".join(dict.fromkeys(f"    {result['command']}" for result in results))
-    return f"{TABLES[kinds.pop()](results)}\n\n{commands}"
-
-
-def readme(path="README.md", folder="results"):
-    """Rewrite what stands between `<!-- table:NAME -->` and `<!-- /table -->` in README.md. -> the new text"""
-    text = Path(path).read_text()
-    block = re.compile(r"(<!-- table:([\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
-    if not block.search(text):
-        raise UserError(f"{path} has no block <!-- table:NAME --> ... <!-- /table -->")
-    return block.sub(lambda m: f"{m[1]}{table(m[2], folder)}\n{m[3]}", text)
+COMMANDS = {
+    "world": (WorldConfig, world), "validate": (ValidateConfig, validate), "grid": (GridConfig, grid),
+    "time": (CostConfig, time_), "memory": (CostConfig, memory), "videos": (VideosConfig, videos),
+    "vbench": (VBenchConfig, vbench), "vendi": (VendiConfig, diversity_of_files), "people": (PeopleConfig, people_),
+    "votes": (VotesConfig, votes), "report": (ReportConfig, report_),
+}  # fmt: skip
 
 
 def main():
-    command, words = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("", [])
-    if command == "world":
-        cfg = parse(WorldConfig, words, world.__doc__)
+    words = sys.argv[1:]
+    command = words.pop(0) if words and not words[0].startswith("-") else "report"
+    torch.set_flush_denormal(True)  # a CPU is many times slower on numbers below 1e-38
+    if command == "table":
+        names = words or sorted({f.stem for f in Path("results").glob("*.json")})
+        print("\n\n".join(results.block(name) for name in names))
+    elif command == "readme":
+        text = results.readme()
+        with atomic("README.md") as part:
+            part.write_text(text, encoding="utf-8")
+    elif command in COMMANDS:
+        config, work = COMMANDS[command]
+        if command == "votes" and words and not words[0].startswith("-"):
+            words = ["--files", *words]
+        cfg = parse(config, words, __doc__ if command == "report" else work.__doc__)
         if cfg.threads:
             torch.set_num_threads(cfg.threads)
-        world(cfg)
-    elif command == "table":
-        print("\n\n".join(table(name) for name in words or sorted({f.stem for f in Path("results").glob("*.json")})))
-    elif command == "readme":
-        text = readme()
-        with atomic("README.md") as part:
-            part.write_text(text)
+        work(cfg)
     else:
-        raise UserError("say what to do: python eval.py world|table|readme (world has --help)")
+        raise UserError(f"unknown command {command!r}: one of {', '.join([*COMMANDS, 'table', 'readme'])}")
 
 
 if __name__ == "__main__":

@@ -3,11 +3,17 @@
 All of them see features alone, whatever made them, in float64. Each answers another question: the Frechet distance
 whether two sets have the same mean and covariance, precision whether what is drawn could be real, coverage whether what
 is real is drawn. A blurred model loses precision, a collapsed one coverage; both raise the Frechet distance. The Vendi
-score is the effective number of different samples in a set and needs no reference.
+score is the effective number of different samples in a set and needs no reference; of video files it is taken over
+pixels and over Inception features, key frame by key frame (Eq. 17), with the conventions of the package vendi-score.
 """
+
+import math
 
 import numpy as np
 import torch
+from PIL import Image
+
+from cli import UserError
 
 
 def _rows(x):
@@ -67,7 +73,8 @@ def jackknife(statistic, *sets, groups=10):
     if n < 2 * groups:
         return float("nan")
     keep = torch.arange(n) % groups
-    values = torch.tensor([statistic(*(_rows(s)[:n][keep != g] for s in sets)) for g in range(groups)]).double()
+    values = [statistic(*(_rows(s)[:n][keep != g] for s in sets)) for g in range(groups)]
+    values = torch.tensor(values, dtype=torch.float64)
     return float(((groups - 1) * values.var(correction=0)).sqrt())
 
 
@@ -98,3 +105,62 @@ def mean_error(values):
     x = x[~x.isnan()]
     error = (x.std() / len(x) ** 0.5).item() if len(x) > 1 else float("nan")
     return {"mean": x.mean().item() if len(x) else float("nan"), "error": error, "n": len(x)}
+
+
+def pm(score, scale=1.0, digits=1):
+    """A score and its standard error: 91.2±0.6."""
+    if not score or score["mean"] is None or not math.isfinite(score["mean"]):
+        return "-"
+    error = score.get("error")
+    return f"{scale * score['mean']:.{digits}f}" + ("" if error is None else f"±{scale * error:.{digits}f}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# diversity of video files
+
+
+def pixel_features(pictures):
+    """uint8 pictures (n, H, W, 3) -> (n, 3072): resized to 32x32 (bicubic, the shape is not kept), flattened."""
+    small = [Image.fromarray(p).resize((32, 32), Image.Resampling.BICUBIC) for p in pictures]
+    return np.stack([np.asarray(image).flatten() for image in small])
+
+
+class Inception:
+    """torchvision's Inception v3 up to its pooled features (not the one of FID). weights: inception_v3_google-*.pth.
+
+    Raises UserError for a file that is missing or does not hold these weights.
+    """
+
+    def __init__(self, weights, device="cpu"):
+        from torchvision.models import inception_v3
+
+        self.device = device
+        self.model = inception_v3(weights=None, transform_input=True, aux_logits=True, init_weights=False)
+        try:
+            self.model.load_state_dict(torch.load(weights, weights_only=True, map_location="cpu"))
+        except Exception as e:  # missing, no pickle, another network
+            reason = str(e).splitlines()[0]
+            raise UserError(f"{weights} does not hold torchvision's Inception v3 (IMAGENET1K_V1): {reason}") from e
+        self.model.fc = torch.nn.Identity()
+        self.model.to(device).eval()
+
+    @torch.no_grad()
+    def __call__(self, pictures):
+        """uint8 pictures (n, H, W, 3) -> (n, 2048). Like vendi-score, without ImageNet's normalisation."""
+        x = []
+        for picture in pictures:  # the shorter side becomes 299, then the centre
+            image = Image.fromarray(picture)
+            image = image.resize([299 * side // min(image.size) for side in image.size], Image.Resampling.BILINEAR)
+            left, top = (round((side - 299) / 2) for side in image.size)
+            image = image.crop((left, top, left + 299, top + 299))
+            x.append(torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255)
+        return self.model(torch.stack(x).to(self.device)).float().cpu()
+
+
+def video_diversity(videos, features, every=20):
+    """Eq. 17 for the videos of one prompt: Vendi over them at frames 0, every, 2 every, ..., and the mean over these.
+
+    videos: uint8 (F, H, W, 3) each; frames beyond the shortest are not compared. -> 1..n
+    """
+    length = min(map(len, videos))
+    return float(np.mean([vendi(features(np.stack([v[k] for v in videos]))) for k in range(0, length, every)]))

@@ -1,0 +1,254 @@
+"""VBench: its sixteen dimensions, its totals, and its rules for what is drawn and how files are called.
+
+VBench (arXiv:2311.17982) scores a model by 16 numbers, each from its own prompts and its own network, and three totals
+of them (`vbench_scores`). The networks are the package `vbench`'s, which is not required here: this file makes the
+videos that it wants and reads the numbers that it gives. What one has to know for that:
+
+- 946 prompts, 5 videos each, in one flat folder, named PROMPT-0.mp4 .. PROMPT-4.mp4. With long prompts a file is still
+  named by its short one: the package finds the prompt of a file, and human action even its label, in the name.
+- Two short prompts stand twice in the list (under appearance style and under overall consistency): 944 names. Drawn
+  from the short prompts they are one video; their long prompts differ, and in one folder the second would overwrite the
+  first. Here the second goes into a folder of its own, named like its dimension, and is the one that dimension sees.
+- The frame rate in a file's header decides which frames dynamic degree compares. Clips of 5 seconds and more are meant
+  for VBench-Long; the paper's 10.7 s were apparently scored as they are.
+- The package counts what it finds: a missing file is a warning, an unreadable one ends the run. Here each dimension
+  gets a folder of links to the files that are whole, and the others are named.
+"""
+
+import contextlib
+import importlib
+import importlib.util
+import json
+import math
+import random
+import shutil
+import tempfile
+from pathlib import Path
+
+from cli import UserError, atomic
+from video import frames
+
+# dimension as in the paper's Table 2: (which total, minimum, maximum, weight); from VBench's scripts/constant.py
+DIMENSIONS = {
+    "Subject Consistency": ("quality", 0.1462, 1.0, 1.0),
+    "Background Consistency": ("quality", 0.2615, 1.0, 1.0),
+    "Temporal Flickering": ("quality", 0.6293, 1.0, 1.0),
+    "Motion Smoothness": ("quality", 0.706, 0.9975, 1.0),
+    "Aesthetic Quality": ("quality", 0.0, 1.0, 1.0),
+    "Imaging Quality": ("quality", 0.0, 1.0, 1.0),
+    "Dynamic Degree": ("quality", 0.0, 1.0, 0.5),
+    "Object Class": ("semantic", 0.0, 1.0, 1.0),
+    "Multiple Objects": ("semantic", 0.0, 1.0, 1.0),
+    "Human Action": ("semantic", 0.0, 1.0, 1.0),
+    "Color": ("semantic", 0.0, 1.0, 1.0),
+    "Spatial Relationship": ("semantic", 0.0, 1.0, 1.0),
+    "Scene": ("semantic", 0.0, 0.8222, 1.0),
+    "Appearance Style": ("semantic", 0.0009, 0.2855, 1.0),
+    "Temporal Style": ("semantic", 0.0, 0.364, 1.0),
+    "Overall Consistency": ("semantic", 0.0, 0.364, 1.0),
+}
+
+# Table 2, the paper's own columns, in per cent and in the order of DIMENSIONS
+# fmt: off
+PAPER = {
+    "paper: teacher, 50 steps": (
+        83.99, 93.78, 96.42, 98.09, 61.21, 63.87, 99.44,
+        85.79, 52.59, 99.6, 77.0, 51.4, 49.99, 24.83, 26.45, 27.89,
+    ),
+    "paper: DOLLAR (PickScore)": (
+        93.77, 96.8, 96.3, 97.76, 63.8, 69.4, 75.83,
+        91.63, 69.71, 99.0, 77.95, 68.56, 55.06, 24.45, 24.64, 26.93,
+    ),
+    "paper: DOLLAR (HPSv2)": (
+        92.57, 96.14, 97.48, 98.59, 63.14, 65.61, 81.67,
+        93.84, 72.21, 99.0, 74.78, 68.35, 52.72, 23.5, 25.23, 26.85,
+    ),
+}
+# fmt: on
+
+
+def vbench_scores(percent, dimensions=DIMENSIONS):
+    """{dimension: score in per cent} -> {"quality", "semantic", "total"} in per cent, by VBench's formula.
+
+    Each score is moved to 0..1 by its dimension's minimum and maximum (not clamped) and weighted; quality and semantic
+    are weighted means, the total is (4 quality + semantic) / 5. Names as in the paper's Table 2, others are ignored.
+    Raises ValueError for a dimension that is missing or not finite (VBench itself would count it as 0).
+    """
+    missing = [name for name in dimensions if not math.isfinite(percent.get(name, math.nan))]
+    if missing:
+        raise ValueError(f"no score for {', '.join(missing)}")
+    sums, weights = {"quality": 0.0, "semantic": 0.0}, {"quality": 0.0, "semantic": 0.0}
+    for name, (total, low, high, weight) in dimensions.items():
+        sums[total] += weight * (percent[name] / 100 - low) / (high - low)
+        weights[total] += weight
+    quality, semantic = (100 * sums[total] / weights[total] for total in ("quality", "semantic"))
+    return {"quality": quality, "semantic": semantic, "total": (4 * quality + semantic) / 5}
+
+
+def key(dimension):
+    """VBench's own name: Subject Consistency -> subject_consistency."""
+    return dimension.lower().replace(" ", "_")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the videos
+
+
+def full_info():
+    """Where the installed package keeps its list of prompts. It is found without being imported."""
+    spec = importlib.util.find_spec("vbench")
+    if spec is None or not spec.origin:
+        raise UserError(
+            "VBench's prompts are not here: pip install vbench, or name its VBench_full_info.json (or a text file with "
+            "a prompt a line) with --prompts"
+        )
+    return Path(spec.origin).parent / "VBench_full_info.json"
+
+
+def suite(prompts="", long=""):
+    """What is to be drawn: [{"name": of the file, "prompt": as drawn, "dimensions": [...], "folder": mostly ""}].
+
+    prompts: VBench_full_info.json (default: the installed package's), or a text file with a prompt a line; long: a text
+    file with the long prompt of each. Raises UserError for a missing file, another number of lines, or a prompt that
+    cannot be a file's name.
+    """
+    prompts = prompts or full_info()
+    text = _read(prompts)
+    try:
+        listed = json.loads(text) if Path(prompts).suffix == ".json" else [{"prompt_en": p} for p in _lines(text)]
+        short = [(entry["prompt_en"], list(entry.get("dimension", []))) for entry in listed]
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
+        raise UserError(f"{prompts} is not a list of prompts as VBench's: {e!r}") from e
+    drawn = _lines(_read(long)) if long else [name for name, _ in short]
+    if len(drawn) != len(short):
+        raise UserError(
+            f"{long} has {len(drawn)} prompts, {prompts} has {len(short)}: line by line they belong together"
+        )
+    entries = {}
+    for (name, dimensions), prompt in zip(short, drawn):
+        if "/" in name or not name or len(name.encode()) > 240:
+            raise UserError(f"a file cannot be called like this prompt: {name!r}")
+        same = [e for e in entries.values() if e["name"] == name]
+        if twin := next((e for e in same if e["prompt"] == prompt), None):  # the same video serves both
+            twin["dimensions"] += [d for d in dimensions if d not in twin["dimensions"]]
+            continue
+        folder = dimensions[0] if same and dimensions else f"other{len(same)}" if same else ""
+        entries[folder, name] = {"name": name, "prompt": prompt, "dimensions": dimensions, "folder": folder}
+    return list(entries.values())
+
+
+def _read(path):
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"cannot read the prompts in {path}: {getattr(e, 'strerror', None) or e}") from e
+
+
+def _lines(text):
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def plan(entries, copies, seed, suffix=".mp4"):
+    """Every video of a suite: [{"file", "prompt", "seed"}]; each has its own seed, whoever draws it and when."""
+    return [
+        {
+            "file": str(Path(entry["folder"]) / f"{entry['name']}-{copy}{suffix}"),
+            "prompt": entry["prompt"],
+            "seed": random.Random(f"vbench {seed} {entry['folder']}/{entry['name']} {copy}").getrandbits(31),
+        }
+        for entry in entries
+        for copy in range(copies)
+    ]
+
+
+def whole(path):
+    """Can every frame of this video be decoded?"""
+    try:
+        return sum(1 for _ in frames(path)) > 0
+    except UserError:
+        return False
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the scores
+
+
+def stage(videos, entries, dimension, folder, copies=5):
+    """Fill `folder` with links to the whole files that `dimension` looks at. -> files that are missing or broken"""
+    left_out = []
+    for entry in entries:
+        for copy in range(copies) if key(dimension) in entry["dimensions"] else ():
+            name = f"{entry['name']}-{copy}.mp4"
+            source = Path(videos, entry["folder"], name).resolve()
+            if whole(source):
+                Path(folder, name).symlink_to(source)
+            else:
+                left_out.append(str(Path(entry["folder"], name)))
+    return left_out
+
+
+def run_package(videos, entries, dimension, info, out, device):
+    """Let the package `vbench` score one dimension; writes out/DIMENSION_eval_results.json. -> files left out
+
+    Raises UserError where the package is missing or fails (several dimensions need detectron2, which pip has not).
+    """
+    try:
+        vbench = importlib.import_module("vbench")
+    except ImportError as e:
+        raise UserError(
+            f"the package vbench cannot be used here ({e}): pip install vbench, or bring its results"
+        ) from e
+    with tempfile.TemporaryDirectory() as links, tempfile.TemporaryDirectory() as work:
+        left_out = stage(videos, entries, dimension, links)
+        if not any(Path(links).iterdir()):
+            raise UserError(f"{videos} has no readable video for {dimension}")
+        try:
+            judge = vbench.VBench(device, str(info), work)
+            judge.evaluate(videos_path=links, name=key(dimension), dimension_list=[key(dimension)])
+        except Exception as e:  # whatever happens inside fifteen foreign networks, the other dimensions go on
+            raise UserError(f"vbench failed on {dimension}: {type(e).__name__}: {e}") from e
+        done = Path(out) / f"{key(dimension)}_eval_results.json"
+        with atomic(done) as part:
+            shutil.copy(Path(work) / done.name, part)
+    return left_out
+
+
+def read_package_results(folder):
+    """VBench's *_eval_results.json below a folder -> ({dimension: per cent}, [what is wrong with them])."""
+    scores, complaints = {}, []
+    for file in sorted(Path(folder).rglob("*_eval_results.json")):
+        try:
+            results = json.loads(file.read_text())
+            for dimension in DIMENSIONS:
+                if key(dimension) in results:
+                    score, videos = results[key(dimension)]
+                    scores[dimension] = 100 * _mean(dimension, score, videos, complaints)
+        except (ValueError, TypeError, KeyError) as e:
+            raise UserError(f"{file} is not a result of vbench: {e!r}") from e
+    return scores, complaints
+
+
+def _mean(dimension, score, videos, complaints):
+    """The package's score; where a video's is not a number, the mean over the others in its place."""
+    value = lambda video: float(video["video_results"]) if isinstance(video, dict) else math.nan
+    bad = [v["video_path"] for v in videos if isinstance(v, dict) and not math.isfinite(value(v))]
+    if not bad:
+        return float(score)
+    complaints += [f"{dimension}: {Path(path).name} has no score and is left out" for path in bad]
+    good = [value(v) for v in videos if isinstance(v, dict) and math.isfinite(value(v))]
+    scale = 100 if dimension == "Imaging Quality" else 1  # the one dimension whose videos are listed in per cent
+    return sum(good) / len(good) / scale if good else math.nan
+
+
+def compare(scores):
+    """Header and lines of a table: each dimension of ours beside the paper's own columns, and the totals."""
+    columns = {"here": scores} | {name: dict(zip(DIMENSIONS, values)) for name, values in PAPER.items()}
+    lines = [[d, *(f"{c[d]:.2f}" if d in c else "-" for c in columns.values())] for d in DIMENSIONS]
+    totals = []
+    for column in columns.values():
+        totals.append({})
+        with contextlib.suppress(ValueError):  # a dimension is missing: no totals
+            totals[-1] = vbench_scores(column)
+    for total in ("quality", "semantic", "total"):
+        lines.append([f"**{total}**", *(f"{t[total]:.2f}" if t else "-" for t in totals)])
+    return ["dimension (per cent)", *columns], lines

@@ -1,0 +1,196 @@
+"""What was measured, on disk and in tables. Tables are made from files alone, so that no number is ever typed.
+
+A result is a small JSON file in results/: its kind, its rows, and the command, date and settings (where they are not
+the defaults) that made it. The table NAME is made of results/NAME.json and results/NAME-*.json, one under the other;
+README.md has the place of each between `<!-- table:NAME -->` and `<!-- /table -->`, and `<!-- table:NAME/KIND -->` is
+another view of the same files. A score is {"mean", "error", "n"}, its error one standard error.
+"""
+
+import json
+import math
+import re
+import sys
+import time
+from dataclasses import MISSING, fields
+from pathlib import Path
+
+import benchmark
+from cli import UserError, atomic
+from metrics import pm
+from reading import MAIN
+
+
+def save(cfg, kind, **content):
+    """Write a result to cfg.out, if it names a file. -> the result, as it would be read again"""
+    command = " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    value = lambda f: f.default if f.default is not MISSING else f.default_factory()
+    said = {f.name: getattr(cfg, f.name) for f in fields(cfg) if getattr(cfg, f.name) != value(f)}
+    result = {"kind": kind, "command": command, "date": time.strftime("%Y-%m-%d"), "settings": said}
+    result = tidy(result | content)
+    if cfg.out and Path(cfg.out).suffix == ".json":
+        rows = lambda value: "[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]"  # a line a row: good in a diff
+        lines = [f' "{k}": {rows(v) if k == "rows" else json.dumps(v)}' for k, v in result.items()]
+        with atomic(cfg.out) as part:
+            part.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+        print(f"wrote {cfg.out}")
+    return result
+
+
+def tidy(value):
+    """Floats to 5 significant digits, NaN to None: small files, valid JSON."""
+    if isinstance(value, dict):
+        return {k: tidy(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [tidy(v) for v in value]
+    if isinstance(value, float):
+        return float(f"{value:.5g}") if math.isfinite(value) else None
+    return value
+
+
+def read(name, folder="results"):
+    """The results results/NAME.json and results/NAME-*.json, in the order of their names."""
+    files = sorted(f for f in Path(folder).glob(f"{name}*.json") if f.stem == name or f.stem.startswith(name + "-"))
+    if not files:
+        raise UserError(f"no {folder}/{name}.json nor {folder}/{name}-*.json: measure first (eval.py ... --out)")
+    try:
+        return [json.loads(f.read_text()) for f in files]
+    except ValueError as e:
+        raise UserError(f"a file of {folder}/{name}*.json is no JSON: {e}") from e
+
+
+def markdown(header, lines):
+    """A Markdown table: the first column to the left, numbers to the right."""
+    rule = ["---"] + ["---:"] * (len(header) - 1)
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [header, rule, *lines])
+
+
+def _rows(results):
+    return [row for result in results for row in result["rows"]]
+
+
+def _world(results):
+    """Shares in per cent."""
+    header = ["", "steps", "NFE", *MAIN, "mean of 4", "Frechet", "precision", "coverage", "Vendi - 1", "s/video"]
+    lines = []
+    for row in _rows(results):
+        scores = [pm(row[f], 100) for f in (*MAIN, "main")] + [pm(row["frechet"], 1, 2)]
+        scores += [f"{100 * row[k]:.1f}" for k in ("precision", "coverage")] + [pm(row.get("vendi"), 1, 3)]
+        seconds = f"{row['seconds']:.2f}" if row.get("seconds") else ""
+        lines.append([row["label"], row["steps"] or "", row["nfe"] or "", *scores, seconds])
+    return header, lines
+
+
+def _dimensions(results):
+    """The sixteen, a column a model, in per cent; the totals below them."""
+    rows = [row for row in _rows(results) if row.get("dimensions")]
+    header = ["dimension (per cent)", *(f"{r['label']}{', ' + str(r['steps']) if r['steps'] else ''}" for r in rows)]
+    lines = [[d, *(pm(r["dimensions"].get(d), 100) for r in rows)] for d in benchmark.DIMENSIONS]
+    for total in ("quality", "semantic", "total"):
+        lines.append([f"**{total}**", *(f"{r['totals'][total]:.1f}" if r.get("totals") else "-" for r in rows)])
+    return header, lines
+
+
+def _validation(results):
+    """Each dimension's score of rendered truth, and of what was made to lower it, from little to much."""
+    lines = []
+    for row in _rows(results):
+        degrees = [pm(score, 100) for score in row["degrees"]]
+        verdict = "yes" if row["ordered"] and row["apart"] else "**no**"
+        lines.append([row["dimension"], pm(row["truth"], 100), row["corruption"], " > ".join(degrees), verdict])
+    return ["dimension (per cent)", "rendered truth", "spoilt by", "from little to much", "told apart, in order"], lines
+
+
+def _time(results):
+    """Table 4: per cent of the first row's total, mean ± standard deviation."""
+    header = [
+        "",
+        "steps",
+        "NFE",
+        "text",
+        "diffusion",
+        "decoding",
+        "total",
+        "s",
+        "faster (diffusion)",
+        "not synchronised",
+    ]
+    lines = []
+    for result in results:
+        whole = result["rows"][0]["synchronised"]["total"]["mean"]
+        slow = result["rows"][0]
+        for row in result["rows"]:
+            share = lambda what: f"{100 * what['mean'] / whole:.2f} ± {100 * what['std'] / whole:.2f}"  # noqa: B023
+            ratio = lambda kind: f"{slow[kind]['diffusion']['mean'] / row[kind]['diffusion']['mean']:.1f}x"  # noqa: B023
+            phases = [share(row["synchronised"][p]) for p in ("text", "diffusion", "decoding", "total")]
+            seconds = f"{row['synchronised']['total']['mean']:.3f}"
+            ratios = [ratio("synchronised"), ratio("launched")]
+            lines.append([row["label"], row["steps"], row["nfe"], *phases, seconds, *ratios])
+    return header, lines
+
+
+def _memory(results):
+    """Peaks in MiB."""
+    phases = ["weights", "text", "diffusion", "decoding"]
+    lines = [
+        [row["label"], row["steps"], *(f"{row[p] / 2**20:.0f}" if row[p] is not None else "-" for p in phases)]
+        for row in _rows(results)
+    ]
+    return ["MiB", "steps", *phases], lines
+
+
+def _vendi(results):
+    """Eq. 17: mean ± standard deviation over prompts, as in the paper's Table 3."""
+    lines = []
+    for row in _rows(results):
+        spread = [f"{row[k]['mean']:.2f} ± {row[k]['std']:.2f}" if row.get(k) else "-" for k in ("pixel", "inception")]
+        lines.append([row["label"], row["prompts"], *spread])
+    return ["", "prompts", "Vendi (pixel)", "Vendi (Inception)"], lines
+
+
+def _votes(results):
+    lines = []
+    for row in _rows(results):
+        rate = (
+            "-" if row["rate"] is None else f"{100 * row['rate']:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
+        )
+        models = f"{row['models'][0]} against {row['models'][1]}"
+        lines.append([models, row["rater"], row["question"], rate, row["a"], row["equal"], row["b"]])
+    return ["", "rater", "question", "wins without ties, % [95%]", "wins", "equal", "losses"], lines
+
+
+def _vbench(results):
+    return benchmark.compare({d: v for result in results for d, v in result["scores"].items()})
+
+
+TABLES = {
+    "world": _world, "dimensions": _dimensions, "validation": _validation, "time": _time, "memory": _memory,
+    "vendi": _vendi, "votes": _votes, "vbench": _vbench,
+}  # fmt: skip
+
+
+def table(results, kind=""):
+    """Results of one kind as a Markdown table. kind: another view of them (the dimensions of a world result)."""
+    kinds = {kind or result["kind"] for result in results}
+    if len(kinds) > 1 or not kinds <= set(TABLES):
+        raise UserError(f"results of kinds {sorted(kinds)} do not fit into one table")
+    return markdown(*TABLES[kinds.pop()](results))
+
+
+def block(name, folder="results"):
+    """The table NAME or NAME/KIND (another view), and below it the commands that made it."""
+    name, _, kind = name.partition("/")
+    results = read(name, folder)
+    commands = "\n".join(dict.fromkeys(f"    {result['command']}" for result in results))
+    return f"{table(results, kind)}\n\n{commands}"
+
+
+def readme(path="README.md", folder="results"):
+    """The text of README.md with every block between `<!-- table:NAME -->` and `<!-- /table -->` made anew."""
+    pattern = re.compile(r"(<!-- table:([\w/-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror}") from e
+    if not pattern.search(text):
+        raise UserError(f"{path} has no block <!-- table:NAME --> ... <!-- /table -->")
+    return pattern.sub(lambda m: f"{m[1]}{block(m[2], folder)}\n{m[3]}", text)
