@@ -127,7 +127,7 @@ def atomic(path):
 
 
 def open_log(file, first):
-    """Open a log of JSON lines to append to, after dropping those of steps >= first, which a resumed run takes again."""
+    """Open a log of JSON lines to append to, without those of steps >= first, which a resumed run takes again."""
     file = Path(file)
     kept = [line for line in file.read_text().splitlines() if json.loads(line)["step"] < first] if first else []
     with atomic(file) as part:

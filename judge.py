@@ -2,10 +2,9 @@
 
 It is trained on rendered clips alone (`pretrain.py judge`) and stands where large pretrained networks stand at full
 scale: its readings are the semantic scores of VBench, its features those of the Frechet distance and of the Vendi
-score, and its agreement with a caption a text-video reward. Two judges are shipped. The one that evaluates is never
-the one that rewards: they differ in seed and architecture ("conv" mixes time by 3D convolutions, "attention" sees
-single frames and their changes through 2D convolutions and mixes them by self-attention), so that a student which fools the second
-does not by that fool the first.
+score, and its agreement with a caption a text-video reward. There are two kinds, since the judge that evaluates is
+never the one that rewards: "conv" mixes time by 3D convolutions; "attention" sees single frames and their changes
+through 2D convolutions and mixes them by self-attention. A student that fools the one does not by that fool the other.
 """
 
 from dataclasses import dataclass
