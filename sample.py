@@ -11,7 +11,6 @@ command gives the same bits, further prompts leave the first ones as they are, a
 the same noise. What can be wrong with a command is found before the first step is taken.
 """
 
-import json
 import math
 import random
 import re
@@ -24,14 +23,11 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-import checkpoint
 import shapes
 from cli import UserError, opt, parse, run
-from dit import DiT
 from generate import Generator
 from schedule import timesteps
-from text import T5, WordTable
-from vae3d import VAE3D
+from text import T5
 from video import write_grid, write_video, write_video_grid
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -100,36 +96,6 @@ def check_out(name):
     return path, one_file
 
 
-def load(cfg):
-    """The Generator that --weights, --vae and --text describe. UserError where one is missing or they do not fit."""
-    weights = Path(cfg.weights or WEIGHTS / "student.safetensors")
-    if folder := weights.is_dir():
-        if not (weights / "transformer").is_dir():
-            raise UserError(f"{weights} has no transformer/: want a .safetensors file, or diffusers' CogVideoX folder")
-        model = DiT.from_cogvideox(weights / "transformer")
-        said = json.loads((weights / "transformer" / "config.json").read_text()).get("_dollar", {})
-        about = {"kind": "teacher", "w": 5.0} | said  # published weights are made for a guidance scale of 6
-    else:
-        model, about = checkpoint.load_model(weights, DiT)
-    c = model.config
-    place = Path(cfg.vae or (weights if folder else WEIGHTS / "vae.safetensors"))
-    if place.is_dir():
-        vae = VAE3D.from_cogvideox(place / "vae" if (place / "vae").is_dir() else place)
-    else:
-        vae, _ = checkpoint.load_model(place, VAE3D)
-    size = vae.config.chunk_frames // 4 + 1 if vae.config.chunking == "independent" else 1
-    if c.channels != vae.config.latent_channels or (c.latents[0] > 1 and c.latents[0] % size):
-        raise UserError(
-            f"{weights} draws {c.latents[0]} latent frames of {c.channels} channels, {place} decodes multiples of "
-            f"{size} of {vae.config.latent_channels}: name the weights' own autoencoder with --vae"
-        )
-    t5 = cfg.text or (weights if folder else None)
-    encoder = T5(t5, c.text_length, device=cfg.device) if t5 else WordTable(shapes.WORDS, c.text_dim, c.text_length)
-    if encoder.dim != c.text_dim or about.get("text_fingerprint", encoder.fingerprint) != encoder.fingerprint:
-        raise UserError(f"{weights} was trained with another text encoder: name it with --text FOLDER")
-    return Generator(model.eval(), vae.eval(), about, encoder, cfg.device)
-
-
 def choose_steps(cfg, generator):
     """The list of time steps that --steps or --timesteps asks for; UserError where these weights cannot take it."""
     student, asked = generator.student, cfg.timesteps
@@ -181,7 +147,9 @@ def main(argv=None):
         torch.zeros(1, device=cfg.device)
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"--device {cfg.device} cannot be used here: {str(e).splitlines()[0]}") from e
-    generator = load(cfg)
+    weights = cfg.weights or WEIGHTS / "student.safetensors"
+    vae = cfg.vae or ("" if Path(weights).is_dir() else WEIGHTS / "vae.safetensors")
+    generator = Generator.load(weights, vae, cfg.device, cfg.text)
     steps, w, fps = choose_steps(cfg, generator), generator.guidance(cfg.w), generator.about.get("fps", shapes.FPS)
     kind = "student" if generator.student else "teacher"
     misplaced = cfg.w if generator.student else cfg.transition
