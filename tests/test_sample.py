@@ -187,10 +187,14 @@ def test_a_perfect_network_draws_what_it_knows(call, drawn, weights, monkeypatch
         assert torch.allclose(drawn[0], vae.decode(goal)[0].clamp(-1, 1), atol=1e-4)
 
 
-def test_several_prompts_in_one_file_are_tiled(call, tmp_path):
+def test_several_prompts_in_one_file_are_tiled(call, drawn, tmp_path, monkeypatch):
+    tiles, write = [], sample.write_video_grid
+    monkeypatch.setattr(sample, "write_video_grid", lambda *given: (tiles.append(given), write(*given)))
     (tmp_path / "prompts.txt").write_text(f"{PROMPT}\n\n  a blue ring  \n", encoding="utf-8")
     assert call("--prompts", "prompts.txt", "--prompt", "a star", "--out", "new/all.gif", "--steps", 1)[0] == 0
-    assert call("--prompt", PROMPT, "--out", "new/one.GIF", "--steps", 1)[0] == 0
+    assert call("--prompt", "a star", "--out", "new/one.GIF", "--steps", 1)[0] == 0
+    _, rows, _, captions = tiles[0]
+    assert captions == [f"a star | {PROMPT}", "a blue ring"] and torch.equal(rows[0][0], drawn[0])
     tiled, fps = read_video("new/all.gif")
     assert len(tiled) == FRAMES and fps == pytest.approx(8, rel=0.05)
     assert tiled.shape[1] > 2 * HEIGHT and tiled.shape[2] > 2 * WIDTH  # 2 x 2 with one empty
