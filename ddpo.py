@@ -211,7 +211,7 @@ def captions(cfg):
 
 
 def tune(cfg: Config, world) -> None:
-    ddpo, out, each = cfg.method == "ddpo", Path(cfg.out), cfg.batch * world.size
+    ddpo, out, each = cfg.method == "ddpo", Path(cfg.out), max(1, cfg.batch) * world.size
     accumulate = cfg.global_batch // each if cfg.global_batch else 7 if each < 16 else 1
     total = each * accumulate
     small = min(cfg.batch, cfg.truncate, cfg.updates, cfg.save_every, cfg.patience) < 1 or cfg.prompt_count < 0

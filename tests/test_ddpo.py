@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections import defaultdict, deque
@@ -316,18 +317,23 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def process(weights, tmp_path, *flags, ranks=0):
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    command = [sys.executable, *(torchrun if ranks else []), ddpo.__file__, *given(weights, *flags)]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def processes(weights, folder, *flags, ranks=1):
+    """The script as so many processes, as torchrun would start them; what the first says."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    how = {"cwd": folder, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command = [sys.executable, ddpo.__file__, *given(weights, *flags)]
+    place = lambda rank: env | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    running = [subprocess.Popen(command, env=place(rank), **how) for rank in range(ranks)]
+    said = [p.communicate() for p in running]
+    assert [p.returncode for p in running] == [0] * ranks, said
+    return said[0][0]
 
 
-@pytest.mark.parametrize("method", ["refl", "draft"])
-def test_direct_methods_as_a_process(weights, tmp_path, method):
-    said = process(weights, tmp_path, "--method", method, "--reward", "dynamic_degree", "--beta-kl", 1)
+def test_refl_as_a_process(weights, tmp_path):
+    said = processes(weights, tmp_path, "--method", "refl", "--reward", "dynamic_degree", "--beta-kl", 1)
     assert "runs/ddpo/student.safetensors" in said
     (line,) = lines(tmp_path / "runs/ddpo")
     assert line["loss"] == pytest.approx(-line["reward_mean"], rel=1e-5)  # kl is 0: nothing has changed yet
@@ -337,7 +343,7 @@ def test_direct_methods_as_a_process(weights, tmp_path, method):
 
 def test_ddpo_on_two_ranks_is_ddpo_on_one(weights, tmp_path, call):
     flags = ["--reward", "jpeg_compressibility", "--precision", "fp32", "--advantage", "batch", "--global-batch", 4]
-    process(weights, tmp_path, *flags, "--out", "two", ranks=2)
+    processes(weights, tmp_path, *flags, "--out", "two", ranks=2)
     assert call(*flags, "--batch", 4, "--out", "one")[0] == 0
     (two,), (one,) = lines("two"), lines("one")
     for key in ("reward_mean", "reward_std", "reward_evaluations", "grad_norm"):
@@ -381,6 +387,16 @@ def test_the_reward_rises(call, monkeypatch, method):
     assert reward[-1] > reward[0] + 0.02, reward
 
 
+@pytest.mark.parametrize("method", ["ddpo", "refl"])
+def test_beta_kl_holds_on_to_the_student(call, monkeypatch, method):
+    monkeypatch.setattr(rewards, "make", brightness)
+    flags = ["--reward", "object", "--method", method, "--iterations", 3, "--truncate", 1, "--lr", 1e-2]
+    for beta in (1e-9, 1e3):
+        assert call(*flags, "--precision", "fp32", "--beta-kl", beta, "--out", str(beta))[0] == 0
+    free, held = ([line["kl"] for line in lines(str(beta))] for beta in (1e-9, 1e3))
+    assert free[0] == held[0] == 0 and held[-1] < 0.5 * free[-1], (free, held)
+
+
 def test_a_reward_that_is_not_finite_touches_nothing(weights, call, monkeypatch):
     nan = lambda video, _: video.mean((1, 2, 3, 4)) * torch.tensor([1, math.nan])
     monkeypatch.setattr(rewards, "make", lambda *_: rewards.Reward("nan", nan, True, False, "", None, "cpu"))
@@ -413,6 +429,7 @@ def test_wrong_input_is_one_clear_line(weights, call, tmp_path):
         ([*jpeg, "--advantage", "batch", "--batch", 1, "--global-batch", 1], "2 or more"),
         ([*jpeg, "--global-batch", 3], "no multiple of 2"),
         ([*jpeg, "--truncate", 0], "at least 1"),
+        ([*jpeg, "--batch", 0], "at least 1"),
         ([*jpeg, "--prompts", "missing.txt"], "cannot read the prompts in missing.txt"),
         ([*jpeg, "--prompts", "empty.txt"], "is empty"),
         ([*jpeg, "--prompts", "odd.txt"], "hippopotamus"),
