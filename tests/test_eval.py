@@ -14,6 +14,7 @@ import sys
 import time
 import types
 import urllib.request
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -330,7 +331,7 @@ def test_pixel_dimensions_see_what_is_spoilt():
 @pytest.mark.skipif(not JUDGE.exists(), reason="there is no bundled judge")
 def test_judged_dimensions_see_what_is_spoilt():
     eye = reading.Eye(JUDGE)
-    for row in dimensions.validate(eye, 16, wanted=("Subject Consistency", "Color", "Scene", "Human Action")):
+    for row in dimensions.validate(eye, 12, wanted=("Subject Consistency", "Color", "Human Action")):
         assert row["ordered"] and row["apart"], row
 
 
@@ -386,7 +387,7 @@ def test_world_repeats_itself_and_makes_its_table(tiny, tmp_path, monkeypatch, c
     words = flags(tiny, "--steps", 4, 1, "--prompts", 20, "--vendi-prompts", 2)
     for name in ("world-a", "again"):
         call(monkeypatch, "world", *words, "--out", f"results/{name}.json")
-    call(monkeypatch, "world", *words, "--reference", "--dimensions", "--out", "results/world-0.json")
+    call(monkeypatch, "world", *words, "--reference", "--out", "results/world-0.json")
     made, again = (json.loads(Path(f"results/{n}.json").read_text()) for n in ("world-a", "again"))
     rows = [[{k: v for k, v in row.items() if k != "seconds"} for row in r["rows"]] for r in (made, again)]
     assert rows[0] == rows[1]
@@ -394,7 +395,7 @@ def test_world_repeats_itself_and_makes_its_table(tiny, tmp_path, monkeypatch, c
     assert made["judge"] == {"object": 0.5} and made["model"]["kind"] == "student"
     assert "--vendi-prompts 2" in made["command"]
     rendered, copied = json.loads(Path("results/world-0.json").read_text())["rows"]
-    assert set(rendered["dimensions"]) == set(DIMENSIONS) and copied["psnr"] < 30
+    assert copied["psnr"] < 30
     assert rendered["frechet"]["mean"] < copied["frechet"]["mean"]
 
     Path("README.md").write_text("before\n<!-- table:world -->\nold\n<!-- /table -->\nafter\n")
@@ -405,8 +406,8 @@ def test_world_repeats_itself_and_makes_its_table(tiny, tmp_path, monkeypatch, c
     call(monkeypatch, "readme")
     assert Path("README.md").read_text() == text
     capsys.readouterr()
-    call(monkeypatch, "table", "world", "world-0/dimensions")
-    assert "Subject Consistency" in capsys.readouterr().out
+    call(monkeypatch, "table", "world")
+    assert capsys.readouterr().out.count("\n| student |") == 2
     for bad in (["table", "nothing"], ["world", *words, "--steps", 3], ["world", *words, "--prompts", 5], ["dance"]):
         with pytest.raises(UserError):
             call(monkeypatch, *bad)
@@ -428,13 +429,14 @@ def test_a_broken_video_is_left_out(tiny):
 def test_report(tiny, tmp_path, monkeypatch):
     """The whole page by one command; the tables of time in it add up."""
     out = tmp_path / "report"
-    words = ["--teacher", tiny / "teacher.safetensors", "--teacher-steps", 2, "--steps", 4, 1, "--out", out]
+    words = ["--teacher", tiny / "teacher.safetensors", "--teacher-steps", 2, "--steps", 1, "--out", out]
+    monkeypatch.setattr(evaluation, "GridConfig", partial(evaluation.GridConfig, looks=("plain", "neon")))
     call(monkeypatch, *flags(tiny, *words, "--prompts", 20, "--vendi-prompts", 1, "--seconds", 0))
     page, text = (out / "index.html").read_text(), (out / "report.md").read_text()
     assert "http" not in page.replace("http://www.w3.org", "") and page.count("<video") == 2 and page.count("<svg") == 2
     assert all(d in text and d in page for d in DIMENSIONS) and "82.5" in text  # the paper's total, up to rounding
     clock = json.loads((out / "time.json").read_text())
-    assert [row["nfe"] for row in clock["rows"]] == [4, 4, 1] and (out / "styles.mp4").exists()
+    assert [row["nfe"] for row in clock["rows"]] == [4, 1] and (out / "styles.mp4").exists()
     for row in clock["rows"]:
         for kind in ("synchronised", "launched"):
             parts = sum(row[kind][p]["mean"] for p in ("text", "diffusion", "decoding"))
@@ -727,7 +729,7 @@ class Browser:
                 time.sleep(0.2)
 
     def post(self, path, body, method="POST"):
-        data = None if method == "GET" else json.dumps(body).encode()
+        data = None if body is None else json.dumps(body).encode()  # a body where none belongs is an error
         request = urllib.request.Request(self.url + self.session + path, data, method=method)
         with urllib.request.urlopen(request, timeout=120) as answer:
             return json.load(answer)["value"]
@@ -748,7 +750,7 @@ class Browser:
 
     def close(self):
         with contextlib.suppress(OSError):
-            self.post("", None, "DELETE")
+            self.post("", None, "DELETE")  # ends the browser, which would outlive its driver
         self.driver.terminate()
         self.driver.wait()
         self.log.close()
