@@ -74,9 +74,8 @@ def stop(world):
 def _mesh(kind, size, shards):
     if not dist.is_initialized():  # a group of one
         dist.init_process_group(BACKEND[kind], store=dist.HashStore(), rank=0, world_size=1)
-    return dist.init_device_mesh(
-        kind, (size,) if shards == size else (size // shards, shards)
-    )  # the last dimension shards
+    shape = (size,) if shards == size else (size // shards, shards)  # the last dimension shards
+    return dist.init_device_mesh(kind, shape, mesh_dim_names=("replicas", "shards")[-len(shape) :])
 
 
 def shard(model, world, how="full", dtype=None, cpu_offload=False, trainable=True):
