@@ -178,7 +178,7 @@ progress { flex: 1; height: .6rem; accent-color: var(--mark); }
 #prompt { font-size: 1.15rem; margin: .8rem 0; min-height: 1.6rem; }
 #videos { display: grid; grid-template-columns: 1fr 1fr; gap: .6rem; }
 figure { margin: 0; text-align: center; }
-video { width: 100%; max-height: 46vh; object-fit: contain; background: #0003; border-radius: 6px; }
+video { width: 100%; max-height: 42vh; object-fit: contain; background: #0003; border-radius: 6px; }
 .small video { image-rendering: pixelated; }
 fieldset { border: 1px solid var(--line); border-radius: 6px; margin: .5rem 0; padding: .3rem .7rem;
   display: grid; grid-template-columns: 1fr auto auto auto; gap: .5rem; align-items: center; }
