@@ -39,9 +39,10 @@ class Config:
     out: str = opt("", "folder for checkpoints, logs and the final weights (default runs/NAME)")
     iterations: int = opt(0, "optimizer steps")
     batch: int = opt(0, "clips a step")
-    lr: float = opt(0.0, "peak learning rate (AdamW; linear warm-up, cosine to zero)")
+    lr: float = opt(0.0, "peak learning rate (Muon and AdamW; linear warm-up, cosine to zero)")
     warmup: int = opt(100, "steps of warm-up")
     seed: int = opt(0, "seed of weights, clips and noise")
+    init: str = opt("", "weights to begin with (default: random ones)")
     resume: bool = opt(False, "go on from --out/checkpoint.pt")
     stop_at: int = opt(0, "leave after this step, to --resume later (0: at the end)")
     held_out: int = opt(0, "clips on which the result is measured")
@@ -77,8 +78,8 @@ class TeacherConfig(Config):
 @dataclass
 class JudgeRunConfig(Config):
     kind: str = opt("conv", "conv (the one that evaluates) or attention (the one that rewards)")
-    width: int = opt(24, "channels after the stem")
-    iterations: int = opt(4000, "optimizer steps")
+    width: int = opt(16, "channels after the stem")
+    iterations: int = opt(2400, "optimizer steps")
     batch: int = opt(32, "clips a step")
     held_out: int = opt(4096, "clips on which the result is measured")
     lr: float = opt(1e-3, "peak learning rate")
@@ -89,13 +90,58 @@ def clips(cfg: Config, step: int) -> list[shapes.Clip]:
     return [shapes.Clip.make(cfg.seed, step * cfg.batch + i) for i in range(cfg.batch)]
 
 
+def matrices(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The weights between layers, each as a matrix (out, in x kernel) that shares the memory of the parameter."""
+    out = {}
+    for name, p in model.named_parameters():
+        hidden = any(part in name for part in ("blocks", "mid", "trunk", "mixer"))  # not the first and last layers
+        if hidden and p.ndim > 1 and min(p.shape[0], p[0].numel()) >= 32:
+            out[name] = rows(p.data)
+    return out
+
+
+def rows(x: torch.Tensor) -> torch.Tensor:
+    return (x if x.is_contiguous() else x.movedim(1, -1)).flatten(1)  # channels_last_3d has its channels in the end
+
+
+class Optimizer:
+    """Muon on the matrices, AdamW on all else.
+
+    Muon steps along the nearest orthogonal matrix to the momentum, so that all directions of a weight learn alike, not
+    just the strongest few: the small world's teacher comes to a given loss in about half the steps of AdamW alone.
+    """
+
+    def __init__(self, model: torch.nn.Module, lr: float):
+        self.named, self.matrices = dict(model.named_parameters()), matrices(model)
+        others = [p for name, p in self.named.items() if name not in self.matrices]
+        muon = torch.optim.Muon(self.matrices.values(), lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+        self.both = [muon, torch.optim.AdamW(others, lr, betas=(0.9, 0.99), weight_decay=0.01)]
+
+    def step(self, lr: float) -> None:
+        for name, matrix in self.matrices.items():
+            matrix.grad = rows(self.named[name].grad)
+        for optimizer in self.both:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+
+    def state_dict(self) -> list[dict]:
+        return [optimizer.state_dict() for optimizer in self.both]
+
+    def load_state_dict(self, states: list[dict]) -> None:
+        for optimizer, state in zip(self.both, states):
+            optimizer.load_state_dict(state)
+
+
 def fit(cfg: Config, model: torch.nn.Module, loss_of, show, ema_decay: float = 0.0) -> torch.nn.Module:
     """Train `model` by loss_of(step) -> (loss, dict of numbers); show(model, step) now and then; returns the result.
 
     Exact resume: the state holds weights, average, optimizer and step, and all randomness follows from the step.
     """
     out = Path(cfg.out)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.01)
+    if cfg.init:
+        model.load_state_dict(checkpoint.load_model(cfg.init, type(model))[0].state_dict())
+    optimizer = Optimizer(model, cfg.lr)
     average = {k: v.detach().clone() for k, v in model.state_dict().items()}
     first = 0
     state_file = out / "checkpoint.pt"
@@ -116,17 +162,15 @@ def fit(cfg: Config, model: torch.nn.Module, loss_of, show, ema_decay: float = 0
     log, start = open_log(out / "log.jsonl", first), time.time()
     for step in bar:
         rate = min(1.0, (step + 1) / cfg.warmup) * 0.5 * (1 + math.cos(math.pi * step / cfg.iterations))
-        for group in optimizer.param_groups:
-            group["lr"] = cfg.lr * rate
         with torch.autocast(cfg.device, torch.bfloat16):
             loss, numbers = loss_of(step)
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         if not torch.isfinite(norm):  # nothing has been changed by this step yet
             save(step)
             raise UserError(f"loss or gradient is not finite at step {step}: saved {state_file}, try a lower --lr")
-        optimizer.step()
+        optimizer.step(cfg.lr * rate)
         with torch.no_grad():  # a short memory at first, or the average would keep the random beginning
             decay = min(ema_decay, (step + 1) / (step + 10)) if ema_decay else 0.0
             for k, v in model.state_dict().items():

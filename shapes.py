@@ -35,7 +35,8 @@ COLOURS = {
     "black": (0.06, 0.06, 0.06),
     "white": (0.97, 0.97, 0.97),
 }
-SIZES = {"small": 10.0, "large": 14.5}  # radius in pixels
+SIZES = {"small": 12.0, "large": 18.0}  # radius in pixels: a latent cell is 8 wide, and a shape must fill several
+PAIR = 12.0  # radius of each of two objects
 # name -> (short words, long words)
 ACTIONS = {
     "left": ("moves left", "drifts from right to left"),
@@ -239,26 +240,26 @@ def draw_scene(name: str, x: torch.Tensor, y: torch.Tensor, phase: tuple[float, 
     """Colours (3, F, H, W) in [0, 1] of a scene at its own coordinates x, y (F, H, W), in pixels."""
     u, v = x + phase[0], y + phase[1]
     if name == "night":
-        stars = _blobs(u, v, 19, 17, 1.6, 1.6) + 0.8 * _blobs(u + 7, v + 9, 41, 34, 2.6, 2.6)
+        stars = _blobs(u, v, 27, 24, 2.3, 2.3) + 0.8 * _blobs(u + 7, v + 9, 52, 43, 3.5, 3.5)
         return _mix(_rgb(0.05, 0.07, 0.22), _rgb(1.0, 0.95, 0.75), stars.clamp(max=1))
     if name == "sunset":
         sky = _mix(_rgb(0.45, 0.18, 0.45), _rgb(1.0, 0.62, 0.22), ((y + 45) / 90).clamp(0, 1))
-        return _mix(sky, _rgb(1.0, 0.80, 0.62), 0.7 * _blobs(u, v, 31, 19, 7, 2.6))
+        return _mix(sky, _rgb(1.0, 0.80, 0.62), 0.7 * _blobs(u, v, 37, 24, 8.5, 3.6))
     if name == "meadow":
-        grass = 0.5 + 0.5 * torch.sin(2 * math.pi * (u + 0.3 * v) / 21)
+        grass = 0.5 + 0.5 * torch.sin(2 * math.pi * (u + 0.3 * v) / 29)
         field = _mix(_rgb(0.22, 0.50, 0.18), _rgb(0.40, 0.68, 0.28), grass)
-        return _mix(field, _rgb(0.98, 0.95, 0.70), _blobs(u, v, 23, 16, 2.0, 2.0))
+        return _mix(field, _rgb(0.98, 0.95, 0.70), _blobs(u, v, 31, 23, 2.8, 2.8))
     if name == "sea":
-        waves = 0.5 + 0.5 * torch.sin(2 * math.pi * (v + 2.5 * torch.sin(2 * math.pi * u / 26)) / 13)
+        waves = 0.5 + 0.5 * torch.sin(2 * math.pi * (v + 3.5 * torch.sin(2 * math.pi * u / 36)) / 19)
         return _mix(_rgb(0.10, 0.36, 0.60), _rgb(0.36, 0.66, 0.82), waves)
     if name == "bricks":
-        row = torch.floor(v / 11)
-        du = (torch.remainder(u + 10 * torch.remainder(row, 2), 20) - 10).abs()
-        dv = (torch.remainder(v, 11) - 5.5).abs()
-        mortar = torch.maximum(du - 8.0, dv - 3.5).clamp(0, 2) / 2
-        return _mix(_rgb(0.62, 0.30, 0.22), _rgb(0.80, 0.74, 0.66), mortar)
+        row = torch.floor(v / 16)
+        du = (torch.remainder(u + 14 * torch.remainder(row, 2), 28) - 14).abs()
+        dv = (torch.remainder(v, 16) - 8).abs()
+        mortar = torch.maximum(du - 11.0, dv - 5.0).clamp(0, 3) / 3
+        return _mix(_rgb(0.62, 0.30, 0.22), _rgb(0.78, 0.66, 0.58), mortar)
     if name == "checkerboard":
-        check = torch.tanh(4 * torch.sin(math.pi * u / 15) * torch.sin(math.pi * v / 15))
+        check = torch.tanh(3 * torch.sin(math.pi * u / 20) * torch.sin(math.pi * v / 20))
         return _mix(_rgb(0.36, 0.36, 0.38), _rgb(0.60, 0.60, 0.62), 0.5 + 0.5 * check)
     raise ValueError(f"unknown scene {name!r}")
 
@@ -267,9 +268,9 @@ def _path(clip: Clip, time: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, t
     """The subject's place x, y, radius and angle at times 0..1, each (F,)."""
     pair = clip.relation is not None
     still = torch.zeros_like(time)
-    radius = still + (10.0 if pair else SIZES.get(clip.size, 11.0))
+    radius = still + (PAIR if pair else SIZES.get(clip.size, 12.0))
     x, y, angle = still + clip.x, still + clip.y, still
-    reach = 18.0 if pair else 28.0
+    reach = 18.0 if pair else 24.0
     run = (time - 0.5) * reach
     if clip.action in ("left", "right"):
         x = x + (run if clip.action == "right" else -run)
@@ -279,11 +280,11 @@ def _path(clip: Clip, time: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, t
         y = y + reach * (0.4 - 0.8 * torch.sin(2 * math.pi * time).abs())
     elif clip.action == "orbits":
         turn = clip.turn * 2 * math.pi * time + clip.phase[0]
-        x, y = 0.5 * x + 12 * turn.cos(), 0.5 * y + 12 * turn.sin()
+        x, y = 0.5 * x + 11 * turn.cos(), 0.5 * y + 11 * turn.sin()
     elif clip.action == "spins":
         angle = clip.turn * 2.2 * time
     elif clip.action in ("grows", "shrinks"):
-        small, large = (6.5, 13.0) if pair else (7.0, 17.0)
+        small, large = (7.5, 14.0) if pair else (8.0, 20.0)
         radius = small + (large - small) * (time if clip.action == "grows" else 1 - time)
     return x, y, radius, angle
 
@@ -314,9 +315,9 @@ def render(clip: Clip, frame: int | None = None) -> tuple[torch.Tensor, torch.Te
     actors = [(clip.object, clip.colour, *_path(clip, time))]
     if clip.object2 is not None:
         here = torch.zeros(len(time))
-        actors.append((clip.object2, clip.colour2, here + clip.x2, here + clip.y2, here + 10.0, here))
+        actors.append((clip.object2, clip.colour2, here + clip.x2, here + clip.y2, here + PAIR, here))
     mask = torch.zeros(1, len(time), SIZE, SIZE)
-    edge = 4.0 if clip.look == "watercolour" else 1.5  # pixels from outside to inside
+    edge = 4.0 if clip.look == "watercolour" else 2.0  # pixels from outside to inside
     for name, colour, x, y, radius, angle in actors:
         qx, qy, cos, sin = sx - column(x), sy - column(y), column(angle.cos()), column(angle.sin())
         radius = column(radius)

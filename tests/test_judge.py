@@ -24,7 +24,7 @@ def test_shapes_and_repeatability(kind):
 
 
 def test_loss_leaves_out_what_cannot_be_seen():
-    judge = Judge(JudgeConfig(width=8))
+    judge = Judge(JudgeConfig(width=8)).eval()  # in training, batch normalisation lets one clip depend on the other
     video = torch.randn(2, 3, 16, 64, 64)
     truth = torch.tensor([[0] * len(FACTORS), [-1] * len(FACTORS)])
     truth[:, 4] = -1  # seen in no clip of the batch
@@ -32,7 +32,7 @@ def test_loss_leaves_out_what_cannot_be_seen():
     loss.backward()
     assert loss.isfinite() and all(p.grad is None or p.grad.isfinite().all() for p in judge.parameters())
     torch.testing.assert_close(loss, judge.loss(video[:1], truth[:1]), atol=1e-4, rtol=1e-4)
-    assert judge.answer[4][-1].weight.grad.abs().max() == 0
+    assert judge.answer[4].weight.grad.abs().max() == 0
 
 
 class Knows(Judge):

@@ -37,7 +37,7 @@ def test_vae_has_latents_of_unit_variance_and_says_how_it_was_made(vae):
     assert about["steps_trained"] == 4 and about["command"].startswith("python pretrain.py vae")
     assert set(about["results"]) == {"psnr", "psnr_worst_tenth"}
     video = pretrain.shapes.render_batch([pretrain.shapes.Clip.make(pretrain.shapes.HELD_OUT, i) for i in range(8)])
-    assert model.encode(video).std() == pytest.approx(1, rel=0.02)
+    assert model.encode(video).std().item() == pytest.approx(1, rel=0.02)
     assert len((vae / "log.jsonl").read_text().splitlines()) == 4 and (vae / "step000004.png").exists()
 
 
