@@ -82,26 +82,31 @@ def spread(values):
     return {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else 0.0}
 
 
-def peak(work, device):
-    """Call work(); the most memory in use meanwhile, in bytes: the device's, or on a CPU that of the whole process.
+def so_far(device):
+    """The most memory that was in use until now, in bytes: the device's, or on a CPU that of the whole process.
 
-    None where the system does not tell (it does on Linux). What Python and malloc keep for later counts as in use.
+    0 where the system does not tell (Linux does). What Python and malloc keep for later counts as in use.
     """
     if torch.device(device).type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        work()
         return torch.cuda.max_memory_allocated(device)
-    gc.collect()
-    status = Path("/proc/self/status")
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    except OSError:
-        status = None
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+    return 0
+
+
+def peak(work, device):
+    """Call work(); the most memory in use meanwhile, in bytes. None where the system does not tell."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        gc.collect()
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+        except OSError:
+            device = None
     work()
-    with contextlib.suppress(OSError, StopIteration, AttributeError):
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return 1024 * int(line.split()[1])
-    return None
+    return (so_far(device) or None) if device is not None else None
 
 
 def memory(models, prompt):

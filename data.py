@@ -334,6 +334,7 @@ class LatentCache(_Samples):
 
     def batch(self, indices):
         """-> dict: latents (B, C, T, h, w), text (B, L, D), float32; captions; reward (B,) if one was cached, or None.
+        A weighted sum of rewards was cached as its R parts: (B, R).
 
         Raises ValueError for samples of several shapes.
         """
@@ -387,7 +388,8 @@ def main():
     reward = rewards.make(cfg.reward, cfg.reward_weights, device=device) if cfg.reward else None
     made = {k: getattr(cfg, k) for k in ("frames", "height", "width", "fps", "seed", "reward")}
     made["vae"] = fingerprint(vae)
-    n = cache(cfg.data, cfg.out, vae.eval().to(device), text, made, reward, cfg.shard, rank, world, device)
+    score = reward and (reward.each if len(reward.weights) > 1 else reward)  # of a sum, each by itself
+    n = cache(cfg.data, cfg.out, vae.eval().to(device), text, made, score, cfg.shard, rank, world, device)
     print(f"{cfg.out}: {n} clips" + (f" of rank {rank}" if world > 1 else ""))
 
 

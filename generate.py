@@ -128,6 +128,8 @@ def save_diffusers(folder, model, about):
     dtype = getattr(torch, about.get("weights_dtype", "torch.float32").removeprefix("torch."))
     model.to(dtype).save_cogvideox(folder / "transformer", **about)
     (file := folder / "scheduler" / "scheduler_config.json").unlink(missing_ok=True)  # an earlier run's
+    if about.get("kind") == "teacher":
+        return f"wrote {folder}/transformer, for the teacher's own pipeline"
     kinds = {"velocity": "v_prediction", "sample": "sample", "epsilon": "epsilon"}
     if c.prediction not in kinds or c.schedule == "flow" or about["transition"] != "renoise":
         return f"wrote {folder}/transformer, for sample.py alone: diffusers has no sampler for it"

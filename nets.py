@@ -7,7 +7,7 @@ the teacher. What all this will hold in memory is said before it is held, so tha
 
 import math
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -36,26 +36,6 @@ PROMPTS = [  # what pictures show where the data has no captions to lend
 
 
 @dataclass
-class Moments:
-    """Running mean and deviation of the true reward, so that --beta-ft means the same for every reward."""
-
-    count: float = 0.0
-    mean: float = 0.0
-    square: float = 0.0  # sum of squared deviations
-
-    def update(self, values, world):
-        n, m = len(values), distributed.mean(values.mean(), world)
-        spread = distributed.mean(((values - m) ** 2).mean(), world) * n
-        delta, total = m - self.mean, self.count + n
-        self.square += spread + delta**2 * self.count * n / total
-        self.mean += delta * n / total
-        self.count = total
-
-    def standardise(self, values):
-        return (values - self.mean) / max(math.sqrt(self.square / max(self.count, 1)), 1e-6)
-
-
-@dataclass
 class Nets:
     """What Algorithm 1 takes for given and what it makes."""
 
@@ -72,7 +52,8 @@ class Nets:
     judge: Judge | None = None
     lrm: torch.nn.Module | None = None
     reward: object = None
-    moments: Moments = field(default_factory=Moments)
+    moments: rewards.Moments | None = None
+    frozen: DiT | None = None  # the student as it begins, where --beta-kl holds on to it
 
     def __post_init__(self):
         self.schedule = Schedule(self.teacher.config.schedule, self.teacher.config.snr_shift)
@@ -84,7 +65,7 @@ class Nets:
 class Kept:
     """In a text encoder's place, what a cache kept of it: the embeddings of "" and of a few videos' captions."""
 
-    def __init__(self, cache, n=4):
+    def __init__(self, cache, n=16):
         videos = [i for i, shape in enumerate(cache.shapes) if shape == max(cache.shapes, key=math.prod)]
         self.known = {cache.captions[i]: cache.batch([i])["text"][0] for i in videos[:n]} | {"": cache.null[0]}
         self.fingerprint = cache.made["text"]
@@ -113,7 +94,15 @@ def build(cfg, world) -> Nets:
         there, here = getattr(config, name), getattr(SIZES[cfg.preset], name)
         if there != here:
             raise UserError(f"{cfg.teacher} has {name} = {there}, --preset {cfg.preset} {here}: choose its own preset")
-    own = replace(config, prediction=cfg.prediction or config.prediction)
+    own, begin = replace(config, prediction=cfg.prediction or config.prediction), weights
+    if cfg.student:
+        said, begin = checkpoint.metadata(cfg.student, "DiT"), lambda: cfg.student
+        own = DiT.Config(**said["config"])
+        if replace(own, prediction=config.prediction) != config:
+            raise UserError(f"{cfg.student} is of another size or schedule than its teacher {cfg.teacher}")
+        if (said.get("timesteps"), own.prediction) != (timesteps(cfg.steps), cfg.prediction or own.prediction):
+            want = f"--steps {len(said.get('timesteps') or [])} --prediction {own.prediction}"
+            raise UserError(f"{cfg.student} was made with {want}: say so, and begin with a student")
     if own.prediction == "epsilon" and Schedule(config.schedule, config.snr_shift).a[-1] == 0:
         raise UserError("--prediction epsilon cannot start from pure noise, where this teacher's schedule starts")
 
@@ -130,7 +119,7 @@ def build(cfg, world) -> Nets:
     elif cfg.text and (world.main or not cached):
         encoder = T5(cfg.text, config.text_length, device="cpu" if cached else world.device)
     latents, fps = SIZES[cfg.preset].latents, CLIPS[cfg.preset]["fps"]
-    prompts = held_out_prompts(max(4, cfg.judged)) if cfg.text == "words" else PROMPTS
+    prompts = held_out_prompts(max(4, cfg.judged, cfg.reward_samples)) if cfg.text == "words" else PROMPTS
     if cached:
         used = {"vae": vae and fingerprint(vae), "text": encoder and encoder.fingerprint}
         data = LatentCache(cfg.data, **{name: value for name, value in used.items() if value})
@@ -153,31 +142,41 @@ def build(cfg, world) -> Nets:
 
     dtype = torch.bfloat16 if cfg.precision == "bf16" and world.device.type == "cuda" else None
 
-    def network(trainable):
+    def network(trainable, config=config, weights=weights):
         with torch.device("meta"):
-            model = DiT(own if trainable else config)
+            model = DiT(config)
         model.checkpoint_activations = cfg.checkpoint_activations and trainable
         model = distributed.shard(model, world, cfg.shard, dtype, cfg.cpu_offload, trainable)
         return distributed.load_sharded(model, weights())
 
-    teacher, student, ema = network(False), network(True), network(True).requires_grad_(False)
-    if fake := network(True) if cfg.beta_vsd else None:
-        fake.config = config  # a diffusion model of the teacher's own kind, whatever the student predicts
-    about = {"kind": "student", "timesteps": timesteps(cfg.steps), "transition": cfg.transition, "w": w, "fps": fps}
+    teacher, student, ema = network(False), network(True, own, begin), network(True, own, begin).requires_grad_(False)
+    fake = network(True) if cfg.beta_vsd else None  # a diffusion model of the teacher's kind, whatever ours predicts
+    frozen = network(False, own, begin) if cfg.beta_kl and cfg.student else teacher if cfg.beta_kl else None
+    about = {"kind": cfg.tune, "w": w, "fps": fps}
+    about |= {"timesteps": timesteps(cfg.steps), "transition": cfg.transition} if cfg.tune == "student" else {}
     about |= {"latents": list(latents), "text_fingerprint": encoder.fingerprint}
     if folder:
         about["weights_dtype"] = str(whole.patch_in.weight.dtype)
     if vae:
         vae = vae.to(world.device, memory_format=torch.channels_last_3d).eval().requires_grad_(False)
-    reward = lrm = judge = None
+    reward = lrm = judge = moments = None
     if cfg.reward != "none":
         reward = rewards.make(cfg.reward, cfg.reward_weights, cfg.reward_frames, world.device)
         make = latent_rewards.TextVideoLRM if reward.text else latent_rewards.VideoLRM
         sizes = {"text_dim": config.text_dim} if reward.text else {}
-        lrm = make(channels=config.channels, seed=cfg.seed, **sizes).to(world.device)
+        if cfg.lrm:
+            lrm, said = checkpoint.load_model(cfg.lrm, make, world.device)
+            learned = said.get("moments", {}).get("weights"), lrm.config.channels, said.get("text_fingerprint")
+            if learned != (reward.weights, config.channels, encoder.fingerprint):
+                raise UserError(f"{cfg.lrm} learned (reward, channels, text) {learned}, which is not what is asked for")
+            moments = rewards.Moments(**said["moments"])
+        else:
+            lrm = make(channels=config.channels, seed=cfg.seed, **sizes).to(world.device)
+            moments = rewards.Moments(reward.weights)
     if cfg.data == "shapes" and (file := Path(cfg.vae).parent / "judge.safetensors").exists():
         judge = checkpoint.load_model(file, Judge, world.device)[0]
-    return Nets(teacher, student, fake, ema, vae, encoder, data, about, world.device, prompts, judge, lrm, reward)
+    rest = {"judge": judge, "lrm": lrm, "reward": reward, "moments": moments, "frozen": frozen}
+    return Nets(teacher, student, fake, ema, vae, encoder, data, about, world.device, prompts, **rest)
 
 
 def below(folder, name):
@@ -191,7 +190,8 @@ def memory(cfg, config, world, latents):
         n = sum(p.numel() for p in DiT(config).parameters())
     parts = {"full": world.size, "hybrid": int(os.environ.get("LOCAL_WORLD_SIZE", world.size)), "none": 1}[cfg.shard]
     half = cfg.precision == "bf16" and world.device.type == "cuda"
-    held = {"teacher": (2 if half else 4) * n, "student and its optimizer": 16 * n, "its average": 4 * n}
+    teachers = 1 + bool(cfg.beta_kl and cfg.student)  # the other is the student as it began
+    held = {"teacher": teachers * (2 if half else 4) * n, "student and its optimizer": 16 * n, "its average": 4 * n}
     held |= {"fake score and its optimizer": 16 * n} if cfg.beta_vsd else {}
     held = {name: size / parts for name, size in held.items()}
     # a block stores about 20 tensors of all tokens; checkpointed, its input, and the 20 while it is computed again

@@ -57,8 +57,8 @@ class VAEConfig(Config):
     iterations: int = opt(2000, "optimizer steps")
     batch: int = opt(8, "clips a step")
     held_out: int = opt(256, "clips on which the result is measured")
-    lr: float = opt(1e-3, "peak learning rate")
-    images: int = opt(600, "first steps, on single frames alone: what is drawn before how it moves")
+    lr: float = opt(2e-3, "peak learning rate")
+    images: int = opt(300, "first steps, on single frames alone: what is drawn before how it moves")
     kl: float = opt(3e-8, "weight of the KL term, summed over a clip, against the mean error of a pixel")
     object_weight: float = opt(4.0, "additional weight of the objects' pixels, fading to zero over the run")
 
@@ -68,8 +68,8 @@ class TeacherConfig(Config):
     vae: str = opt("weights/vae.safetensors", "the autoencoder")
     preset: str = opt("shapes", "size of the transformer, a name in dit.PRESETS")
     iterations: int = opt(8000, "optimizer steps")
-    batch: int = opt(64, "clips a step")
-    lr: float = opt(1e-3, "peak learning rate")
+    batch: int = opt(32, "clips a step")
+    lr: float = opt(2e-3, "peak learning rate")
     clips: int = opt(20000, "clips encoded before training; their captions are drawn anew at every step")
     drop_text: float = opt(0.1, "share of captions left empty, for classifier-free guidance")
     ema: float = opt(0.999, "decay of the averaged weights, which are the ones kept")
@@ -82,7 +82,7 @@ class JudgeRunConfig(Config):
     iterations: int = opt(2400, "optimizer steps")
     batch: int = opt(32, "clips a step")
     held_out: int = opt(4096, "clips on which the result is measured")
-    lr: float = opt(1e-3, "peak learning rate")
+    lr: float = opt(2e-3, "peak learning rate")
 
 
 def clips(cfg: Config, step: int) -> list[shapes.Clip]:
@@ -294,7 +294,8 @@ def train_teacher(cfg: TeacherConfig) -> None:
         prompts = [shapes.caption(shapes.Clip.make(cfg.seed, int(i)), "train", rng)[0] for i in index]
         prompts = ["" if rng.random() < cfg.drop_text else p for p in prompts]
         x0 = latents[index].float().to(cfg.device)
-        t = torch.randint(1000, (cfg.batch,), generator=noise).to(cfg.device)
+        where = (torch.arange(cfg.batch) + torch.rand(cfg.batch, generator=noise)) / cfg.batch  # evenly over the steps
+        t = (1000 * where).long().clamp(max=999).to(cfg.device)
         eps = torch.randn(x0.shape, generator=noise).to(cfg.device)
         text = words.encode(prompts).to(cfg.device)
         return conjugate_velocity_loss(lambda x, t: model(x, t, text), schedule, x0, t, eps, prediction), {}
@@ -311,7 +312,9 @@ def train_teacher(cfg: TeacherConfig) -> None:
         write_grid(Path(cfg.out) / f"step{step:06d}.png", list(video), prompts, frames=8)
 
     model = fit(cfg, model, loss_of, show, cfg.ema)
-    checkpoint.save_model(Path(cfg.out) / "teacher.safetensors", model, torch.float16, kind="teacher", **made(cfg))
+    about = {"kind": "teacher", "w": 2.0, "fps": shapes.FPS, "latents": list(latents.shape[2:])}
+    about |= {"text_fingerprint": words.fingerprint} | made(cfg)
+    checkpoint.save_model(Path(cfg.out) / "teacher.safetensors", model, torch.float16, **about)
 
 
 def train_judge(cfg: JudgeRunConfig) -> None:

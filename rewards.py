@@ -10,8 +10,9 @@ PickScore, ImageReward and LAION's aesthetic score, are in preference.py. The ta
 """
 
 import io
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import checkpoint
+import distributed
 import preference
 from cli import UserError
 from judge import Judge
@@ -36,6 +38,7 @@ class Reward:
     scale: str  # one line on its scale
     frames: int | None  # how many evenly spaced frames are scored; None: all
     device: str | torch.device
+    parts: list = field(default_factory=list)  # of a weighted sum: (weight, Reward) each
 
     def __call__(self, video: torch.Tensor, prompts: list[str] | None = None, with_grad: bool = False) -> torch.Tensor:
         """video (B, 3, F, H, W) in [-1, 1] -> (B,) float32 on the video's device; NaN for a clip that is not finite.
@@ -56,6 +59,57 @@ class Reward:
             bad = ~torch.isfinite(x).flatten(1).all(1)
             return self.score(x, prompts).float().masked_fill(bad, torch.nan).to(video.device)
 
+    @property
+    def weights(self):
+        return {r.name: w for w, r in self.parts} or {self.name: 1.0}
+
+    def each(self, video, prompts=None, with_grad=False):
+        """The R rewards of a weighted sum one by one, without their weights: (B, R), for Moments; else (B, 1)."""
+        parts = [r for _, r in self.parts] or [self]
+        return torch.stack([part(video, prompts, with_grad) for part in parts], 1)
+
+
+@dataclass
+class Moments:
+    """Running mean and deviation of each of several rewards, by which they are standardised before they are weighted.
+
+    HPSv2 moves by hundredths where a file size moves by kilobytes: only so do weights, and --beta-ft, mean the same for
+    every reward. What is NaN on one rank is left out on all. Plain numbers, so that a checkpoint can keep them.
+    """
+
+    weights: dict[str, float]
+    count: float = 0.0
+    mean: list[float] = field(default_factory=list)
+    square: list[float] = field(default_factory=list)  # sum of squared deviations
+
+    def __post_init__(self):
+        self.mean, self.square = (x or [0.0] * len(self.weights) for x in (self.mean, self.square))
+
+    def update(self, scores: torch.Tensor, world) -> None:
+        """scores (B, R), the rewards in the order of `weights`; world: see distributed.py, B is alike on all ranks."""
+        scores, n = scores.detach().double(), len(scores)
+        mean = [distributed.mean(column.mean(), world) for column in scores.T]
+        spread = [distributed.mean((c - m).square().sum(), world) for c, m in zip(scores.T, mean)]
+        if not all(map(math.isfinite, mean)):
+            return
+        total, shift = self.count + n, [m - old for m, old in zip(mean, self.mean)]
+        self.square = [q + s + d * d * self.count * n / total for q, s, d in zip(self.square, spread, shift)]
+        self.mean, self.count = [old + d * n / total for old, d in zip(self.mean, shift)], total
+
+    def standardise(self, scores: torch.Tensor) -> torch.Tensor:
+        """(B, R) -> (B,): sum of weight (score - mean) / deviation."""
+        mean, weight = scores.new_tensor(self.mean), scores.new_tensor(list(self.weights.values()))
+        return ((scores - mean) * (weight / scores.new_tensor(self.deviation()))).sum(1)
+
+    def natural(self, total: torch.Tensor) -> torch.Tensor:
+        """What `standardise` gives, back in the first reward's own units (of a single reward: the reward itself)."""
+        deviation, weights = self.deviation(), list(self.weights.values())
+        mean = sum(w * m / d for w, m, d in zip(weights, self.mean, deviation))
+        return (total + mean) * (deviation[0] / abs(weights[0]))
+
+    def deviation(self):
+        return [max(math.sqrt(q / max(self.count, 1)), 1e-6) for q in self.square]
+
 
 def parse_spec(spec: str) -> dict[str, float]:
     """The words hpsv2=1,agreement=2 -> {name: weight}; a bare name has weight 1. Raises UserError for others."""
@@ -67,7 +121,9 @@ def parse_spec(spec: str) -> dict[str, float]:
         try:
             found[name] = float(number or 1)
         except ValueError:
-            raise UserError(f"the weight of the reward {name} must be a number, not {number!r}") from None
+            found[name] = math.nan
+        if not math.isfinite(found[name]) or found[name] == 0:
+            raise UserError(f"the weight of the reward {name} must be a number, and not 0; it is {number!r}")
     return found
 
 
@@ -96,7 +152,8 @@ def make(name: str, weights: str | None = None, frames: int | None = None, devic
         return parts[0][1]
     smooth = all(part.differentiable for _, part in parts)
     total = lambda video, prompts: sum(w * r(video, prompts, torch.is_grad_enabled()) for w, r in parts)
-    return Reward(name, total, smooth, any(r.text for _, r in parts), "the weighted sum of its parts", None, device)
+    reads, scale = any(r.text for _, r in parts), "the weighted sum of its parts, not standardised"
+    return Reward(name, total, smooth, reads, scale, None, device, parts)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

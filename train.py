@@ -3,6 +3,9 @@
     python train.py                                                    # the small world, minutes on two CPU cores
     torchrun --nproc_per_node=8 train.py --preset dollar --teacher T --vae V --text T5 --data CACHE
     python train.py --resume --out runs/train                          # go on, to the bit
+    python train.py export --out runs/train                            # the newest checkpoint's student as a file
+    python train.py --student weights/student.safetensors --reward jpeg_compressibility     # tune it to a reward
+    python train.py --tune teacher --reward jpeg_compressibility                            # or its teacher (7.2)
 
 The loop in `train` stands beside the paper's listing, line by line. Three networks of one architecture take part: the
 frozen teacher v_theta', the student G_theta and the fake score v_fake, both begun as copies of the teacher. Every
@@ -12,9 +15,10 @@ apart on the student's samples), at the pictures, and in the small world at what
 
 import json
 import math
+import os
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -23,13 +27,15 @@ from tqdm import tqdm
 
 import checkpoint
 import distributed
+import watch
 from cli import UserError, open_log, opt, parse, run
-from dit import DiT, Prediction
-from generate import Generator, save_diffusers
+from cost import so_far
+from dit import Prediction
 from losses import conjugate_velocity_loss, consistency_loss, lrm_loss, reward_loss, vsd_loss
-from nets import Moments, Nets, build
+from nets import Nets, build
+from progress import export, few, finish, look, sampler, set_aside, tensorboard, write_student
+from rewards import Moments
 from schedule import denoise, simulate, timesteps
-from video import write_grid, write_video_grid
 
 GRID = [-1, *reversed(timesteps(50))]  # CD's nodes -1, 19, 39, ..., 999 (section 4.1: N = 50)
 
@@ -51,7 +57,10 @@ class Config:
     beta_vsd: float = opt(1.0, "weight of variational score distillation (Eq. 10-13); 0 leaves it out")
     beta_cd: float = opt(0.5, "weight of consistency distillation (Eq. 6-7); 0 leaves it out")
     beta_ft: float = opt(1.0, "weight of the latent reward (Eq. 15), where there is a --reward")
+    beta_kl: float = opt(0.0, "weight of the distance to the student as it began (section 9); 0 leaves it out")
     # the student
+    tune: Literal["student", "teacher"] = opt("student", "teacher: with Eq. 4 in place of VSD and CD (section 7.2)")
+    student: str = opt("", "go on from this student, as train.py wrote it (none: begin as the teacher)")
     steps: Literal[4, 2, 1] = opt(4, "sampling steps of the student")
     prediction: Prediction | None = opt(None, "the student's output (none: the teacher's)")  # noqa: RUF009
     generator_input: Literal["simulate", "data"] = opt(
@@ -71,6 +80,7 @@ class Config:
     t_min: int = opt(20, "least noise step of the scores")
     t_max: int = opt(980, "largest noise step of the scores")
     fake_updates: int = opt(5, "fake-score updates a generator update")
+    fake_warmup: int = opt(0, "iterations in which the fake score learns before the student listens to it")
     # CD
     w_cd: float = opt(7.5, "guidance of CD's teacher steps")
     m: int = opt(5, "teacher steps between CD's two points")
@@ -81,7 +91,14 @@ class Config:
     reward_weights: str | None = opt(None, "file or folder of the reward's weights")
     reward_frames: int | None = opt(None, "frames an image reward looks at (none: all)")
     lrm_warmup: int = opt(0, "iterations in which the LRM learns before the student listens to it")
+    lrm: str = opt("", "begin with this LRM, the lrm.safetensors of a run with the same reward")
+    lrm_frozen: bool = opt(False, "and leave it as it is")
+    reward_every: int = opt(100, "iterations between measurements of the reward on fresh samples (see watch.py)")
+    reward_samples: int = opt(64, "samples of a measurement")
+    stop_on_overoptimisation: bool = opt(False, "save and stop when the LRM's estimate rises and the reward falls")
     # the machine
+    max_seconds: int = opt(0, "end after so many seconds of training, measurements left out (0: --iterations alone)")
+    max_evaluations: int = opt(0, "end after so many evaluations of the reward (0: --iterations alone)")
     shard: Literal["full", "hybrid", "none"] = opt("full", "of the networks over the ranks (see distributed.py)")
     precision: Literal["bf16", "fp32"] = opt("bf16", "of computation; weights, sums and losses are float32")
     checkpoint_activations: bool = opt(True, "compute activations again in the backward, to save memory")
@@ -100,7 +117,7 @@ PRESETS = {  # the field defaults are the paper's (section 4.1); the small world
     "shapes": {
         "iterations": 130, "batch": 16, "lr": 1e-4, "fake_lr": 2e-4, "beta1": 0.0, "beta2": 0.99, "ema": 0.95,
         "fake_updates": 2, "w_vsd": 2.0, "w_cd": 2.0, "checkpoint_activations": False, "save_every": 50,
-        "sample_every": 50, "judged": 192,
+        "sample_every": 50, "judged": 192, "reward_every": 25,
     },
     "dollar": {"teacher": "", "vae": "", "text": "", "data": ""},
     "cogvideox-2b": {"teacher": "", "vae": "", "text": "", "data": ""},
@@ -117,17 +134,19 @@ def iterate(cfg: Config, world, nets: Nets, optimizers, step, accumulate):
     student, teacher, fake, lrm, schedule = nets.student, nets.teacher, nets.fake, nets.lrm, nets.schedule
     numbers, drawn, total = {}, [], cfg.batch * world.size * accumulate
 
-    def generate(x, text, draw, j):
-        """x_hat = G(c, eps), line 8, with gradient through one of the student's steps alone."""
+    def generate(x, text, draw, whole, j):
+        """x_hat = G(c, eps), line 8, with gradient through one of the student's steps alone; and its x_t and t."""
         steps = timesteps(cfg.steps)
         k = distributed.randint(len(steps), (cfg.seed, step, "k", j))  # alike on all ranks: it decides how many calls
-        predict = denoiser(student, schedule, text)
-        if cfg.generator_input == "data":
-            x_t = schedule.add_noise(x, draw("data", j), steps[k])
+        predict, t = denoiser(student, schedule, text), steps[k]
+        if cfg.tune == "teacher":  # at any step, each sample at its own, as it was trained
+            t = whole(0, 999, "t", j)
+        if cfg.tune == "teacher" or cfg.generator_input == "data":
+            x_t = schedule.add_noise(x, draw("data", j), t)
         else:
             noise = lambda i: draw("renoise", j, i)
             x_t = simulate(predict, schedule, draw("start", j), steps, k, noise, cfg.transition)
-        return denoise(student, schedule, x_t, steps[k], text, student.config.prediction)
+        return predict(x_t, t), x_t, t
 
     def update(name, loss_is_fine):
         """One optimizer step, on all ranks or on none."""
@@ -144,8 +163,16 @@ def iterate(cfg: Config, world, nets: Nets, optimizers, step, accumulate):
         x, text, batch, draw, whole = batch_of(cfg, world, nets, step, micro, total)  # line 6
         loss = {}
         with autocast(cfg, world):
-            x_hat = generate(x, text, draw, 0) if cfg.beta_vsd or lrm else x  # line 8
-            if cfg.beta_vsd:  # Eq. 10-13
+            drawing = cfg.beta_vsd or lrm or nets.frozen
+            x_hat, x_t, t = generate(x, text, draw, whole, 0) if drawing else (x, x, 0)  # line 8
+            if cfg.tune == "teacher":  # what it was trained with, Eq. 4
+                model = lambda x, t, text=text: student(x, t, text)
+                loss["own"] = conjugate_velocity_loss(model, schedule, x, t, draw("data", 0), student.config.prediction)
+            if nets.frozen:  # section 9
+                with torch.no_grad():
+                    before = denoiser(nets.frozen, schedule, text)(x_t, t)
+                loss["kl"] = cfg.beta_kl * (x_hat - before).square().mean()
+            if cfg.beta_vsd and step >= cfg.fake_warmup:  # Eq. 10-13
                 real = denoiser(teacher, schedule, text, cfg.w_vsd, nets.null)
                 t, fake_score = whole(cfg.t_min, cfg.t_max, "t"), denoiser(fake, schedule, text)
                 vsd, info = vsd_loss(x_hat, real, fake_score, schedule, t, draw("vsd"), cfg.vsd_weight)
@@ -174,7 +201,7 @@ def iterate(cfg: Config, world, nets: Nets, optimizers, step, accumulate):
             with autocast(cfg, world):
                 if j:  # the first update takes the generator's own samples, the others fresh ones
                     with torch.no_grad():
-                        x_hat = generate(x, text, draw, j)
+                        x_hat = generate(x, text, draw, whole, j)[0]
                 t, eps = whole(0, 999, "fake t", j), draw("fake", j)
                 model = lambda x, t, text=text: fake(x, t, text)
                 loss = conjugate_velocity_loss(model, schedule, x_hat, t, eps, fake.config.prediction)
@@ -183,71 +210,125 @@ def iterate(cfg: Config, world, nets: Nets, optimizers, step, accumulate):
         fine = update("fake", math.isfinite(loss.item()))[1] and fine
 
     # Train the latent reward model on real and generated latents (lines 16-17, Eq. 14)
-    for x_hat, x, text, batch, *_ in drawn if lrm else []:
+    learns = lrm and not cfg.lrm_frozen
+    for x_hat, x, text, batch, *_ in drawn if learns else []:
         with torch.no_grad(), autocast(cfg, world):
             both = torch.cat([x, x_hat])  # x~ = x u x^
             known = batch["reward"]
             video = nets.vae.decode(x_hat if known is not None else both).float().clamp(-1, 1)
-        true = nets.reward(video, batch["captions"] * (len(video) // len(x)))
-        true = torch.cat([known.to(true), true]) if known is not None else true
-        nets.moments.update(true, world)
-        words = torch.cat([text, text]) if nets.reward.text else None
-        loss = lrm_loss(lrm, both, nets.moments.standardise(true), words)
+        each = nets.reward.each(video, batch["captions"] * (len(video) // len(x)))  # (2 B or B, R)
+        add(numbers, 1, evaluations=len(each) * world.size)
+        each = torch.cat([known.to(each).view(len(x), -1), each]) if known is not None else each
+        nets.moments.update(each, world)
+        true, words = nets.moments.standardise(each), torch.cat([text, text]) if nets.reward.text else None
+        loss = lrm_loss(lrm, both, true, words)
         (loss / accumulate).backward()
-        add(numbers, accumulate, lrm=loss, reward=true[len(x) :].mean())
-    if lrm:
+        add(numbers, accumulate, lrm=loss, reward=nets.moments.natural(true[len(x) :]).mean())
+    if learns:
         fine = update("lrm", math.isfinite(loss.item()))[1] and fine
     return numbers, fine
 
 
 def train(cfg: Config, world) -> None:
+    if cfg.tune == "teacher":
+        if cfg.reward == "none" or cfg.student or cfg.prediction:
+            raise UserError("--tune teacher needs a --reward, and no --student or --prediction")
+        cfg = replace(cfg, beta_vsd=0.0, beta_cd=0.0)
+    if cfg.lrm_frozen and not cfg.lrm:
+        raise UserError("--lrm-frozen needs an --lrm that has learned something")
     nets, out = build(cfg, world), Path(cfg.out)
     each = cfg.batch * world.size
     accumulate = max(1, round(cfg.global_batch / each)) if cfg.global_batch else 7 if nets.reward and each < 16 else 1
     optimizers, modules = adam(cfg, nets), nets.modules
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun --max-restarts, after a death
+    if not (cfg.resume or restarted):
+        set_aside(out / "checkpoints", world)
     checkpoints = distributed.Checkpoints(out / "checkpoints", cfg.keep_last, cfg.keep_every)
-    stopper, first, skipped, in_a_row, begun = distributed.Stopper(world), 0, 0, 0, time.time()
-    if cfg.resume:
-        if not (newest := checkpoints.newest()):
+    stopper, first, skipped, in_a_row = distributed.Stopper(world), 0, 0, 0
+    trained, evaluated, watched = 0.0, 0, []  # seconds, evaluations of the reward, its measurements
+    if cfg.resume or restarted:
+        if newest := checkpoints.newest():
+            extra = checkpoints.load(newest, modules, optimizers)
+            first, trained, evaluated, watched = (extra[k] for k in ("step", "trained", "evaluated", "watched"))
+            nets.moments = nets.reward and Moments(**extra["moments"])
+            if world.main:
+                print(f"going on from {newest}")
+        elif cfg.resume:
             raise UserError(f"{out} holds no checkpoint: leave out --resume to start")
-        extra = checkpoints.load(newest, modules, optimizers)
-        first, nets.moments = extra["step"], Moments(**extra["moments"])
 
     def save(step, wait=False):
-        extra = {"step": step, "moments": asdict(nets.moments), "config": asdict(cfg)}
-        checkpoints.save(step, modules, optimizers, extra, wait)
+        about = {"config": asdict(cfg), "student": asdict(nets.student.config), "about": nets.about}
+        about |= {"step": step, "trained": trained, "evaluated": evaluated, "watched": watched}
+        about["moments"] = nets.moments and asdict(nets.moments)
+        checkpoints.save(step, modules, optimizers, about, wait)
 
-    log = open_log(out / "log.jsonl", first) if world.main else None
+    log, board = (open_log(out / "log.jsonl", first), tensorboard(out)) if world.main else (None, None)
+    teachers = [None]  # its pictures are drawn once
+    begun = last = time.time()
     every = range(first, cfg.iterations)
     bar = tqdm(every, initial=first, total=cfg.iterations, disable=not world.main, dynamic_ncols=True)
     for step in bar:
         numbers, fine = iterate(cfg, world, nets, optimizers, step, accumulate)
         in_a_row, skipped = (0, skipped) if fine else (in_a_row + 1, skipped + 1)
+        took, ending = time.time() - last, stopper()
+        trained, evaluated = trained + took, evaluated + int(numbers.pop("evaluations", 0))
+        spent = 0 < cfg.max_seconds <= trained or 0 < cfg.max_evaluations <= evaluated
+        final = step + 1 == cfg.iterations or distributed.any_rank(spent, world)
+        if nets.reward and (step % cfg.reward_every == 0 or final):
+            over = look_at_reward(cfg, world, nets, out, step, watched)
+            numbers, final = numbers | watched[-1], final or (over and cfg.stop_on_overoptimisation)
+        if cfg.sample_every and (step + 1) % cfg.sample_every == 0 and not ending:
+            numbers |= look(cfg, world, nets, out, step + 1, teachers)
         if world.main:
             numbers = {k: round(v, 6) for k, v in numbers.items()} | {"skipped": skipped}
-            bar.set_postfix({k: f"{v:.3g}" for k, v in numbers.items()})
-            print(json.dumps({"step": step, "seconds": round(time.time() - begun, 1), **numbers}), file=log, flush=True)
+            numbers |= {"reward_evaluations": evaluated} if nets.reward else {}
+            speed = {"seconds": time.time() - begun, "iteration_s": took, "samples_s": each * accumulate / took}
+            speed |= {"trained_s": trained, "peak_gib": so_far(world.device) / 2**30}
+            speed = {k: round(v, 3) for k, v in speed.items()}
+            bar.set_postfix({k: f"{v:.3g}" for k, v in (numbers | speed).items() if k != "seconds"})
+            print(json.dumps({"step": step, **speed, **numbers}), file=log, flush=True)
+            for name, value in (numbers | speed).items() if board else ():
+                board.add_scalar(name, value, step)
         if in_a_row >= cfg.patience:
             save(step + 1, wait=True)  # none of the skipped updates has touched the weights
             raise UserError(
                 f"{in_a_row} updates in a row were not finite: stopped, and saved the state before them in {out}"
             )
-        ending = stopper()
-        if (step + 1) % cfg.save_every == 0 or ending or step + 1 == cfg.iterations:
-            save(step + 1, wait=ending or step + 1 == cfg.iterations)
-        if nets.vae and cfg.sample_every and (step + 1) % cfg.sample_every == 0 and not ending:
-            videos = draw_videos(cfg, nets, "student", nets.prompts[:4], 0, cfg.steps)
-            if world.main:
-                write_grid(out / f"step{step + 1:06d}.png", list(videos), nets.prompts[:4])
+        if (step + 1) % cfg.save_every == 0 or ending or final:
+            save(step + 1, wait=ending or final)
         if ending:
             if world.main:
                 print(f"stopped after step {step + 1}, saved: go on with --resume --out {out}")
             return
+        if final:
+            break
+        last = time.time()
+    if nets.lrm and world.main:
+        about = {"reward": cfg.reward, "moments": asdict(nets.moments), "text_fingerprint": nets.encoder.fingerprint}
+        checkpoint.save_model(out / "lrm.safetensors", nets.lrm, **about)
     finish(cfg, world, nets, out)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # its parts
+
+
+def look_at_reward(cfg, world, nets, out, step, watched):
+    """Measure the true reward of fresh samples (see watch.py), keep the best state. -> whether it is over-optimised."""
+    who, heeded = sampler(cfg, nets, "student"), lambda: [w for w in watched if w["step"] >= cfg.lrm_warmup]
+    some = nets.prompts, few(cfg), cfg.reward_samples, cfg.batch
+    before = watch.overoptimised(heeded())
+    watched.append({"step": step} | watch.measure(who, nets.reward, *some, world, nets.lrm, nets.moments))
+    over, best = watch.overoptimised(heeded()), max(watched, key=lambda w: w["true_reward"])
+    weights = distributed.gather(nets.ema) if best is watched[-1] else None
+    if weights and world.main:
+        write_student(out / "best", nets.student.config, weights, asdict(cfg), nets.about | {"step": step + 1})
+    if over and not before and world.main:
+        print(
+            f"over-optimised at step {step}: the LRM's estimate rises, the true reward falls to "
+            f"{watched[-1]['true_reward']:.4g}; it was {best['true_reward']:.4g} at step {best['step']}: see {out}/best"
+        )
+    return over
 
 
 def batch_of(cfg, world, nets, step, micro, total):
@@ -281,7 +362,8 @@ def denoiser(model, schedule, text, w=0.0, null=None):
 
 
 def autocast(cfg, world):
-    return torch.autocast(world.device.type, torch.bfloat16, enabled=cfg.precision == "bf16")
+    # without its cache: a weight first cast where nothing needs gradients would stay without them
+    return torch.autocast(world.device.type, torch.bfloat16, cfg.precision == "bf16", cache_enabled=False)
 
 
 def add(numbers, parts, **values):
@@ -295,59 +377,11 @@ def average(ema, model, decay):
     torch._foreach_lerp_(ours, theirs, 1 - decay)
 
 
-def draw_videos(cfg, nets, who, prompts, seed, n):
-    """Videos (N, 3, F, H, W) of the student's average in its steps, or of the teacher by n steps of guided DDIM."""
-    model = nets.ema if who == "student" else nets.teacher
-    generator = Generator(model, nets.vae, nets.about | {"kind": who}, nets.encoder, nets.device)
-    videos = []
-    for i in range(0, len(prompts), cfg.batch):
-        text = nets.encoder.encode(prompts[i : i + cfg.batch])
-        latents = generator.latents(text, [seed + i + j for j in range(len(text))], n)
-        videos.append(generator.decode(latents).cpu())
-    return torch.cat(videos)
-
-
-def finish(cfg, world, nets, out):
-    """Write the student and what a person would look at; in the small world, say what the distillation has brought."""
-    weights = distributed.gather(nets.ema)
-    if world.main:
-        student = DiT(nets.student.config)
-        student.load_state_dict(weights)
-        made = {"command": " ".join(["python", *sys.argv]), "date": time.strftime("%Y-%m-%d"), "settings": asdict(cfg)}
-        checkpoint.save_model(out / "student.safetensors", student, torch.float16, **nets.about | made)
-        print(f"wrote {out}/student.safetensors")
-        if Path(cfg.teacher).is_dir():
-            print(save_diffusers(out / "diffusers", student, nets.about | made))
-    if not nets.vae or not cfg.sample_every:
-        return
-    shown, n = nets.prompts[:3], cfg.steps
-    columns = [("teacher", 50), ("teacher", n), *(("student", k) for k in (4, 2, 1) if k <= n)]
-    drawn = [draw_videos(cfg, nets, who, shown, 0, k) for who, k in columns]
-    scores = []
-    if nets.judge and cfg.judged:  # the same prompts, noise and number of steps
-        for who in ("teacher", "student"):
-            videos = draw_videos(cfg, nets, who, nets.prompts[: cfg.judged], 1, n).split(32)
-            read = [nets.judge.score(v.to(nets.device), nets.prompts[32 * i :][: len(v)]) for i, v in enumerate(videos)]
-            scores.append(torch.cat(read))
-    if not world.main:
-        return
-    titles = [f"{who}, {k} step{'s' * (k > 1)}" for who, k in columns]
-    rows, words = zip(*drawn), [f"{title}: {prompt}" for prompt in shown for title in titles]
-    write_video_grid(out / "compare.mp4", [list(row) for row in zip(*drawn)], nets.about["fps"], titles=titles)
-    write_grid(out / "compare.png", [video for row in rows for video in row], words)
-    print(f"wrote {out}/compare.mp4 and compare.png: {'; '.join(titles)}")
-    if scores:
-        gain = scores[1] - scores[0]
-        error = gain.std().item() / math.sqrt(len(gain))
-        print(
-            f"of what {len(gain)} prompts name, the judge reads {scores[1].mean():.1%} in the student's {n} steps and "
-            f"{scores[0].mean():.1%} in the teacher's {n}: {gain.mean():+.1%}, {gain.mean() / max(error, 1e-9):.1f} "
-            f"standard errors"
-        )
-
-
 def main():
-    cfg = parse(Config, None, __doc__.splitlines()[0], PRESETS)
+    exporting = sys.argv[1:2] == ["export"]
+    cfg = parse(Config, sys.argv[1 + exporting :], __doc__.splitlines()[0], PRESETS)
+    if exporting:
+        return export(Path(cfg.out))
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     torch.set_flush_denormal(True)  # a CPU is many times slower on numbers below 1e-38

@@ -528,13 +528,14 @@ def test_videos_killed_and_restarted_makes_each_file_once(tiny, info, tmp_path, 
     assert sorted(map(str, out.rglob("*.mp4"))) == sorted(written)
     assert read_video(out / "a cat-0.mp4")[0].shape == (16, 64, 64, 3) and read_video(out / "a cat-0.mp4")[1] == 8
 
-    first = (out / "a cat-1.mp4").read_bytes()
-    (out / "a cat-1.mp4").write_bytes(first[: len(first) // 2])  # broken: drawn again, to the same bits
+    first, whole = (out / "a cat-1.mp4").read_bytes(), read_video(out / "a cat-1.mp4")[0]
+    (out / "a cat-1.mp4").write_bytes(first[: len(first) // 2])  # broken: drawn again
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank), monkeypatch.setenv("WORLD_SIZE", "2")
         (out / "a cat-0.mp4").unlink(missing_ok=True)
         call(monkeypatch, *words)
-    assert len(written) == 6 + 2 and (out / "a cat-1.mp4").read_bytes() == first
+    again, _ = read_video(out / "a cat-1.mp4")  # by its own seed, but in another batch, which may change the last bit
+    assert len(written) == 6 + 2 and abs(again.astype(int) - whole.astype(int)).mean() < 0.5
     assert not (out / "a cat-0.mp4").exists()  # that one was rank 0's, and deleted after it
     with pytest.raises(UserError, match="seed"):
         call(monkeypatch, *words, "--seed", "7")

@@ -84,6 +84,33 @@ def test_sum_of_several():
     assert rewards.make("dynamic_degree=3")(video.requires_grad_(), with_grad=True).requires_grad
 
 
+def test_each_of_several_and_their_moments():
+    """Standardised one by one before they are weighted: their scales do not matter, their weights do."""
+    video = torch.cat([still(smooth(48, 48, seed), 2) for seed in range(4)])
+    both = rewards.make("jpeg_compressibility=0.5,jpeg_incompressibility=-2")
+    each, jpeg = both.each(video), rewards.make("jpeg_compressibility")(video)
+    assert torch.equal(each, torch.stack([jpeg, -jpeg], 1)) and torch.equal(both(video), 0.5 * jpeg + 2 * jpeg)
+    assert torch.equal(rewards.make("jpeg_compressibility").each(video), jpeg[:, None])
+
+    scores = torch.randn(40, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    scores = scores * torch.tensor([3.0, 0.01]) + torch.tensor([5.0, -0.2])
+    moments, world = rewards.Moments(both.weights), World(0, 1, torch.device("cpu"))
+    for part in scores.split([3, 17, 20]):
+        moments.update(part, world)
+    z = (scores - scores.mean(0)) / scores.std(0, correction=0)
+    torch.testing.assert_close(moments.standardise(scores), 0.5 * z[:, 0] - 2 * z[:, 1])
+    deviation = scores.std(0, correction=0)
+    natural = scores[:, 0] - 2 / 0.5 * deviation[0] / deviation[1] * scores[:, 1]  # in the first one's units
+    torch.testing.assert_close(moments.natural(moments.standardise(scores)), natural)
+
+    one = rewards.Moments({"a": 2.0})
+    one.update(scores[:, :1], world)
+    torch.testing.assert_close(one.natural(one.standardise(scores[:, :1])), scores[:, 0])
+    before = rewards.Moments(**json.loads(json.dumps(asdict(one))))
+    one.update(torch.tensor([[math.nan], [1.0]]), world)
+    assert one == before  # one broken clip does not spoil them for ever
+
+
 @pytest.mark.parametrize("name", ["jpeg_compressibility", "jpeg_incompressibility", "dynamic_degree"])
 def test_finite_and_blind_to_batch_order(name):
     clips = [torch.zeros(3, 40, 56), torch.full((3, 40, 56), 255), GREY[:, :40, :56], RAMP[:, :40, ::6][..., :56]]
@@ -145,8 +172,9 @@ def test_bad_weights(tmp_path):
         rewards.make("jpeg_compressibility", str(junk))
     with pytest.raises(UserError, match="2 of the rewards"):
         rewards.make("hpsv2,pickscore", str(junk))
-    with pytest.raises(UserError, match="must be a number"):
-        rewards.make("dynamic_degree=much")
+    for word in ("much", "nan", "0", ""):
+        with pytest.raises(UserError, match="must be a number"):
+            rewards.make(f"dynamic_degree={word}" if word else "dynamic_degree=0.0")
     with pytest.raises(UserError, match="at least one frame"):
         rewards.make("dynamic_degree", frames=0)
 

@@ -136,15 +136,6 @@ def test_nan_stops_the_run_and_keeps_what_was_good(tiny, tmp_path, monkeypatch):
     assert all(t.isfinite().all() for t in tensors.values())
 
 
-def test_moments_are_those_of_all_rewards():
-    moments, world = train.Moments(), World(0, 1, torch.device("cpu"))
-    values = torch.randn(40, dtype=torch.float64) * 3 + 5
-    for part in values.split([3, 17, 20]):
-        moments.update(part, world)
-    expected = (values - values.mean()) / values.std(correction=0)
-    torch.testing.assert_close(moments.standardise(values), expected)
-
-
 @pytest.mark.parametrize(
     "words, said",
     [
