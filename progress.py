@@ -1,0 +1,137 @@
+"""What a run of train.py shows of itself and leaves behind: pictures, the judge's readings, the student as a file.
+
+VSD's loss is no measure of progress. What is: the same prompts drawn again and again beside the teacher's fifty steps,
+and in the small world the share of right readings by a judge that rewards nothing.
+"""
+
+import json
+import math
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+import checkpoint
+import distributed
+from cli import UserError
+from dit import DiT
+from generate import Generator, save_diffusers
+from video import write_grid, write_video_grid
+
+
+def set_aside(folder, world):
+    """Another run's checkpoints: a new run must neither go on from them nor, counting from 0 again, clean them up."""
+    if world.main and any(folder.glob("step_*")):
+        old = folder.with_name(f"{folder.name}.{len(list(folder.parent.glob('checkpoints.*'))) + 1}")
+        folder.rename(old)
+        print(f"the checkpoints of an earlier run are now in {old} (--resume would have gone on)")
+    distributed.any_rank(False, world)  # wait for it
+
+
+def tensorboard(out):
+    """The same numbers for TensorBoard, where it is installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(out / "tensorboard")
+
+
+def look(cfg, world, nets, out, step, teachers):
+    """Draw the student in its steps, beside it the teacher in 50, and have the judge read some of the student's."""
+    numbers, shown = {}, nets.prompts[:4]
+    if nets.vae:
+        teachers[0] = draw_videos(cfg, nets, "teacher", shown, 0, 50) if teachers[0] is None else teachers[0]
+        videos = draw_videos(cfg, nets, "student", shown, 0, few(cfg))
+        if world.main:
+            words = [f"{who}: {prompt}" for prompt in shown for who in (f"{cfg.tune}, {few(cfg)}", "teacher, 50")]
+            write_grid(out / f"step{step:06d}.png", [v for pair in zip(videos, teachers[0]) for v in pair], words)
+    if nets.judge and cfg.judged:
+        prompts = nets.prompts[: min(cfg.judged, 32)]
+        videos = draw_videos(cfg, nets, "student", prompts, 1, few(cfg))
+        numbers["judge"] = nets.judge.score(videos.to(nets.device), prompts).mean().item()
+    return numbers
+
+
+def few(cfg):
+    """Steps for a look at what is trained: the student's own, or some of a tuned teacher's."""
+    return cfg.steps if cfg.tune == "student" else 10
+
+
+def sampler(cfg, nets, who):
+    """What draws as "teacher", or as "student": what is trained, its average, whatever cfg.tune says it is."""
+    model, kind = (nets.ema, cfg.tune) if who == "student" else (nets.teacher, "teacher")
+    return Generator(model, nets.vae, nets.about | {"kind": kind}, nets.encoder, nets.device)
+
+
+def draw_videos(cfg, nets, who, prompts, seed, n):
+    """Videos (N, 3, F, H, W) of the student's average in its steps, or of the teacher by n steps of guided DDIM."""
+    generator, videos = sampler(cfg, nets, who), []
+    for i in range(0, len(prompts), cfg.batch):
+        text = nets.encoder.encode(prompts[i : i + cfg.batch])
+        latents = generator.latents(text, [seed + i + j for j in range(len(text))], n)
+        videos.append(generator.decode(latents).cpu())
+    return torch.cat(videos)
+
+
+def write_student(out, config, weights, cfg, about):
+    """student.safetensors for sample.py, and of a CogVideoX also a folder for diffusers. cfg: the run's, as a dict."""
+    student = DiT(config)
+    student.load_state_dict(weights)
+    made = {"command": " ".join(["python", *sys.argv]), "date": time.strftime("%Y-%m-%d"), "settings": cfg}
+    file = out / f"{about['kind']}.safetensors"  # under --tune teacher, teacher.safetensors
+    checkpoint.save_model(file, student, torch.float16, **about | made)
+    print(f"wrote {file}")
+    if Path(cfg["teacher"]).is_dir():
+        print(save_diffusers(out / "diffusers", student, about | made))
+
+
+def export(out):
+    """The student of the newest checkpoint of a run, whatever number of ranks wrote it, in one process on the CPU."""
+    if not (newest := max((out / "checkpoints").glob("step_*"), default=None)):
+        raise UserError(f"{out} holds no checkpoint")
+    checkpoints = distributed.Checkpoints(out / "checkpoints")
+    try:
+        said = json.loads((newest / "extra.json").read_text())
+        config = DiT.Config(**said["student"])
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"the checkpoint {newest} does not say what its student is ({e})") from e
+    student = DiT(config)
+    checkpoints.load(newest, {"ema": student}, {})
+    write_student(out, config, student.state_dict(), said["config"], said["about"])
+
+
+def finish(cfg, world, nets, out):
+    """Write the student and what a person would look at; in the small world, say what the distillation has brought."""
+    weights = distributed.gather(nets.ema)
+    if world.main:
+        write_student(out, nets.student.config, weights, asdict(cfg), nets.about)
+    if not nets.vae or not cfg.sample_every:
+        return
+    shown, n, ours = nets.prompts[:3], few(cfg), {"student": "student", "teacher": "tuned teacher"}[cfg.tune]
+    many = (4, 2, 1) if cfg.tune == "student" else (50, n)
+    columns = [("teacher", 50), ("teacher", n), *(("student", k) for k in many if k <= n or k == 50)]
+    drawn = [draw_videos(cfg, nets, who, shown, 0, k) for who, k in columns]
+    scores = []
+    if nets.judge and cfg.judged:  # the same prompts, noise and number of steps
+        for who in ("teacher", "student"):
+            videos = draw_videos(cfg, nets, who, nets.prompts[: cfg.judged], 1, n).split(32)
+            read = [nets.judge.score(v.to(nets.device), nets.prompts[32 * i :][: len(v)]) for i, v in enumerate(videos)]
+            scores.append(torch.cat(read))
+    if not world.main:
+        return
+    titles = [f"{ours if who == 'student' else who}, {k} step{'s' * (k > 1)}" for who, k in columns]
+    rows, words = zip(*drawn), [f"{title}: {prompt}" for prompt in shown for title in titles]
+    write_video_grid(out / "compare.mp4", [list(row) for row in zip(*drawn)], nets.about["fps"], titles=titles)
+    write_grid(out / "compare.png", [video for row in rows for video in row], words)
+    print(f"wrote {out}/compare.mp4 and compare.png: {'; '.join(titles)}")
+    if scores:
+        gain = scores[1] - scores[0]
+        error = gain.std().item() / math.sqrt(len(gain))
+        print(
+            f"of what {len(gain)} prompts name, the judge reads {scores[1].mean():.1%} in the {ours}'s {n} steps and "
+            f"{scores[0].mean():.1%} in the teacher's {n}: {gain.mean():+.1%}, {gain.mean() / max(error, 1e-9):.1f} "
+            f"standard errors"
+        )
