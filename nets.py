@@ -184,21 +184,43 @@ def below(folder, name):
     return Path(folder) / name if (Path(folder) / name).is_dir() else Path(folder)
 
 
-def memory(cfg, config, world, latents):
-    """One line: GiB that each GPU (or process) will hold. config: a DiTConfig; latents: (T, h, w)."""
+def held(cfg, config, ranks, latents, half=True):
+    """Bytes that each of `ranks` ranks holds of networks shared by all of them: ({network: (of parameters, gradients,
+    optimizer)}, of activations, estimated). config: a DiTConfig; latents: (T, h, w); half: frozen weights in bfloat16.
+    """
     with torch.device("meta"):
-        n = sum(p.numel() for p in DiT(config).parameters())
-    parts = {"full": world.size, "hybrid": int(os.environ.get("LOCAL_WORLD_SIZE", world.size)), "none": 1}[cfg.shard]
-    half = cfg.precision == "bf16" and world.device.type == "cuda"
+        n = sum(math.ceil(len(p) / ranks) * p[0].numel() for p in DiT(config).parameters())  # as FSDP cuts them
     teachers = 1 + bool(cfg.beta_kl and cfg.student)  # the other is the student as it began
-    held = {"teacher": teachers * (2 if half else 4) * n, "student and its optimizer": 16 * n, "its average": 4 * n}
-    held |= {"fake score and its optimizer": 16 * n} if cfg.beta_vsd else {}
-    held = {name: size / parts for name, size in held.items()}
+    learning = (4 * n, 4 * n, 8 * n)  # AdamW's, in float32
+    networks = {"teacher": (teachers * (2 if half else 4) * n, 0, 0), "student and its optimizer": learning}
+    networks |= {"its average": (4 * n, 0, 0)} | ({"fake score and its optimizer": learning} if cfg.beta_vsd else {})
     # a block stores about 20 tensors of all tokens; checkpointed, its input, and the 20 while it is computed again
     tokens = cfg.batch * (config.text_length + math.prod(latents) // config.patch**2)
     blocks = config.depth + 20 if cfg.checkpoint_activations else 20 * config.depth
     passes = bool(cfg.beta_vsd or cfg.reward != "none") + bool(cfg.beta_cd)  # of the student, until the backward
-    held["activations (estimated)"] = passes * blocks * tokens * config.width * (2 if cfg.precision == "bf16" else 4)
-    said = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in held.items())
+    return networks, passes * blocks * tokens * config.width * (2 if cfg.precision == "bf16" else 4)
+
+
+def memory(cfg, config, world, latents):
+    """One line: GiB that each GPU (or process) will hold. config: a DiTConfig; latents: (T, h, w)."""
+    parts = {"full": world.size, "hybrid": int(os.environ.get("LOCAL_WORLD_SIZE", world.size)), "none": 1}[cfg.shard]
+    half = cfg.precision == "bf16" and world.device.type == "cuda"
+    networks, activations = held(cfg, config, parts, latents, half)
+    sizes = {name: sum(kinds) for name, kinds in networks.items()} | {"activations (estimated)": activations}
+    said = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in sizes.items())
     where = f"{'GPU' if world.device.type == 'cuda' else 'process'}, of {world.size}"
-    return f"GiB on each {where}: {said}, together {sum(held.values()) / 2**30:.2f} ({n:,} parameters a network)"
+    with torch.device("meta"):
+        n = sum(p.numel() for p in DiT(config).parameters())
+    return f"GiB on each {where}: {said}, together {sum(sizes.values()) / 2**30:.2f} ({n:,} parameters a network)"
+
+
+def memory_table(cfg):
+    """A Markdown table of what each GPU of 1, 2, 4 and 8 will hold; to cfg.out as well, if that is a .json file."""
+    import results  # here, since training needs none of it
+
+    rows, config = [], SIZES[cfg.preset]
+    for ranks in (1, 2, 4, 8):
+        networks, activations = held(cfg, config, ranks if cfg.shard != "none" else 1, config.latents)
+        kinds = dict(zip(("parameters", "gradients", "optimizer"), map(sum, zip(*networks.values()))))
+        rows.append({"preset": cfg.preset, "ranks": ranks, **kinds, "activations": activations})
+    return results.table([results.save(cfg, "sharding", rows=rows)])

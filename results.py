@@ -138,6 +138,17 @@ def _memory(results):
     return ["MiB", "steps", *phases], lines
 
 
+def _sharding(results):
+    """GiB on each GPU; how many rows of which tensor it holds is known beforehand, activations are estimated."""
+    kinds = ["parameters", "gradients", "optimizer", "activations"]
+    lines = []
+    for row in _rows(results):
+        gib = [row[kind] / 2**30 for kind in kinds]
+        lines.append([row["preset"], row["ranks"], *(f"{x:.2f}" for x in [*gib[:3], sum(gib[:3]), gib[3], sum(gib)])])
+    header = ["GiB on each GPU", "GPUs", *kinds[:3], "of these", "activations (estimated)", "together"]
+    return header, lines
+
+
 def _vendi(results):
     """Eq. 17: mean ± standard deviation over prompts, as in the paper's Table 3."""
     lines = []
@@ -164,7 +175,7 @@ def _vbench(results):
 
 TABLES = {
     "world": _world, "dimensions": _dimensions, "validation": _validation, "time": _time, "memory": _memory,
-    "vendi": _vendi, "votes": _votes, "vbench": _vbench,
+    "sharding": _sharding, "vendi": _vendi, "votes": _votes, "vbench": _vbench,
 }  # fmt: skip
 
 

@@ -4,6 +4,7 @@
     torchrun --nproc_per_node=8 train.py --preset dollar --teacher T --vae V --text T5 --data CACHE
     python train.py --resume --out runs/train                          # go on, to the bit
     python train.py export --out runs/train                            # the newest checkpoint's student as a file
+    python train.py memory --preset dollar                             # what 1, 2, 4, 8 GPUs would hold
     python train.py --student weights/student.safetensors --reward jpeg_compressibility     # tune it to a reward
     python train.py --tune teacher --reward jpeg_compressibility                            # or its teacher (7.2)
 
@@ -32,7 +33,7 @@ from cli import UserError, open_log, opt, parse, run
 from cost import so_far
 from dit import Prediction
 from losses import conjugate_velocity_loss, consistency_loss, lrm_loss, reward_loss, vsd_loss
-from nets import Nets, build
+from nets import Nets, build, memory_table
 from progress import export, few, finish, look, sampler, set_aside, tensorboard, write_student
 from rewards import Moments
 from schedule import denoise, simulate, timesteps
@@ -378,10 +379,10 @@ def average(ema, model, decay):
 
 
 def main():
-    exporting = sys.argv[1:2] == ["export"]
-    cfg = parse(Config, sys.argv[1 + exporting :], __doc__.splitlines()[0], PRESETS)
-    if exporting:
-        return export(Path(cfg.out))
+    word = sys.argv[1] if sys.argv[1:2] in (["export"], ["memory"]) else ""
+    cfg = parse(Config, sys.argv[1 + bool(word) :], __doc__.splitlines()[0], PRESETS)
+    if word:
+        return export(Path(cfg.out)) if word == "export" else print(memory_table(cfg))
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     torch.set_flush_denormal(True)  # a CPU is many times slower on numbers below 1e-38
