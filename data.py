@@ -1,6 +1,6 @@
 """Captioned clips from real files: a folder of videos and images, and a cache of their latents.
 
-    python data.py cache --preset cogvideox-2b --data CLIPS --vae FOLDER/vae --text FOLDER --out CACHE
+    python data.py cache --preset cogvideox-2b --data CLIPS --vae FOLDER --text FOLDER --out CACHE
 
 `Folder` reads files of any size, length and frame rate as clips of one size: `frames` frames at `fps` from a section
 chosen by seed, the shorter side resized, the centre cut out. An image is a clip of one frame. `LatentCache` reads
@@ -353,7 +353,7 @@ class LatentCache(_Samples):
 class Config:
     preset: Literal["shapes", "dollar", "cogvideox-2b", "cogvideox-5b"] = opt("shapes", "size of the clips")
     data: str = opt("", "folder of videos and images with captions")
-    vae: str = opt("weights/vae.safetensors", "the VAE: a file of ours, or a folder in diffusers' layout")
+    vae: str = opt("weights/vae.safetensors", "the VAE: a file of ours, or a pipeline's folder (or its vae/)")
     text: str = opt("words", "the text encoder: a T5 folder, or `words`, the small world's word table")
     out: str = opt("", "folder of the cache")
     frames: int = opt(16, "frames of a clip")
@@ -382,7 +382,10 @@ def main():
     from text import T5, WordTable
     from vae3d import VAE3D
 
-    vae = VAE3D.from_cogvideox(cfg.vae) if Path(cfg.vae).is_dir() else checkpoint.load_model(cfg.vae, VAE3D)[0]
+    if (folder := Path(cfg.vae)).is_dir():  # a pipeline's, or its vae/
+        vae = VAE3D.from_cogvideox(folder / "vae" if (folder / "vae").is_dir() else folder)
+    else:
+        vae = checkpoint.load_model(cfg.vae, VAE3D)[0]
     words = cfg.text == "words"
     text = WordTable(shapes.WORDS, length=cfg.text_length) if words else T5(cfg.text, cfg.text_length, device=device)
     reward = rewards.make(cfg.reward, cfg.reward_weights, device=device) if cfg.reward else None

@@ -1,7 +1,9 @@
 """Rewards against their reference formulas, at tiny random sizes with the published files' own keys; bad input."""
 
 import json
+import math
 import random
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,6 +23,7 @@ import preference
 import rewards
 import shapes
 from cli import UserError
+from distributed import World
 from judge import Judge, JudgeConfig
 
 BUNDLED = Path(__file__).parent.parent / rewards.JUDGE

@@ -1,0 +1,102 @@
+"""watch.py: rank correlation against SciPy's definition, measuring against closed forms, the verdict, the drawing."""
+
+import math
+import xml.etree.ElementTree as ET
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import rewards
+import watch
+from cli import UserError
+from distributed import World
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+def test_spearman():
+    x = torch.randn(50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert watch.spearman(x, x**3) == pytest.approx(1) and watch.spearman(x, -x.exp()) == pytest.approx(-1)
+    y = x + torch.randn(50, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    d = x.argsort().argsort() - y.argsort().argsort()  # without ties: 1 - 6 sum d^2 / (n (n^2 - 1))
+    assert watch.spearman(x, y) == pytest.approx(1 - 6 * d.square().sum().item() / (50 * (50**2 - 1)))
+    assert watch.ranks(torch.tensor([3.0, 1.0, 3.0, 2.0])).tolist() == [3.5, 1, 3.5, 2]
+    # ranks 1, 2.5, 2.5, 4 against 1, 2, 3, 4: covariance 4.5, sums of squares 4.5 and 5
+    assert watch.spearman([1, 2, 2, 3], [1, 2, 3, 4]) == pytest.approx(4.5 / math.sqrt(4.5 * 5))
+    assert math.isnan(watch.spearman([1, 1, 1], [1, 2, 3])) and math.isnan(watch.spearman([1, math.nan], [1, 2]))
+
+
+class Drawn:
+    """A generator whose clip of seed s is s - SEED everywhere."""
+
+    device = "cpu"
+    encoder = SimpleNamespace(encode=lambda words: torch.tensor([[[float(len(w))]] for w in words]))
+
+    def latents(self, text, seeds, n):
+        self.seen = getattr(self, "seen", []) + list(zip(seeds, text[:, 0, 0].tolist()))
+        return torch.tensor([float(s - watch.SEED) for s in seeds]).view(-1, 1, 1, 1, 1)
+
+    def decode(self, x):
+        return x.expand(-1, 3, 2, 4, 4)
+
+
+def bright(name="bright", sign=1.0):
+    return rewards.Reward(name, lambda v, p: sign * v.mean((1, 2, 3, 4)), True, False, "", None, "cpu")
+
+
+def test_measure():
+    drawn, lrm = Drawn(), lambda x: -(x[:, 0, 0, 0, 0] ** 3)
+    moments = rewards.Moments({"bright": 1.0})
+    moments.update(torch.tensor([[0.0], [4.0]]), ALONE)  # mean 2, deviation 2
+    found = watch.measure(drawn, bright(), ["a", "bbb"], 4, 5, 2, ALONE, lrm, moments)
+    assert drawn.seen == [(watch.SEED + i, [1, 3][i % 2]) for i in range(5)]
+    assert found["true_reward"] == pytest.approx(2) and found["true_error"] == pytest.approx((2.5 / 5) ** 0.5)
+    assert found["lrm_estimate"] == pytest.approx(2 * -(0 + 1 + 8 + 27 + 64) / 5 + 2)
+    assert found["rank_correlation"] == pytest.approx(-1) and set(found) >= {"lrm_estimate"}
+    plain = watch.measure(Drawn(), bright(), ["a"], 4, 5, 2, ALONE)
+    assert plain == {k: found[k] for k in ("true_reward", "true_error")}
+
+
+def test_measure_of_several_names_each():
+    parts = [(1.0, bright("up")), (-0.5, bright("down", -3))]
+    both = rewards.Reward("up,down=-0.5", lambda v, p: v.mean((1, 2, 3, 4)), True, False, "", None, "cpu", parts)
+    found = watch.measure(Drawn(), both, ["a"], 4, 5, 5, ALONE)
+    assert (found["true_up"], found["true_down"]) == (2, -6) and found["true_reward"] == pytest.approx(2 + 3)
+
+
+def history(estimates, truths, error=0.01):
+    return [
+        {"lrm_estimate": e, "true_reward": t, "true_error": error, "step": i}
+        for i, (e, t) in enumerate(zip(estimates, truths))
+    ]
+
+
+def test_overoptimised_is_when_the_estimate_rises_and_the_truth_falls():
+    rising, falling = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5], [0.5, 0.4, 0.3, 0.2, 0.1, 0.0]
+    assert watch.overoptimised(history(rising, falling))
+    assert not watch.overoptimised(history(rising, rising))
+    assert not watch.overoptimised(history(falling, falling))  # both fall: the student is lost, not the LRM deceived
+    assert not watch.overoptimised(history(falling, rising))
+    assert not watch.overoptimised(history(rising[:5], falling[:5]))  # too early to say
+    assert watch.overoptimised(history([9.0] + rising, [-9.0] + falling))  # what is long past does not count
+    assert not watch.overoptimised(history(rising, falling, error=0.31))  # the fall is 0.3, within its error
+    assert watch.overoptimised(history(rising, falling, error=0.29))
+    assert watch.overoptimised(history([0, 1], [1, 0]), window=1)
+    noisy = [0.5, 0.1, 0.4, 0.45, 0.5, 0.05]  # the last is the lowest, the windows are alike
+    assert not watch.overoptimised(history(rising, noisy, error=0.01))
+
+
+def test_curves_are_drawn_where_the_numbers_are(tmp_path):
+    curves = {"a & b": [[(0, 0.0), (10, 1.0)], [(0, math.nan), (5, 0.5)]], "c": [[(10, 0.5)]]}
+    watch.draw_curves(tmp_path / "x.svg", [("left <1>", "step", curves), ("empty", "step", {"c": []})])
+    root = ET.parse(tmp_path / "x.svg").getroot()
+    lines = root.findall("{http://www.w3.org/2000/svg}polyline")
+    points = [[tuple(map(float, p.split(","))) for p in line.get("points").split()] for line in lines]
+    assert [len(p) for p in points] == [2, 1, 1]
+    (x0, y0), (x1, y1) = points[0]
+    assert points[1][0] == (pytest.approx((x0 + x1) / 2), pytest.approx((y0 + y1) / 2, abs=0.1))
+    assert points[2][0] == (x1, points[1][0][1]) and y1 < y0  # up is more
+    assert len({line.get("stroke") for line in lines}) == 2
+    with pytest.raises(UserError, match="log.jsonl"):
+        watch.read_log(tmp_path)

@@ -1,0 +1,143 @@
+"""Watching a reward while it is optimised: what it says of fresh samples, and when it stops being what is learned.
+
+While tuning, the student is judged by a latent reward model that learns beside it (Eq. 14-15), on the samples it trains
+on. Whether that is worth anything shows elsewhere: on the samples a user would draw, in all steps, from prompts and
+noise that training never sees, decoded and scored by the true reward. They are drawn from the same prompts and noise
+each time, so that what changes is the student.
+
+rank_correlation is Spearman's, of the LRM's estimates and the true rewards of these samples: 1 if it puts them in the
+right order, which is all that its gradient needs. Over-optimisation (section 4.5) has a plain sign here: what the LRM
+thinks of the samples rises while what is true of them falls. The student has then found what the LRM is wrong about.
+"""
+
+import html
+import json
+import math
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from cli import UserError, atomic
+
+SEED = 77_000_000  # of the samples' noise, far from those of pictures and evaluation
+WINDOW = 3  # measurements that are averaged before they are compared
+
+
+def ranks(x):
+    """The ranks 1..n of x (n,); equal values share the mean of their ranks."""
+    _, which, count = x.unique(return_inverse=True, return_counts=True)
+    last = count.cumsum(0)
+    return (last - (count - 1) / 2)[which].double()
+
+
+def spearman(a, b):
+    """Spearman's rank correlation of a and b (n,), -1..1; NaN where one of them is constant or not finite."""
+    a, b = (torch.as_tensor(x, dtype=torch.float64) for x in (a, b))
+    if len(a) < 2 or not (a.isfinite().all() and b.isfinite().all()):
+        return math.nan
+    a, b = ((r := ranks(x)) - r.mean() for x in (a, b))
+    return (a @ b / (a.norm() * b.norm())).item()
+
+
+@torch.no_grad()
+def measure(generator, reward, prompts, n, samples, batch, world, lrm=None, moments=None):
+    """The true reward of fresh samples in n steps, and what the LRM says of them, alike on all ranks.
+
+    generator: of generate.py; reward: of rewards.py; sample i has prompt i (modulo their number) and noise of its own.
+    -> {"true_reward", "true_error" (a standard error)}, in the reward's own units (of several, in those of the first;
+    without moments their plain weighted sum), each of several as "true_NAME"; with an LRM also "lrm_estimate" and
+    "rank_correlation".
+    """
+    share, rows = -(-samples // world.size), []  # all ranks make the same number of calls
+    mine = range(world.rank * share, (world.rank + 1) * share)
+    for some in (mine[i : i + batch] for i in range(0, share, batch)):
+        words = [prompts[i % len(prompts)] for i in some]
+        text = generator.encoder.encode(words).to(generator.device)
+        x = generator.latents(text, [SEED + i for i in some], n)
+        true = reward.each(generator.decode(x), words).double().cpu()  # (B, R)
+        guess = (lrm(x, text) if reward.text else lrm(x)).double().cpu() if lrm else true.new_zeros(len(x))
+        rows += torch.cat([guess[:, None], true], 1).tolist()
+    if world.size > 1:
+        dist.all_gather_object(parts := [None] * world.size, rows)
+        rows = [row for part in parts for row in part]
+    rows = torch.tensor(rows[:samples], dtype=torch.float64)
+    guess, each = rows[:, 0], rows[:, 1:]
+    if moments and moments.count:
+        true, guess = moments.natural(moments.standardise(each)), moments.natural(guess)
+    else:
+        true = each @ each.new_tensor(list(reward.weights.values()))
+    found = {"true_reward": true.mean().item(), "true_error": (true.std() / len(true) ** 0.5).item()}
+    if each.shape[1] > 1:
+        found |= {f"true_{name}": value.item() for name, value in zip(reward.weights, each.mean(0))}
+    if lrm:
+        found |= {"lrm_estimate": guess.mean().item(), "rank_correlation": spearman(guess, true)}
+    return found
+
+
+def overoptimised(history, window=WINDOW):
+    """Whether the LRM's estimate has risen while the true reward has fallen, by more than its standard error.
+
+    history: what `measure` has found, oldest first. The mean of the last `window` measurements is compared with that of
+    the `window` before them, since a single one is noisy; with fewer there is no verdict yet.
+    """
+    if len(history) < 2 * window:
+        return False
+    mean = lambda name, some: sum(h[name] for h in some) / window
+    before, after = history[-2 * window : -window], history[-window:]
+    rise = mean("lrm_estimate", after) - mean("lrm_estimate", before)
+    fall = mean("true_reward", before) - mean("true_reward", after)
+    return rise > 0 and fall > mean("true_error", after)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# curves
+
+
+def read_log(folder):
+    """The lines of a run's log.jsonl, as dicts. UserError where there is none."""
+    file = Path(folder) / "log.jsonl"
+    try:
+        return [json.loads(line) for line in file.read_text().splitlines()]
+    except (OSError, ValueError) as e:
+        raise UserError(f"cannot read {file}: {getattr(e, 'strerror', None) or e}") from e
+
+
+COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#7f7f7f")
+
+
+def draw_curves(path, panels, width=420, height=260):
+    """Write an SVG: panels side by side, each (title, name of the x axis, {label: [curve]}), a curve [(x, y), ...].
+
+    Curves of one label (the seeds of one method) share its colour. What is not finite is left out.
+    """
+    labels = list(dict.fromkeys(label for *_, curves in panels for label in curves))
+    colour = {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(labels)}
+    parts, left, top, right, bottom = [], 52, 26, 12, 40
+    for i, (title, name, curves) in enumerate(panels):
+        kept = {k: [[p for p in c if math.isfinite(p[0] + p[1])] for c in some] for k, some in curves.items()}
+        points = [p for some in kept.values() for c in some for p in c] or [(0, 0)]
+        (x0, x1), (y0, y1) = ((min(v), max(v)) for v in zip(*points))
+        x1, y0, y1 = x1 + (x1 == x0), y0 - 0.05 * (y1 - y0 or 1), y1 + 0.05 * (y1 - y0 or 1)
+        across = lambda x, x0=x0, x1=x1, i=i: i * width + left + (x - x0) / (x1 - x0) * (width - left - right)
+        up = lambda y, y0=y0, y1=y1: height - bottom - (y - y0) / (y1 - y0) * (height - top - bottom)
+        words = lambda x, y, text, anchor="middle", fill="#333": parts.append(
+            f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{fill}">{html.escape(text)}</text>'
+        )
+        middle = i * width + (left + width - right) / 2
+        words(middle, 15, title), words(middle, height - 22 + 14, name)
+        for k in range(5):
+            x, y = x0 + k * (x1 - x0) / 4, y0 + k * (y1 - y0) / 4
+            ends = f'x1="{across(x0):.1f}" x2="{across(x1):.1f}" y1="{up(y):.1f}" y2="{up(y):.1f}"'
+            parts.append(f'<line {ends} stroke="#ddd"/>')
+            words(across(x0) - 5, up(y) + 4, f"{y:.3g}", "end"), words(across(x), height - bottom + 14, f"{x:.4g}")
+        for label, some in kept.items():
+            for curve in some:
+                line = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in curve)
+                parts.append(f'<polyline points="{line}" fill="none" stroke="{colour[label]}" stroke-width="1.5"/>')
+    for i, label in enumerate(labels):
+        parts.append(f'<text x="{left + 130 * i}" y="{height + 12}" fill="{colour[label]}">{html.escape(label)}</text>')
+    size = f'width="{max(width * len(panels), left + 130 * len(labels))}" height="{height + 20}"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="11">'
+    with atomic(path) as part:
+        part.write_text("\n".join([head, '<rect width="100%" height="100%" fill="white"/>', *parts, "</svg>"]) + "\n")
