@@ -30,6 +30,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 import distributed
+import nets
+import train
 from cli import UserError
 from distributed import Checkpoints, Stopper, World, any_rank, local, mean, normal, randint, shard, start, stop
 from dit import DiT, DiTConfig
@@ -46,11 +48,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled") 
 
 CONTEXT = multiprocessing.get_context("forkserver")  # a clean process that has imported torch once and forks
 CONTEXT.set_forkserver_preload(
-    [
+    [  # the last two: what an optimizer imports, and train.py, for its own tests
         "torch.distributed.fsdp",
         "torch.distributed.checkpoint.state_dict",
         "torch.distributed.tensor.experimental",
         "pytest",
+        "torch._dynamo",
+        "train",
     ]
 )
 
@@ -510,6 +514,8 @@ def test_memory_per_rank_is_the_total_over_the_ranks():
         print(f"{size:5d}  " + "  ".join(f"{max(column):9d}" for column in zip(*held)))
         for row in held:
             assert row == pytest.approx([total / size for total in table[1][0]], rel=0.05)
+        reckoned, _ = nets.held(train.Config(), SIZED, size, SIZED.latents)  # what `train.py memory` says
+        assert max(held) == pytest.approx(reckoned["student and its optimizer"], rel=0.005)
 
 
 def test_bfloat16_computes_and_float32_keeps():

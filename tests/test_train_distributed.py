@@ -1,0 +1,308 @@
+"""train.py on many ranks: 2, 4 and 8 are 1, a killed run goes on, and what befalls one rank is seen by all.
+
+Each process calls `train.train` as torchrun would have it, on the CPU over gloo. What is compared is every gradient
+before clipping, of student, fake score and LRM: parameters alone prove little, for AdamW hides a gradient that is many
+times too large. Starting processes is what costs, so each group of them makes several runs, and the tests read these.
+What distributed.py promises by itself (SGD, saving, full disks, memory) is tested in test_distributed.py.
+"""
+
+import contextlib
+import io
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from test_distributed import difference, equal, launch, ranks, whole
+
+import checkpoint
+import distributed
+import dit
+import train
+import vae3d
+from cli import UserError
+from distributed import start, stop
+
+BATCH = 4  # clips an update, whatever the number of ranks
+STEPS = 3
+UPDATES = 4  # of an iteration: student, fake score twice, LRM
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """Random weights, as small as they go."""
+    folder = tmp_path_factory.mktemp("weights")
+    teacher = dit.DiT(replace(dit.PRESETS["shapes"], width=32, depth=1, heads=2))
+    pairs = ((name, distributed.normal(p.shape, (name,), [0])[0] / 5) for name, p in teacher.named_parameters())
+    distributed.load_sharded(teacher, pairs)
+    checkpoint.save_model(folder / "teacher.safetensors", teacher, kind="teacher", w=2.0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vae = vae3d.VAE3D(replace(vae3d.PRESETS["shapes"], channels=(8, 8, 8)))
+    checkpoint.save_model(folder / "vae.safetensors", vae)
+    return folder
+
+
+def config(folder, out, size=1, total=BATCH, **changes):
+    """All losses on, in float32."""
+    small = {"teacher": f"{folder}/teacher.safetensors", "vae": f"{folder}/vae.safetensors", "out": str(out)}
+    small |= {"iterations": STEPS, "batch": total // size, "global_batch": total, "fake_updates": 2, "m": 1}
+    small |= {"reward": "jpeg_compressibility", "reward_frames": 2, "reward_samples": 2, "precision": "fp32"}
+    small |= {"save_every": 1, "keep_last": 9, "sample_every": 0, "judged": 0}
+    return train.Config(**train.PRESETS["shapes"] | small | changes)
+
+
+def distil(world, folder, out, happens=None, **changes):
+    """A run of train.py: {"gradients": of every update, "final": the state after it, "log", "said", "error"}.
+
+    happens: (rank, n, what) befalls that rank: a signal at the end of its n-th step, or "nan" after its n-th step.
+    """
+    seen, final, printed = [], {}, io.StringIO()
+    clip, loss, calls = distributed.clip_gradients, train.vsd_loss, {"steps": 0, "losses": 0}
+    rank, when, what = happens or (-1, -1, None)
+
+    def record(model, limit):
+        seen.append(whole({name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+        return clip(model, limit)
+
+    def finish(cfg, world, nets, out):
+        for name in ("student", "fake", "ema", "lrm"):
+            final.update({f"{name}.{k}": p for k, p in whole(dict(getattr(nets, name).named_parameters())).items()})
+
+    def vsd_loss(*args, **kwargs):
+        value, info = loss(*args, **kwargs)
+        calls["losses"] += 1
+        return value * (math.nan if what == "nan" and world.rank == rank and calls["losses"] > when else 1), info
+
+    class Stopper(distributed.Stopper):
+        def __call__(self):
+            calls["steps"] += 1
+            if world.rank == rank and calls["steps"] == when and what != "nan":
+                os.kill(os.getpid(), what)
+            return super().__call__()
+
+    error, before = None, [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with contextlib.ExitStack() as stack:
+        for place, name, new in (
+            (distributed, "clip_gradients", record),
+            (distributed, "Stopper", Stopper),
+            (train, "finish", finish),
+            (train, "vsd_loss", vsd_loss),
+        ):
+            stack.enter_context(mock.patch.object(place, name, new))
+        stack.enter_context(contextlib.redirect_stdout(printed))
+        try:
+            train.train(config(folder, out, world.size, **changes), world)
+        except UserError as e:
+            error = str(e)
+    for number, handler in zip((signal.SIGTERM, signal.SIGINT), before):
+        signal.signal(number, handler)
+    log = Path(out) / "log.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    return {"gradients": seen, "final": final, "log": lines, "said": printed.getvalue(), "error": error}
+
+
+def several(folder, runs):
+    """One process of a group: the runs [(out, changes)] one after the other."""
+    world = start("cpu", 1800)
+    answers = [distil(world, folder, out, **changes) for out, changes in runs]
+    stop(world)
+    return answers
+
+
+def killed_while_saving(folder, out):
+    """Rank 1 is killed in the middle of its second checkpoint, its part written."""
+    write, saves = dcp.FileSystemWriter.write_data, []
+
+    def killed(*args):
+        written = write(*args)
+        saves.append(written.wait())
+        if int(os.environ["RANK"]) == 1 and len(saves) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return written
+
+    with mock.patch.object(dcp.FileSystemWriter, "write_data", killed):
+        answer = distil(start("cpu", 1800), folder, out)
+    raise UserError(answer["error"])
+
+
+def left_at(step, run, out):
+    """What a kill after the checkpoint of `step` leaves of a run."""
+    (out / "checkpoints").mkdir(parents=True)
+    shutil.copytree(run / f"checkpoints/step_{step:08d}", out / f"checkpoints/step_{step:08d}")
+    lines = (run / "log.jsonl").read_text().splitlines(keepends=True)
+    (out / "log.jsonl").write_text("".join(lines[: step + 1]))  # one more than was saved
+    return out
+
+
+# The runs
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def one(tiny, place):
+    (run,) = several(tiny, [(place / "one", {})])
+    return run
+
+
+@pytest.fixture(scope="module")
+def killed(tiny, place):
+    return launch(2, killed_while_saving, tiny, place / "killed")[0]
+
+
+@pytest.fixture(scope="module")
+def two(tiny, place, killed):
+    """By name, the two ranks' answers."""
+    (place / "file").touch()
+    stopped, nan = place / "stopped", place / "nan"
+    runs = {
+        "straight": (place / "two", {}),
+        "stopped": (stopped, {"happens": (1, 2, signal.SIGTERM), "save_every": 100}),
+        "stopped, resumed": (stopped, {"resume": True}),
+        "killed, resumed": (place / "killed", {"resume": True}),
+        "nan": (nan, {"happens": (1, 1, "nan"), "patience": 2}),
+        "nan, resumed": (nan, {"resume": True, "iterations": 4}),
+        "recomputed": (place / "recomputed", {"checkpoint_activations": True, "batch": 1, "iterations": 1}),
+        "unwritable": (place / "file", {}),
+    }
+    return dict(zip(runs, zip(*ranks(2, several, tiny, list(runs.values())))))
+
+
+@pytest.fixture(scope="module")
+def four(tiny, place, two):
+    other = left_at(2, place / "two", place / "two to four")
+    return ranks(4, several, tiny, [(place / "four", {"iterations": 1}), (other, {"resume": True})])
+
+
+def updates(run):
+    """The gradients of student, fake score (twice) and LRM, a list a step."""
+    assert len(run["gradients"]) % UPDATES == 0
+    return [run["gradients"][i : i + UPDATES] for i in range(0, len(run["gradients"]), UPDATES)]
+
+
+def close(ours, theirs, limit=1e-5):
+    assert len(ours) == len(theirs)
+    return all(difference(a, b) < limit for a, b in zip(ours, theirs))
+
+
+# What they say
+
+
+def test_many_ranks_give_the_gradients_of_one(one, two, four):
+    assert len(updates(one)) == len(updates(two["straight"][0])) == STEPS
+    for run in (*two["straight"], *(first for first, _ in four)):
+        assert close(updates(run)[0], updates(one)[0])
+    for run in two["straight"]:  # then AdamW has divided rounding by its own size
+        assert all(close(a, b, 1e-2) for a, b in zip(updates(run), updates(one)))
+        assert difference(run["final"], one["final"]) < 1e-3
+
+
+def test_eight_ranks_run_the_small_world(tiny, place):
+    run = {"iterations": 1, "total": 8, "save_every": 100}
+    (alone,) = several(tiny, [(place / "one of eight", run)])
+    for (answer,) in ranks(8, several, tiny, [(place / "eight", run)]):
+        assert answer["error"] is None and close(updates(answer)[0], updates(alone)[0])
+
+
+def test_accumulated_and_recomputed_gradients_are_those_of_the_large_batch(one, two):
+    """Two ranks, twice batch 1, activations computed again in the backward. The LRM's mean and deviation are running
+    ones, which it standardises by as they are after each part: its gradients are others."""
+    for run in two["recomputed"]:
+        assert close(updates(run)[0][:3], updates(one)[0][:3])
+
+
+def test_a_run_goes_on_to_the_bit_from_every_step(tiny, place, one):
+    for step in range(1, STEPS):
+        out = left_at(step, place / "one", place / f"one from {step}")
+        (run,) = several(tiny, [(out, {"resume": True})])
+        assert len(updates(run)) == STEPS - step and equal(run["final"], one["final"])
+        assert [line["step"] for line in run["log"]] == list(range(STEPS))
+
+
+def test_ranks_killed_in_the_middle_of_a_save_go_on_to_the_bit(killed, two):
+    assert killed == [1, -signal.SIGKILL]  # rank 0 has not waited for ever
+    for run, straight in zip(two["killed, resumed"], two["straight"]):
+        assert len(updates(run)) == STEPS - 1 and equal(run["final"], straight["final"])
+    assert "step_00000001" in two["killed, resumed"][0]["said"]
+
+
+def test_another_number_of_ranks_goes_on_to_rounding(tiny, place, two, four):
+    out = left_at(2, place / "two", place / "two to one")
+    runs = [*several(tiny, [(out, {"resume": True})]), *(resumed for _, resumed in four)]
+    for run in runs:
+        assert len(updates(run)) == 1 and close(updates(run)[0], updates(two["straight"][0])[2])
+
+
+def test_sigterm_to_one_rank_saves_and_leaves_in_order(two):
+    first, second = two["stopped"]
+    assert first["said"].splitlines()[-1].startswith("stopped after step 2, saved: go on with --resume --out ")
+    assert not second["said"] and not first["final"] and not first["error"]
+    for run, straight in zip(two["stopped, resumed"], two["straight"]):
+        assert equal(run["final"], straight["final"])
+
+
+def test_a_nan_on_one_rank_skips_the_step_on_all(two):
+    for run in two["nan"]:
+        assert "2 updates in a row" in run["error"] and "saved" in run["error"]
+        assert [line["skipped"] for line in run["log"]] == [0, 1, 2]
+        fine = [[all(t.isfinite().all() for t in grads.values()) for grads in step] for step in updates(run)]
+        assert fine == [[True] * 4, [False, True, True, True], [False, True, True, True]]
+    for run in two["nan, resumed"]:
+        assert run["error"] is None and len(updates(run)) == 1
+        assert all(t.isfinite().all() for t in run["final"].values())
+
+
+def test_a_folder_that_cannot_be_written_is_one_line_on_every_rank(two):
+    for run in two["unwritable"]:
+        assert "cannot write" in run["error"] and "\n" not in run["error"] and not run["gradients"]
+
+
+SHIM = """
+import os, signal, sys
+import distributed, train
+
+
+class Stopper(distributed.Stopper):
+    steps = 0
+
+    def __call__(self):
+        self.steps += 1
+        if (os.environ["TORCHELASTIC_RESTART_COUNT"], os.environ["RANK"], self.steps) == ("0", "1", 3):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__call__()
+
+
+distributed.Stopper, train.finish = Stopper, lambda *_: None
+train.run(train.main)
+"""
+
+
+def test_torchrun_restarts_from_the_newest_checkpoint(tiny, tmp_path):
+    """A real torchrun, whose rank 1 is killed once, at the end of its third step."""
+    (tmp_path / "shim.py").write_text(SHIM)
+    words = ["--teacher", f"{tiny}/teacher.safetensors", "--vae", f"{tiny}/vae.safetensors", "--out", tmp_path / "run"]
+    words += ["--iterations", 4, "--batch", 1, "--fake-updates", 1, "--m", 1, "--judged", 0, "--sample-every", 0]
+    words += ["--save-every", 1, "--precision", "fp32", "--device", "cpu", "--threads", 1]
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=1", "--standalone"]
+    env = os.environ | {"PYTHONPATH": str(Path(train.__file__).parent)}
+    done = subprocess.run(
+        [*map(str, [*run, tmp_path / "shim.py", *words])], capture_output=True, text=True, timeout=1800, env=env
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"going on from {tmp_path}/run/checkpoints/step_0000000" in done.stdout
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert steps == [0, 1, 2, 3]
