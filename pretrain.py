@@ -60,6 +60,7 @@ class VAEConfig(Config):
     lr: float = opt(2e-3, "peak learning rate")
     images: int = opt(300, "first steps, on single frames alone: what is drawn before how it moves")
     kl: float = opt(3e-8, "weight of the KL term, summed over a clip, against the mean error of a pixel")
+    decoder_only: bool = opt(False, "leave the encoder of --init as it is: what was trained on its latents stays valid")
     object_weight: float = opt(4.0, "additional weight of the objects' pixels, fading to zero over the run")
 
 
@@ -93,14 +94,18 @@ def clips(cfg: Config, step: int) -> list[shapes.Clip]:
 def matrices(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The weights between layers, each as a matrix (out, in x kernel) that shares the memory of the parameter."""
     out = {}
-    for name, p in model.named_parameters():
+    for name, p in trainable(model).items():
         hidden = any(part in name for part in ("blocks", "mid", "trunk", "mixer"))  # not the first and last layers
         if hidden and p.ndim > 1 and min(p.shape[0], p[0].numel()) >= 32:
-            out[name] = rows(p.data)
+            out[name] = as_matrix(p.data)
     return out
 
 
-def rows(x: torch.Tensor) -> torch.Tensor:
+def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def as_matrix(x: torch.Tensor) -> torch.Tensor:
     return (x if x.is_contiguous() else x.movedim(1, -1)).flatten(1)  # channels_last_3d has its channels in the end
 
 
@@ -112,14 +117,14 @@ class Optimizer:
     """
 
     def __init__(self, model: torch.nn.Module, lr: float):
-        self.named, self.matrices = dict(model.named_parameters()), matrices(model)
+        self.named, self.matrices = trainable(model), matrices(model)
         others = [p for name, p in self.named.items() if name not in self.matrices]
         muon = torch.optim.Muon(self.matrices.values(), lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
         self.both = [muon, torch.optim.AdamW(others, lr, betas=(0.9, 0.99), weight_decay=0.01)]
 
     def step(self, lr: float) -> None:
         for name, matrix in self.matrices.items():
-            matrix.grad = rows(self.named[name].grad)
+            matrix.grad = as_matrix(self.named[name].grad)
         for optimizer in self.both:
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -140,7 +145,9 @@ def fit(cfg: Config, model: torch.nn.Module, loss_of, show, ema_decay: float = 0
     """
     out = Path(cfg.out)
     if cfg.init:
-        model.load_state_dict(checkpoint.load_model(cfg.init, type(model))[0].state_dict())
+        begun, _ = checkpoint.load_model(cfg.init, type(model))
+        model.load_state_dict(begun.state_dict())
+        model.config = begun.config
     optimizer = Optimizer(model, cfg.lr)
     average = {k: v.detach().clone() for k, v in model.state_dict().items()}
     first = 0
@@ -208,6 +215,10 @@ def made(cfg: Config) -> dict:
 def train_vae(cfg: VAEConfig) -> None:
     torch.manual_seed(cfg.seed)
     model = vae3d.VAE3D(vae3d.PRESETS["shapes"]).to(cfg.device, memory_format=torch.channels_last_3d)
+    if cfg.decoder_only:
+        if not cfg.init:
+            raise UserError("--decoder-only needs the weights whose encoder is kept: name them with --init")
+        model.encoder.requires_grad_(False)
     print(f"VAE: {sum(p.numel() for p in model.parameters()):,} parameters")
 
     def loss_of(step):
@@ -245,7 +256,8 @@ def train_vae(cfg: VAEConfig) -> None:
             scores.append(psnr(model.decode(latents[-1]) - video))
     scores = torch.cat(scores).sort().values
     # latents of unit variance are what the noise schedule expects; the factor is part of the weights from here on
-    model.config.scaling_factor = model.config.scaling_factor / torch.cat(latents).std().item()
+    if not cfg.decoder_only:
+        model.config.scaling_factor = model.config.scaling_factor / torch.cat(latents).std().item()
     results = {"psnr": scores.mean().item(), "psnr_worst_tenth": scores[: max(1, len(scores) // 10)].mean().item()}
     print(f"held-out clips: {results}")
     checkpoint.save_model(Path(cfg.out) / "vae.safetensors", model, torch.float16, **made(cfg), results=results)
