@@ -4,15 +4,24 @@ A GPU is told what to do and does it later. A clock that does not wait for it me
 hardly depends on how much there is to do: so ratios far above the ratio of network evaluations can appear. Everything
 is therefore timed twice, waiting after each phase ("synchronised") and not ("launched"), and network evaluations stand
 beside the seconds. On a CPU, which does what it is told at once, the two agree.
+
+Also what a reward costs in memory when it is differentiated (Tables 1 and 10). Where no GPU is there to say so, this is
+counted: each operation is asked for its result's size alone ("meta" tensors: no numbers, so CLIP-H at 128 frames takes
+no memory to count), and what is alive at the same time is added up. A GPU's kernels may need some workspace on top.
 """
 
 import contextlib
 import gc
 import statistics
 import time
+import weakref
 from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import lrm
 
 PHASES = ("text", "diffusion", "decoding", "total")
 
@@ -121,4 +130,101 @@ def memory(models, prompt):
         work = phases(generator, prompt, steps, w)
         row = {name: peak(phase, generator.device) for name, phase in work.items()}
         rows.append({"label": label, "steps": steps, "weights": weights} | row)
+    return rows
+
+
+class Alive(TorchDispatchMode):
+    """Counts the bytes of all tensors alive within it, forward and backward: .now, and .most at once."""
+
+    def __init__(self, tensors):
+        super().__init__()
+        self.now, self.most, self.known = 0, 0, set()
+        self.count(tensors)
+
+    def count(self, tensors):
+        for storage in (t.untyped_storage() for t in tensors if torch.is_tensor(t)):
+            if storage._cdata not in self.known:
+                self.known.add(storage._cdata)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
+        self.most = max(self.most, self.now)
+
+    def free(self, key, size):
+        self.known.discard(key)
+        self.now -= size
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.count(tree_leaves(out))
+        return out
+
+
+def footprint(model, x, *others):
+    """Bytes of model(x, *others), whose first argument gets a gradient, and whatever of `model` learns.
+
+    -> {"forward": the peak without gradient, "backward": the peak of forward and backward, "saved": what is kept from
+    the one to the other, parameters left out}; weights and arguments are part of both peaks.
+    """
+    weights, saved, device = list(model.parameters()), {}, x.device
+    ours = {p.untyped_storage()._cdata for p in weights}
+
+    def keep(t):
+        storage = t.untyped_storage()
+        saved.update({} if storage._cdata in ours else {storage._cdata: storage.nbytes()})
+        return t
+
+    def both():
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            out = model(x.detach().requires_grad_(), *others).sum()
+        out.backward()
+
+    def most(work):
+        if device.type == "cuda":
+            return peak(work, device)
+        with Alive([*weights, x, *others]) as alive:
+            work()
+        return alive.most
+
+    found = {"forward": most(torch.no_grad()(lambda: model(x, *others))), "backward": most(both)}
+    for p in weights:
+        p.grad = None
+    return found | {"saved": sum(saved.values())}
+
+
+class Clip(torch.nn.Module):
+    """HPSv2 and PickScore's network, of random weights and frozen, as a reward of a video and a prompt."""
+
+    def __init__(self, name="ViT-H-14"):
+        import open_clip
+
+        import preference
+
+        super().__init__()
+        self.clip = open_clip.CLIP(**open_clip.get_model_config(name)).eval().requires_grad_(False)
+        self.make = preference.cosine
+
+    def forward(self, video):
+        size, context = self.clip.visual.image_size[0], self.clip.context_length
+        return self.make(self.clip.encode_image, self.clip.encode_text, size, True, context, video.device)(video, ["a"])
+
+
+def reward_memory(device, frames=(1, 12, 24, 64, 128), clip="ViT-H-14"):
+    """Rows {"label", "parameters", "frames", "forward", "backward", "saved"}: rewards of a video of 192x320, batch 1.
+
+    device: "cuda" measures, "meta" counts. Latent rewards see 5 latents of 12x24x40 for each 16 frames, and one of an
+    image; the text has 256 tokens of 4096. All in float32.
+    """
+    rows, empty = [], lambda *shape: torch.empty(shape, device=device).normal_()
+    latents = lambda n: empty(1, 12, 1 if n == 1 else 5 * -(-n // 16), 24, 40)
+    kinds = [
+        ("image LRM", lrm.ImageLRM, lambda n: (latents(n),)),
+        ("text-image LRM", lrm.TextImageLRM, lambda n: (latents(n), empty(1, 256, 4096))),
+        ("CLIP-H (HPSv2, PickScore)", lambda: Clip(clip), lambda n: (empty(1, 3, n, 192, 320),)),
+    ]
+    for label, make, inputs in kinds:
+        with torch.device(device):
+            model = make()
+        size = sum(p.numel() for p in model.parameters())
+        rows += [{"label": label, "parameters": size, "frames": n} | footprint(model, *inputs(n)) for n in frames]
+        del model
     return rows

@@ -5,6 +5,9 @@
     python eval.py world --reference                         # the same of rendered clips and the VAE's copies of them
     python eval.py validate                                  # does each of the sixteen dimensions see what it should?
     python eval.py time --weights W --teacher T              # Table 4; memory: the same for peak memory
+    python eval.py reward-memory                             # of latent and pixel rewards, Tables 1 and 10
+    python eval.py tuned RUNS...                             # students tuned to a reward, side by side (Table 5)
+    python eval.py curves RUNS... --out FILE.svg             # rewards and LRM over the iterations (Fig. 8, 10, 11)
     python eval.py grid --weights W                          # one subject in every look and camera move (Fig. 28, 29)
     python eval.py videos --weights W --out DIR              # VBench's 4,730 videos; torchrun shares them out
     python eval.py vbench --videos DIR --results DIR         # VBench's sixteen dimensions and totals
@@ -34,9 +37,12 @@ import dimensions
 import people
 import report
 import results
+import rewards
 import shapes
+import watch
 from benchmark import vbench_scores
 from cli import UserError, atomic, opt, parse, run
+from distributed import World
 from generate import Generator
 from metrics import Inception, pixel_features, vendi, vendi_kernel, video_diversity
 from reading import Eye, held_out, model_rows, reference_rows
@@ -104,6 +110,59 @@ def world(cfg):
         rows = model_rows(cfg, cfg.name(), eye, reference["features"], generator, prompts, named)
     model = {k: generator.about.get(k) for k in ("kind", "timesteps", "command", "date")} if generator else None
     return results.save(cfg, "world", rows=rows, judge=eye.about.get("results"), model=model)
+
+
+@dataclass
+class TunedConfig(WorldConfig):
+    runs: tuple[str, ...] = opt((), "folders NAME-SEED of train.py and ddpo.py")
+    start: str = opt(str(HERE / "student.safetensors"), "the student they began with (none: leave it out)")
+    baseline: str = opt("vsd-cd", "the NAME that the others' factors are compared with")
+    reward: str = opt("agreement", "the reward they were tuned to")
+    reward_weights: str | None = opt(None, "file or folder of its weights")
+    reward_samples: int = opt(256, "fresh samples whose true reward is measured")
+    prompts: int = opt(300, "held-out prompts")
+    vendi_prompts: int = opt(20, "prompts of these that are drawn with 5 seeds each, for diversity (0: none)")
+
+
+def tuned(cfg):
+    """Table 5: students tuned to one reward: its true value on fresh samples, the judge's readings, diversity."""
+    starts = [("before", cfg.start, None)] if cfg.start.lower() != "none" else []
+    runs = starts + [(watch.name_and_seed(f)[0], str(Path(f) / "student.safetensors"), f) for f in cfg.runs]
+    logs = [folder and watch.read_log(folder) for *_, folder in runs]
+    if not cfg.runs or not all(log is None or log for log in logs):
+        raise UserError("name the folders of finished runs: eval.py tuned RUNS...")
+    reward = rewards.make(cfg.reward, cfg.reward_weights, device=cfg.device)
+    eye, unseen = Eye(cfg.judge, cfg.device, cfg.batch), shapes.held_out_prompts(cfg.reward_samples)
+    clips, prompts, named = held_out(cfg.prompts)
+    reference = eye.over(lambda some: shapes.render_batch([clips[i] for i in some]), cfg.prompts, "reference")
+    rows, alone = [], World(0, 1, torch.device(cfg.device))
+    for (label, file, folder), log in zip(runs, logs):
+        generator = cfg.load(file)
+        n = len(generator.about["timesteps"])
+        (row,) = model_rows(replace(cfg, steps=(n,)), label, eye, reference["features"], generator, prompts, named)
+        row |= watch.measure(generator, reward, unseen, n, cfg.reward_samples, cfg.batch, alone)
+        if folder:
+            row |= {"seed": watch.name_and_seed(folder)[1], "iterations": log[-1]["step"] + 1}
+            row |= {k: log[-1].get(k) for k in ("trained_s", "reward_evaluations", "rank_correlation")}
+        rows.append(row)
+    made = results.save(cfg, "tuned", rows=rows, baseline=cfg.baseline, judge=eye.about.get("results"))
+    print(results.table([made]))
+    return made
+
+
+@dataclass
+class CurvesConfig(Config):
+    runs: tuple[str, ...] = opt((), "folders NAME-SEED of train.py and ddpo.py")
+    out: str = opt("curves.svg", "the drawing")
+
+
+def curves(cfg):
+    """Draw the rewards and the LRM's quality from runs' log.jsonl (the paper's Fig. 8, 10, 11)."""
+    found = watch.panels(cfg.runs)
+    if not found:
+        raise UserError("name the folders of runs with a --reward: eval.py curves RUNS... --out FILE.svg")
+    watch.draw_curves(cfg.out, found)
+    print(f"wrote {cfg.out}: {'; '.join(f'{title} over {axis}' for title, axis, _ in found)}")
 
 
 @dataclass
@@ -179,6 +238,22 @@ def time_(cfg):
 def memory(cfg):
     """Peak memory of each phase."""
     made = results.save(cfg, "memory", rows=cost.memory(models(cfg), cfg.prompt), device=device_name(cfg.device))
+    print(results.table([made]))
+    return made
+
+
+@dataclass
+class RewardMemoryConfig(Config):
+    frames: tuple[int, ...] = opt((1, 12, 24, 64, 128), "frames of 192x320")
+    clip: str = opt("ViT-H-14", "open_clip's name of the pixel reward's network")
+
+
+def reward_memory(cfg):
+    """Tables 1 and 10: peak memory of latent and pixel rewards, forward and backward; counted where there is no GPU."""
+    gpu = torch.device(cfg.device).type == "cuda"
+    rows = cost.reward_memory(cfg.device if gpu else "meta", cfg.frames, cfg.clip)
+    device = device_name(cfg.device) if gpu else "counted"
+    made = results.save(cfg, "reward_memory", rows=rows, device=device)
     print(results.table([made]))
     return made
 
@@ -425,10 +500,14 @@ def samples(cfg, student, file, n, prompts=6):
 
 COMMANDS = {
     "world": (WorldConfig, world), "validate": (ValidateConfig, validate), "grid": (GridConfig, grid),
-    "time": (CostConfig, time_), "memory": (CostConfig, memory), "videos": (VideosConfig, videos),
+    "time": (CostConfig, time_), "memory": (CostConfig, memory),
+    "reward-memory": (RewardMemoryConfig, reward_memory), "videos": (VideosConfig, videos),
     "vbench": (VBenchConfig, vbench), "vendi": (VendiConfig, diversity_of_files), "people": (PeopleConfig, people_),
-    "votes": (VotesConfig, votes), "report": (ReportConfig, report_),
+    "votes": (VotesConfig, votes), "tuned": (TunedConfig, tuned), "curves": (CurvesConfig, curves),
+    "report": (ReportConfig, report_),
 }  # fmt: skip
+
+POSITIONAL = {"votes": "--files", "tuned": "--runs", "curves": "--runs"}  # what words without a flag are
 
 
 def main():
@@ -444,8 +523,8 @@ def main():
             part.write_text(text, encoding="utf-8")
     elif command in COMMANDS:
         config, work = COMMANDS[command]
-        if command == "votes" and words and not words[0].startswith("-"):
-            words = ["--files", *words]
+        if command in POSITIONAL and words and not words[0].startswith("-"):
+            words = [POSITIONAL[command], *words]
         cfg = parse(config, words, __doc__ if command == "report" else work.__doc__)
         if cfg.threads:
             torch.set_num_threads(cfg.threads)

@@ -46,7 +46,7 @@ def _mean_over_frames(video, size, whole, score):
     return torch.cat([score(_prepare(x, size, whole), i) for x, i in parts]).view(len(video), -1).mean(1)
 
 
-def _cosine(encode_image, encode_text, size, whole, context, device):
+def cosine(encode_image, encode_text, size, whole, context, device):
     """cos(image, text), without CLIP's temperature: the scale on which the paper reports HPSv2 and PickScore."""
     from open_clip import SimpleTokenizer
 
@@ -94,7 +94,7 @@ def hpsv2(name, file, device):
         raise UserError(f"{told} does not describe a CLIP model: {e!r}") from e
     _fill(model, tensors, file, device)
     size, context = model.visual.image_size[0], model.context_length
-    return _cosine(model.encode_image, model.encode_text, size, True, context, device)
+    return cosine(model.encode_image, model.encode_text, size, True, context, device)
 
 
 def _clip_folder(folder, device):
@@ -120,7 +120,7 @@ def _clip_folder(folder, device):
 def pickscore(name, folder, device):
     """PickScore v1 (arXiv:2305.01569): a CLIP ViT-H-14."""
     image, text, size, context = _clip_folder(folder, device)
-    return _cosine(image, text, size, False, context, device)
+    return cosine(image, text, size, False, context, device)
 
 
 def _affine(x, tensors, prefix):

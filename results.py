@@ -16,8 +16,9 @@ from pathlib import Path
 
 import benchmark
 from cli import UserError, atomic
-from metrics import pm
+from metrics import mean_error, pm
 from reading import MAIN
+from shapes import FACTORS
 
 
 def save(cfg, kind, **content):
@@ -149,6 +150,28 @@ def _sharding(results):
     return header, lines
 
 
+PAPER = {  # Tables 1 and 10: forward at 128 frames, backward at so many; in bytes
+    "image LRM": (8.998e6, {128: 17.772e6}),
+    "text-image LRM": (15.5e6, {128: 26.277e6}),
+    "CLIP-H (HPSv2, PickScore)": (5.926e9, {12: 12.373e9, 24: 20.577e9, 64: 48.413e9}),
+}
+
+
+def _reward_memory(results):
+    """Peaks with weights, a row a model, and the paper's below it."""
+    size = lambda b: "" if b is None else f"{b / 1e6:.3f} MB" if b < 1e9 else f"{b / 1e9:.3f} GB"
+    frames, lines = sorted({row["frames"] for row in _rows(results)}), []
+    for result in results:
+        for label in dict.fromkeys(row["label"] for row in result["rows"]):
+            row = {r["frames"]: r for r in result["rows"] if r["label"] == label}
+            forward, backward = PAPER.get(label, (None, {}))
+            last = row[max(row)]
+            peaks = [size(last["forward"]), *(size(row[n]["backward"]) if n in row else "" for n in frames)]
+            lines.append([f"{label}, {result['device']}", f"{last['parameters']:,}", *peaks])
+            lines.append(["the paper", "", size(forward), *(size(backward.get(n)) for n in frames)])
+    return ["", "parameters", f"forward, {frames[-1]} frames", *(f"backward, {n}" for n in frames)], lines
+
+
 def _vendi(results):
     """Eq. 17: mean ± standard deviation over prompts, as in the paper's Table 3."""
     lines = []
@@ -156,6 +179,32 @@ def _vendi(results):
         spread = [f"{row[k]['mean']:.2f} ± {row[k]['std']:.2f}" if row.get(k) else "-" for k in ("pixel", "inception")]
         lines.append([row["label"], row["prompts"], *spread])
     return ["", "prompts", "Vendi (pixel)", "Vendi (Inception)"], lines
+
+
+def _tuned(results):
+    """Table 5: means over the seeds and their standard errors; what falls is told against the row `baseline`."""
+    header = ["", "seeds", "iterations", "reward evaluations", "training, s", "true reward", *MAIN, "mean of 4"]
+    header += ["Vendi - 1", "Frechet", "largest fall of a factor", "counts"]
+    over = lambda rows, name: mean_error([row[name] for row in rows if row.get(name) is not None])
+    score = lambda rows, name: mean_error([row[name]["mean"] for row in rows if (row.get(name) or {}).get("mean")])
+    shown = lambda s, *how: pm(s if s["n"] > 1 else s | {"error": None}, *how)  # one seed has no error
+    count = lambda s: f"{s['mean']:,.0f}" if s["n"] else ""
+    lines = []
+    for result in results:
+        groups = {}
+        for row in result["rows"]:
+            groups.setdefault(row["label"], []).append(row)
+        base = groups.get(result["baseline"]) or next(iter(groups.values()))
+        for label, rows in groups.items():
+            cells = [count(over(rows, name)) for name in ("iterations", "reward_evaluations", "trained_s")]
+            cells += [shown(over(rows, "true_reward"), 1, 4), *(shown(score(rows, f), 100) for f in (*MAIN, "main"))]
+            cells += [shown(score(rows, "vendi"), 1, 3), shown(score(rows, "frechet"), 1, 2)]
+            change = {f: 100 * (score(rows, f)["mean"] - score(base, f)["mean"]) for f in FACTORS}
+            change = {f: c for f, c in change.items() if math.isfinite(c)}
+            worst = min(change, key=change.get, default=None) if rows is not base else None
+            cells += [f"{change[worst]:+.1f} ({worst})", "no" if change[worst] < -3 else "yes"] if worst else ["", ""]
+            lines.append([label, len(rows), *cells])
+    return header, lines
 
 
 def _votes(results):
@@ -175,7 +224,8 @@ def _vbench(results):
 
 TABLES = {
     "world": _world, "dimensions": _dimensions, "validation": _validation, "time": _time, "memory": _memory,
-    "sharding": _sharding, "vendi": _vendi, "votes": _votes, "vbench": _vbench,
+    "reward_memory": _reward_memory,
+    "sharding": _sharding, "vendi": _vendi, "votes": _votes, "tuned": _tuned, "vbench": _vbench,
 }  # fmt: skip
 
 

@@ -49,6 +49,8 @@ def measure(generator, reward, prompts, n, samples, batch, world, lrm=None, mome
     without moments their plain weighted sum), each of several as "true_NAME"; with an LRM also "lrm_estimate" and
     "rank_correlation".
     """
+    if samples < 2:
+        raise UserError(f"--reward-samples: at least 2, not {samples}")
     share, rows = -(-samples // world.size), []  # all ranks make the same number of calls
     mine = range(world.rank * share, (world.rank + 1) * share)
     for some in (mine[i : i + batch] for i in range(0, share, batch)):
@@ -101,6 +103,35 @@ def read_log(folder):
         return [json.loads(line) for line in file.read_text().splitlines()]
     except (OSError, ValueError) as e:
         raise UserError(f"cannot read {file}: {getattr(e, 'strerror', None) or e}") from e
+
+
+def name_and_seed(folder):
+    """A run's folder NAME-SEED -> (NAME, SEED); of another name (its name, 0)."""
+    name, _, seed = Path(folder).name.rpartition("-")
+    return (name, int(seed)) if name and seed.isdigit() else (Path(folder).name, 0)
+
+
+def panels(runs):
+    """What `draw_curves` shows of the logs of runs (folders NAME-SEED): only what has been logged."""
+    wanted = [
+        ("rank correlation of LRM and reward", "iteration", "step", "rank_correlation"),
+        ("squared error of the LRM", "iteration", "step", "lrm"),
+        ("true reward of fresh samples", "iteration", "step", "true_reward"),
+        ("true reward of fresh samples", "seconds of training", "trained_s", "true_reward"),
+        ("true reward of fresh samples", "evaluations of the reward", "reward_evaluations", "true_reward"),
+    ]
+    logs, found = [(name_and_seed(run)[0], read_log(run)) for run in runs], []
+    for title, axis, x, y in wanted:
+        curves = {}
+        for label, log in logs:
+            points = [(line[x], line[y]) for line in log if x in line and y in line]
+            part = max(1, len(points) // 100)  # of what is logged every iteration, means
+            means = [tuple(sum(v) / len(v) for v in zip(*points[i : i + part])) for i in range(0, len(points), part)]
+            if means:
+                curves.setdefault(label, []).append(means)
+        if curves:
+            found.append((title, axis, curves))
+    return found
 
 
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#7f7f7f")

@@ -413,6 +413,41 @@ def test_world_repeats_itself_and_makes_its_table(tiny, tmp_path, monkeypatch, c
             call(monkeypatch, *bad)
 
 
+def test_tuned_students_side_by_side(tiny, tmp_path, monkeypatch, capsys):
+    """Table 5 of runs NAME-SEED: means over seeds, and what falls against the baseline."""
+    for i, name in enumerate(("vsd-cd-0", "vsd-cd-1", "ddpo-0")):
+        (tmp_path / name).mkdir()
+        shutil.copy(tiny / "student.safetensors", tmp_path / name)
+        log = [{"step": 0, "true_reward": 1.0}, {"step": 7 + i, "trained_s": 2.0, "reward_evaluations": 64 * i}]
+        (tmp_path / name / "log.jsonl").write_text("\n".join(map(json.dumps, log)))
+    words = ["--judge", tiny / "judge.safetensors", "--vae", tiny / "vae.safetensors", "--prompts", 20]
+    words += ["--reward", "jpeg_compressibility", "--reward-samples", 4, "--vendi-prompts", 0, "--batch", 20]
+    runs = [tmp_path / name for name in ("vsd-cd-0", "vsd-cd-1", "ddpo-0")]
+    call(monkeypatch, "tuned", *runs, *words, "--start", "none", "--out", tmp_path / "results/tuned-x.json")
+    (made,) = results.read("tuned", tmp_path / "results")
+    assert [(r["label"], r["seed"], r["iterations"]) for r in made["rows"]] == [
+        ("vsd-cd", 0, 8), ("vsd-cd", 1, 9), ("ddpo", 0, 10)
+    ]  # fmt: skip
+    assert made["rows"][0]["true_reward"] == made["rows"][2]["true_reward"] < 0  # the same weights, prompts, noise
+    base, ddpo = results.table([made]).splitlines()[2:]
+    assert base.startswith("| vsd-cd | 2 | 8 | 32 | 2 | -") and "±0.0000" in base  # no factor: it is the baseline
+    assert "| 128 |" in ddpo and ddpo.endswith("| +0.0 (object) | yes |") and "±" not in ddpo.split("|")[6]
+    made["rows"][2]["scene"]["mean"] -= 0.031
+    assert results.table([made]).endswith("| -3.1 (scene) | no |")
+    call(monkeypatch, "curves", *runs, "--out", tmp_path / "curves.svg")
+    assert "true reward of fresh samples" in (tmp_path / "curves.svg").read_text()
+    with pytest.raises(UserError, match="name the folders"):
+        call(monkeypatch, "tuned", *words)
+
+
+def test_reward_memory_stands_beside_the_papers():
+    row = {"label": "image LRM", "parameters": 189441, "forward": 5e6, "saved": 1}
+    rows = [row | {"frames": 1, "backward": 2e6}, row | {"frames": 128, "backward": 1.5e9}]
+    table = results.table([{"kind": "reward_memory", "rows": rows, "device": "counted"}]).splitlines()
+    assert table[2] == "| image LRM, counted | 189,441 | 5.000 MB | 2.000 MB | 1.500 GB |"
+    assert table[3] == "| the paper |  | 8.998 MB |  | 17.772 MB |"
+
+
 def test_a_broken_video_is_left_out(tiny):
     eye = reading.Eye(tiny / "judge.safetensors", batch=4)
 

@@ -1,5 +1,6 @@
 """watch.py: rank correlation against SciPy's definition, measuring against closed forms, the verdict, the drawing."""
 
+import json
 import math
 import xml.etree.ElementTree as ET
 from types import SimpleNamespace
@@ -79,12 +80,26 @@ def test_overoptimised_is_when_the_estimate_rises_and_the_truth_falls():
     assert not watch.overoptimised(history(falling, falling))  # both fall: the student is lost, not the LRM deceived
     assert not watch.overoptimised(history(falling, rising))
     assert not watch.overoptimised(history(rising[:5], falling[:5]))  # too early to say
-    assert watch.overoptimised(history([9.0] + rising, [-9.0] + falling))  # what is long past does not count
+    assert watch.overoptimised(history([9.0, *rising], [-9.0, *falling]))  # what is long past does not count
     assert not watch.overoptimised(history(rising, falling, error=0.31))  # the fall is 0.3, within its error
     assert watch.overoptimised(history(rising, falling, error=0.29))
     assert watch.overoptimised(history([0, 1], [1, 0]), window=1)
     noisy = [0.5, 0.1, 0.4, 0.45, 0.5, 0.05]  # the last is the lowest, the windows are alike
     assert not watch.overoptimised(history(rising, noisy, error=0.01))
+
+
+def test_panels_are_made_of_logs(tmp_path):
+    for name, factor in (("lrm-0", 1), ("lrm-12", 2), ("base", 0)):
+        (tmp_path / name).mkdir()
+        lines = [{"step": i, "trained_s": 2.0 * i} | ({"lrm": factor * 1.0} if factor else {}) for i in range(250)]
+        lines[200] |= {"true_reward": 3.0}
+        (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = watch.panels([tmp_path / name for name in ("lrm-0", "lrm-12", "base")])
+    assert [(axis, list(curves)) for _, axis, curves in found] == [
+        ("iteration", ["lrm"]), ("iteration", ["lrm", "base"]), ("seconds of training", ["lrm", "base"])
+    ]  # fmt: skip
+    error, truth = found[0][2]["lrm"], found[2][2]["base"]
+    assert [len(c) for c in error] == [125, 125] and error[1][0] == (0.5, 2.0) and truth == [[(400.0, 3.0)]]
 
 
 def test_curves_are_drawn_where_the_numbers_are(tmp_path):
@@ -98,5 +113,5 @@ def test_curves_are_drawn_where_the_numbers_are(tmp_path):
     assert points[1][0] == (pytest.approx((x0 + x1) / 2), pytest.approx((y0 + y1) / 2, abs=0.1))
     assert points[2][0] == (x1, points[1][0][1]) and y1 < y0  # up is more
     assert len({line.get("stroke") for line in lines}) == 2
-    with pytest.raises(UserError, match="log.jsonl"):
+    with pytest.raises(UserError, match="cannot read"):
         watch.read_log(tmp_path)
