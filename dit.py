@@ -274,23 +274,12 @@ class DiT(nn.Module):
         What it predicts, on which schedule, is what `save_cogvideox` noted, else what `scheduler/` beside the folder
         says, else what CogVideoX published. Raises UserError naming the file, field or tensor that does not fit.
         """
-        folder, config = Path(folder), _read_config(Path(folder))
+        folder, config = Path(folder), read_config(folder)
         with torch.device("meta"):
             model = cls(config)
-        names = weight_names(config.depth)
-        for key, tensor in _read_tensors(folder):
-            if key in DROPPED:
-                continue
-            if key not in names:
-                raise UserError(f"{folder}: a CogVideoX transformer of {config.depth} layers has no tensor {key}")
-            module, leaf = names.pop(key).rsplit(".", 1)
-            module = model.get_submodule(module)
-            want, got = tuple(getattr(module, leaf).shape), tuple(tensor.shape)
-            if got != want:
-                raise UserError(f"{folder}: {key} has shape {got}, but config.json asks for {want}")
-            setattr(module, leaf, nn.Parameter(tensor.to(dtype or tensor.dtype, copy=True)))
-        if names:
-            raise UserError(f"{folder}: {len(names)} tensors are missing, the first is {next(iter(names))}")
+        for name, tensor in read_weights(folder, config):
+            module, leaf = name.rsplit(".", 1)
+            setattr(model.get_submodule(module), leaf, nn.Parameter(tensor.to(dtype or tensor.dtype, copy=True)))
         return model
 
     def save_cogvideox(self, folder, **about):
@@ -366,8 +355,9 @@ def _to_diffusers(config):
     return made | {"sample_height": height, "sample_width": width}
 
 
-def _read_config(folder):
+def read_config(folder):
     """The DiTConfig of a diffusers folder; a field that is not there has diffusers' default, which is the 2B's."""
+    folder = Path(folder)
 
     def check(got, want):
         for key, value in want.items():
@@ -398,6 +388,26 @@ def _read_config(folder):
         raise UserError(f"cannot read {path}: {e.strerror} (want the folder `transformer` of a pipeline)") from e
     except (TypeError, ValueError, KeyError, ZeroDivisionError) as e:
         raise UserError(f"{path} is not of CogVideoX 2B or 5B, text to video: {e}") from e
+
+
+def read_weights(folder, config):
+    """Every (our name, tensor) of a diffusers folder, one at a time, so that a rank can keep its rows alone.
+
+    Raises UserError naming a tensor that is missing, or that a network of this config does not have in this shape.
+    """
+    with torch.device("meta"):
+        names, model = weight_names(config.depth), DiT(config)
+    for key, tensor in _read_tensors(Path(folder)):
+        if key in DROPPED:
+            continue
+        if key not in names:
+            raise UserError(f"{folder}: a CogVideoX transformer of {config.depth} layers has no tensor {key}")
+        want, got = tuple(model.get_parameter(names[key]).shape), tuple(tensor.shape)
+        if got != want:
+            raise UserError(f"{folder}: {key} has shape {got}, but config.json asks for {want}")
+        yield names.pop(key), tensor
+    if names:
+        raise UserError(f"{folder}: {len(names)} tensors are missing, the first is {next(iter(names))}")
 
 
 def _read_tensors(folder):

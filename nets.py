@@ -20,7 +20,7 @@ from cli import UserError
 from data import PRESETS as CLIPS
 from data import Folder, LatentCache, Shapes, fingerprint
 from dit import PRESETS as SIZES
-from dit import DiT
+from dit import DiT, read_config, read_weights
 from judge import Judge
 from schedule import Schedule, timesteps
 from shapes import WORDS, held_out_prompts
@@ -85,8 +85,9 @@ def build(cfg, world) -> Nets:
         if not getattr(cfg, name):
             raise UserError(f"--{name} is needed: the preset {cfg.preset} has no {name} of its own")
     if folder := Path(cfg.teacher).is_dir():
-        whole = DiT.from_cogvideox(below(cfg.teacher, "transformer"))  # read once for all networks, in the file's dtype
-        config, w, weights = whole.config, 5.0, lambda: whole.state_dict().items()  # made for a guidance scale of 6
+        place = below(cfg.teacher, "transformer")  # read anew for each network, so that no rank holds a whole one
+        config, w = read_config(place), 5.0  # made for a guidance scale of 6
+        weights = lambda: read_weights(place, config)
     else:
         said = checkpoint.metadata(cfg.teacher, "DiT")
         config, w, weights = DiT.Config(**said["config"]), said.get("w", 2.0), lambda: cfg.teacher
@@ -156,7 +157,7 @@ def build(cfg, world) -> Nets:
     about |= {"timesteps": timesteps(cfg.steps), "transition": cfg.transition} if cfg.tune == "student" else {}
     about |= {"latents": list(latents), "text_fingerprint": encoder.fingerprint}
     if folder:
-        about["weights_dtype"] = str(whole.patch_in.weight.dtype)
+        about["weights_dtype"] = str(next(weights())[1].dtype)
     if vae:
         vae = vae.to(world.device, memory_format=torch.channels_last_3d).eval().requires_grad_(False)
     reward = lrm = judge = moments = None

@@ -208,7 +208,8 @@ def iterate(cfg: Config, world, nets: Nets, optimizers, step, accumulate):
                 loss = conjugate_velocity_loss(model, schedule, x_hat, t, eps, fake.config.prediction)
             (loss / accumulate).backward()
             add(numbers, accumulate * cfg.fake_updates, fake=loss)
-        fine = update("fake", math.isfinite(loss.item()))[1] and fine
+        numbers["fake_norm"], made = update("fake", math.isfinite(loss.item()))
+        fine = made and fine
 
     # Train the latent reward model on real and generated latents (lines 16-17, Eq. 14)
     learns = lrm and not cfg.lrm_frozen
@@ -226,7 +227,8 @@ def iterate(cfg: Config, world, nets: Nets, optimizers, step, accumulate):
         (loss / accumulate).backward()
         add(numbers, accumulate, lrm=loss, reward=nets.moments.natural(true[len(x) :]).mean())
     if learns:
-        fine = update("lrm", math.isfinite(loss.item()))[1] and fine
+        numbers["lrm_norm"], made = update("lrm", math.isfinite(loss.item()))
+        fine = made and fine
     return numbers, fine
 
 
