@@ -22,7 +22,7 @@ but noisy, as a reward far from 0 moves all samples alike. --advantage batch | p
 ReFL (arXiv:2304.05977) takes the gradient of reward, decoder and the x_0 predicted at one of the last N steps, DRaFT-K
 (arXiv:2309.17400) that of the sample through its last K = N steps. --beta-kl adds the mean squared distance to the
 distilled student's x_0 at the same x_t, summed over the steps with gradient: for "renoise" it is, up to a factor a
-step, the KL divergence of the moves.
+step, the KL divergence of the moves. Several rewards are each standardised by their running moments (rewards.py).
 """
 
 import json
@@ -42,8 +42,10 @@ import checkpoint
 import distributed
 import rewards
 import shapes
+import watch
 from cli import UserError, open_log, opt, parse, run
 from dit import DiT
+from generate import Generator
 from schedule import Schedule, denoise, log_prob, timesteps
 from text import T5, WordTable
 from vae3d import VAE3D
@@ -69,6 +71,10 @@ class Config:
     reward: str = opt("none", "a reward of rewards.py, or several: hpsv2=1,agreement=2")
     reward_weights: str | None = opt(None, "file or folder of the reward's weights")
     reward_frames: int | None = opt(None, "frames an image reward looks at (none: all)")
+    reward_every: int = opt(50, "iterations between measurements of the reward on fresh samples (see watch.py)")
+    reward_samples: int = opt(64, "samples of a measurement")
+    max_seconds: int = opt(0, "end after so many seconds of training, measurements left out (0: --iterations alone)")
+    max_evaluations: int = opt(0, "end after so many evaluations of the reward (0: --iterations alone)")
     method: Literal["ddpo", "refl", "draft"] = opt("ddpo", "policy gradient, or the reward's own (see above)")
     truncate: int = opt(2, "ddpo: gradient on the last so many moves with a std; refl, draft: on the last steps")
     transition: Literal["renoise", "posterior", "ddim"] | None = opt(None, "between steps (none: the student's own)")
@@ -214,9 +220,11 @@ def tune(cfg: Config, world) -> None:
     ddpo, out, each = cfg.method == "ddpo", Path(cfg.out), max(1, cfg.batch) * world.size
     accumulate = cfg.global_batch // each if cfg.global_batch else 7 if each < 16 else 1
     total = each * accumulate
-    small = min(cfg.batch, cfg.truncate, cfg.updates, cfg.save_every, cfg.patience) < 1 or cfg.prompt_count < 0
+    whole = ("batch", "truncate", "updates", "save_every", "reward_every", "reward_samples", "patience")
+    small = ", ".join("--" + name.replace("_", "-") for name in whole if getattr(cfg, name) < 1)
     for wrong, what in (
-        (small, "--batch, --truncate, --updates, --save-every, --patience are at least 1, --prompt-count at least 0"),
+        (small, f"{small}: at least 1"),
+        (cfg.prompt_count < 0, "--prompt-count: at least 0"),
         (cfg.global_batch not in (0, total), f"--global-batch is no multiple of {each}, --batch times the ranks"),
         (cfg.updates > 1 and (not ddpo or cfg.variant == "sf"), "several --updates need --method ddpo --variant is"),
         (ddpo and cfg.advantage == "batch" and total < 2, "--advantage batch needs a --global-batch of 2 or more"),
@@ -238,11 +246,13 @@ def tune(cfg: Config, world) -> None:
     adam = torch.optim.AdamW(student.parameters(), cfg.lr)
     saved = {"student": student}, {"adam": adam}
     checkpoints, stopper = distributed.Checkpoints(out / "checkpoints"), distributed.Stopper(world)
-    state = {"step": 0, "seconds": 0.0, "reward_evaluations": 0, "skipped": 0, "memory": {}}
+    state = {"step": 0, "trained_s": 0.0, "reward_evaluations": 0, "skipped": 0, "memory": {}}
+    moments, weights = rewards.Moments(reward.weights), list(reward.weights.values())
     if cfg.resume:
         if not (newest := checkpoints.newest()):
             raise UserError(f"{out} holds no checkpoint: leave out --resume to start")
         state = checkpoints.load(newest, *saved)
+        moments = rewards.Moments(**state["moments"])
 
     def call(network, *inputs):
         """Autocast is left after each call: within one context, weights cast without gradient might be taken again."""
@@ -276,12 +286,15 @@ def tune(cfg: Config, world) -> None:
         if world.main:
             write_grid(out / f"step{step:06d}.png", list(shown), texts)
 
-    first, begun, in_a_row = state["step"], time.time() - state["seconds"], 0
+    unseen = shapes.held_out_prompts(cfg.reward_samples) if isinstance(encoder, WordTable) else prompts
+    sampler = Generator(student, vae, about, encoder, world.device)
+    first, in_a_row = state["step"], 0
     bar = tqdm(range(first, cfg.iterations), initial=first, total=cfg.iterations, disable=not world.main)
     log = open_log(out / "log.jsonl", first) if world.main else None
     for step in bar:
         if step % cfg.save_every == 0:
             picture(step)
+        begun = time.time()
         numbers, games, scored = {}, [], []
         for micro in range(accumulate):
             mine = [(micro * world.size + world.rank) * cfg.batch + i for i in range(cfg.batch)]  # of the total
@@ -291,7 +304,9 @@ def tune(cfg: Config, world) -> None:
             span = {"ddpo": (), "refl": (k, k), "draft": (moves[0], moves[-1])}[cfg.method]
             text, path = sample(texts, step, mine, *span)
             with torch.set_grad_enabled(not ddpo):
-                score = reward(video(path[-1][1]), texts, with_grad=not ddpo)
+                each_reward = reward.each(video(path[-1][1]), texts, with_grad=not ddpo)  # (B, R)
+                moments.update(each_reward, world)
+                score = moments.standardise(each_reward) if len(weights) > 1 else weights[0] * each_reward[:, 0]
             if ddpo:
                 games += [(mine, text, *path[i], (path[i + 1][0], *steps[i : i + 2], how, cfg.log_p)) for i in moves]
             else:
@@ -319,23 +334,31 @@ def tune(cfg: Config, world) -> None:
                 adam.step()  # line 14
             adam.zero_grad(set_to_none=True)
         in_a_row = 0 if fine else in_a_row + 1
-        counts = {"seconds": round(time.time() - begun, 1), "reward_evaluations": state["reward_evaluations"] + total}
-        state |= {"step": step + 1, "skipped": state["skipped"] + (not fine), **counts}
+        trained, evaluated = state["trained_s"] + time.time() - begun, state["reward_evaluations"] + total
+        counts = {"trained_s": round(trained, 3), "reward_evaluations": evaluated}
+        state |= {"step": step + 1, "skipped": state["skipped"] + (not fine), **counts, "moments": asdict(moments)}
+        spent = 0 < cfg.max_seconds <= trained or 0 < cfg.max_evaluations <= evaluated
+        final = step + 1 == cfg.iterations or distributed.any_rank(spent, world)
+        if step % cfg.reward_every == 0 or final:
+            many = len(steps), cfg.reward_samples, cfg.batch
+            numbers |= watch.measure(sampler, reward, unseen, *many, world, moments=moments)
         if world.main:
             numbers |= {"reward_mean": score.mean().item(), "reward_std": score.std(correction=0).item()}
             bar.set_postfix({key: f"{value:.3g}" for key, value in numbers.items()})
             line = {"step": step, **counts, **numbers, "grad_norm": norm, "skipped": state["skipped"]}
             print(json.dumps(line), file=log, flush=True)
         stuck, ending = in_a_row >= cfg.patience, stopper()
-        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.iterations or stuck or ending:
-            checkpoints.save(step + 1, *saved, state, wait=stuck or ending or step + 1 == cfg.iterations)
+        if (step + 1) % cfg.save_every == 0 or final or stuck or ending:
+            checkpoints.save(step + 1, *saved, state, wait=stuck or ending or final)
         if stuck:  # none of the skipped updates has touched the weights
             raise UserError(f"{in_a_row} iterations in a row were not finite: stopped, and saved the state in {out}")
         if ending:
             if world.main:
                 print(f"stopped after step {step + 1}, saved: go on with --resume --out {out}")
             return
-    picture(cfg.iterations)
+        if final:
+            break
+    picture(state["step"])
     weights = distributed.gather(student)
     if world.main:
         model, file = DiT(config), out / "student.safetensors"

@@ -305,7 +305,8 @@ def call(weights, tmp_path, monkeypatch, capsys):
 
 def given(weights, *flags):
     files = ["--weights", weights / "student.safetensors", "--vae", weights / "vae.safetensors", "--device", "cpu"]
-    return [str(f) for f in [*files, "--batch", 2, "--global-batch", 2, "--iterations", 1, "--prompt-count", 9, *flags]]
+    return [str(f) for f in [*files, "--batch", 2, "--global-batch", 2, "--iterations", 1, "--prompt-count", 9,
+                               "--reward-samples", 2, *flags]]  # fmt: skip
 
 
 def lines(folder):
@@ -355,13 +356,14 @@ def test_ddpo_on_two_ranks_is_ddpo_on_one(weights, tmp_path, call):
 def test_resume_goes_on_to_the_bit(weights, call):
     flags = ["--reward", "jpeg_compressibility", "--variant", "is", "--updates", 2, "--beta-kl", 1, "--lr", 1e-3]
     flags += ["--advantage", "prompt", "--prompt-count", 1, "--global-batch", 4, "--clip-range", 0.1]
+    flags += ["--reward-every", 1]
     flags += ["--transition", "posterior"]  # 20 clips of one prompt: from the 16th on its own statistics count
     assert call(*flags, "--iterations", 5, "--out", "whole")[0] == 0
     assert call(*flags, "--iterations", 3, "--out", "parts")[0] == 0
     assert not same("whole", "parts")
     assert call(*flags, "--iterations", 5, "--out", "parts", "--resume")[0] == 0
     assert same("whole", "parts")
-    a, b = ([line | {"seconds": 0} for line in lines(folder)] for folder in ("whole", "parts"))
+    a, b = ([line | {"trained_s": 0} for line in lines(folder)] for folder in ("whole", "parts"))
     assert a == b and [line["reward_evaluations"] for line in a] == [4, 8, 12, 16, 20]
     assert all(math.isfinite(value) for line in a for value in line.values())
     assert a[0]["kl"] > 0 and a[0]["approx_kl"] > 0  # of the second update
@@ -373,9 +375,23 @@ def test_resume_goes_on_to_the_bit(weights, call):
     assert tuned["reward_evaluations"] == 20 and tuned["settings"]["reward"] == "jpeg_compressibility"
 
 
-def brightness(*_):
+def brightness(*_, name="bright"):
     """A reward that is linear in the pixels."""
-    return rewards.Reward("bright", lambda video, _: video.mean((1, 2, 3, 4)), True, False, "-1..1", None, "cpu")
+    return rewards.Reward(name, lambda video, _: video.mean((1, 2, 3, 4)), True, False, "-1..1", None, "cpu")
+
+
+def test_several_rewards_are_standardised_one_by_one_and_measured(call, monkeypatch):
+    dark = lambda video, _: -1000 * video.mean((1, 2, 3, 4))
+    dark = rewards.Reward("dark", dark, True, False, "", None, "cpu")
+    both = rewards.Reward("sum", None, True, False, "", None, "cpu", [(1.0, brightness()), (0.5, dark)])
+    monkeypatch.setattr(rewards, "make", lambda *_: both)
+    flags = ["--reward", "object", "--method", "draft", "--precision", "fp32", "--lr", 1e-3]
+    assert call(*flags, "--iterations", 5, "--max-evaluations", 4)[0] == 0
+    log = lines("runs/ddpo")
+    assert [line["reward_evaluations"] for line in log] == [2, 4]  # the budget ends it
+    # of the first two clips: z and -z/2, whose sum has mean 0 and half the deviation
+    assert log[0]["reward_mean"] == pytest.approx(0, abs=1e-3) and log[0]["reward_std"] == pytest.approx(0.5, abs=1e-3)
+    assert log[0]["true_dark"] == pytest.approx(-1000 * log[0]["true_bright"], rel=1e-4) and "true_reward" in log[1]
 
 
 @pytest.mark.parametrize("method", ["ddpo", "draft"])

@@ -87,6 +87,11 @@ def test_sum_of_several():
     assert rewards.make("dynamic_degree=3")(video.requires_grad_(), with_grad=True).requires_grad
 
 
+def test_the_readme_says_of_each_reward_where_it_comes_from():
+    text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    assert [name for name in rewards.REWARDS if f"| `{name}` |" not in text] == []
+
+
 def test_each_of_several_and_their_moments():
     """Standardised one by one before they are weighted: their scales do not matter, their weights do."""
     video = torch.cat([still(smooth(48, 48, seed), 2) for seed in range(4)])

@@ -1,0 +1,120 @@
+"""Reward tuning in train.py: of a student, of a distilled one, of the teacher; LRMs that come from a file; budgets."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from test_train import config, fit, tiny  # noqa: F401
+
+import checkpoint
+import train
+from cli import UserError
+from dit import DiT
+from lrm import VideoLRM
+
+JPEG = {"reward": "jpeg_compressibility", "reward_samples": 4, "reward_every": 2, "batch": 2, "global_batch": 2}
+
+
+@pytest.fixture(scope="module")
+def distilled(tiny, tmp_path_factory):  # noqa: F811
+    """A run with an LRM: its folder."""
+    out = tmp_path_factory.mktemp("distilled")
+    fit(config(tiny, out, **JPEG | {"iterations": 2, "lr": 1e-2, "ema": 0.0}))
+    return out
+
+
+def test_the_reward_is_measured_on_fresh_samples(tiny, distilled):  # noqa: F811
+    lines = [json.loads(line) for line in (distilled / "log.jsonl").read_text().splitlines()]
+    assert all({"true_reward", "true_error", "lrm_estimate", "rank_correlation"} <= set(line) for line in lines)
+    assert lines[-1]["reward_evaluations"] == 2 * 2 * 2  # iterations, real and generated, clips
+    best = checkpoint.metadata(distilled / "best/student.safetensors", "DiT")
+    assert best["step"] - 1 == max(lines, key=lambda line: line["true_reward"])["step"]
+
+
+def test_tuning_goes_on_from_a_student_and_an_lrm(tiny, distilled, tmp_path):  # noqa: F811
+    """Where nothing is learned, what comes out is what went in; a frozen LRM stays and costs no evaluation."""
+    files = {"student": str(distilled / "student.safetensors"), "lrm": str(distilled / "lrm.safetensors")}
+    still = {"lr": 0.0, "iterations": 1, "beta_kl": 1.0, "lrm_frozen": True}
+    out, about, lines = fit(config(tiny, tmp_path / "a", **JPEG | files | still))
+    before, _ = checkpoint.load(files["student"])
+    assert all(torch.equal(out[k], before[k]) for k in before) and about["kind"] == "student"
+    lrms = [checkpoint.load_model(f"{d}/lrm.safetensors", VideoLRM) for d in (distilled, tmp_path / "a")]
+    assert all(torch.equal(a, b) for a, b in zip(*(m.state_dict().values() for m, _ in lrms)))
+    assert lrms[0][1]["moments"] == lrms[1][1]["moments"] and lrms[0][1]["moments"]["count"] == 8
+    assert lines[0]["kl"] == 0 and "lrm" not in lines[0] and lines[0]["reward_evaluations"] == 0
+    assert "ft" in lines[0] and "rank_correlation" in lines[0]
+
+
+def test_kl_is_the_distance_to_the_student_as_it_began(tiny, distilled, tmp_path):  # noqa: F811
+    """Against the teacher where it began as the teacher; with much of it, the student stays nearer."""
+    moved = {}
+    for beta in (0.1, 100.0):
+        reward = JPEG | {"iterations": 3, "beta_kl": beta, "lr": 1e-3, "beta1": 0.9, "beta_vsd": 0.0, "beta_cd": 0.0}
+        *_, lines = fit(config(tiny, tmp_path / str(beta), **reward, student=str(distilled / "student.safetensors")))
+        assert lines[0]["kl"] == 0 and lines[1]["kl"] > 0
+        moved[beta] = lines[2]["kl"] / beta
+    assert moved[100.0] < moved[0.1]
+    *_, lines = fit(config(tiny, tmp_path / "c", **JPEG | {"iterations": 2, "beta_kl": 1.0, "lr": 1e-2, "ema": 0.0}))
+    assert lines[0]["kl"] == 0 and lines[1]["kl"] > 0
+
+
+def test_the_teacher_is_tuned(tiny, tmp_path):  # noqa: F811
+    train.train(cfg := config(tiny, tmp_path, tune="teacher", beta_kl=1.0, **JPEG), train.distributed.start("cpu"))
+    model, about = checkpoint.load_model(tmp_path / "teacher.safetensors", DiT)
+    before, said = checkpoint.load_model(cfg.teacher, DiT)
+    assert about["kind"] == "teacher" and about["w"] == said["w"] and "timesteps" not in about
+    assert model.config == before.config
+    assert any((a - b).abs().max() > 1e-5 for a, b in zip(model.parameters(), before.parameters()))
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert {"own", "ft", "lrm", "kl"} <= set(lines[0]) and not {"vsd", "cd", "fake"} & set(lines[0])
+    assert not (tmp_path / "student.safetensors").exists()
+
+
+def test_several_rewards_resume_to_the_bit(tiny, tmp_path):  # noqa: F811
+    several = JPEG | {"reward": "jpeg_compressibility=0.5,dynamic_degree"}
+    whole, _, lines = fit(config(tiny, tmp_path / "a", iterations=3, **several))
+    fit(config(tiny, tmp_path / "b", iterations=2, **several))
+    parts, _, more = fit(config(tiny, tmp_path / "b", iterations=3, resume=True, **several))
+    assert all(torch.equal(whole[k], parts[k]) for k in whole)
+    assert {"true_jpeg_compressibility", "true_dynamic_degree"} <= set(lines[0])
+    same = ("grad_norm", "lrm", "reward", "reward_evaluations")
+    assert [[x[k] for k in same] for x in lines] == [[x[k] for k in same] for x in more]
+    assert (lines[2]["true_reward"], lines[2]["lrm_estimate"]) == (more[2]["true_reward"], more[2]["lrm_estimate"])
+
+
+def test_a_run_ends_at_its_budget(tiny, tmp_path):  # noqa: F811
+    *_, lines = fit(config(tiny, tmp_path / "a", iterations=9, max_evaluations=8, **JPEG))
+    assert len(lines) == 2 and lines[-1]["reward_evaluations"] == 8 and "true_reward" in lines[-1]
+    assert (tmp_path / "a/lrm.safetensors").exists()
+    *_, lines = fit(config(tiny, tmp_path / "b", iterations=9, max_seconds=1, beta_cd=0.0, batch=1, fake_updates=9))
+    assert lines[-1]["trained_s"] >= 1 > (lines[-2]["trained_s"] if len(lines) > 1 else 0) or len(lines) == 9
+
+
+def test_overoptimisation_stops_and_names_the_best(tiny, tmp_path, monkeypatch, capsys):  # noqa: F811
+    found = iter([(0.0, 0.0), (0.5, 1.0)] + [(0.1 * i, -i) for i in range(20)])
+    fake = lambda *_: dict(zip(("lrm_estimate", "true_reward"), next(found)), true_error=0.1, rank_correlation=0.0)
+    monkeypatch.setattr(train.watch, "measure", fake)
+    stop = JPEG | {"reward_every": 1, "stop_on_overoptimisation": True, "beta_cd": 0.0}
+    *_, lines = fit(config(tiny, tmp_path, iterations=12, fake_updates=1, **stop))
+    said = capsys.readouterr().out
+    assert len(lines) == 6 and said.count("over-optimised at step 5") == 1 and "it was 1 at step 1" in said
+    assert checkpoint.metadata(tmp_path / "best/student.safetensors", "DiT")["step"] == 2
+    assert (tmp_path / "student.safetensors").exists() and (tmp_path / "checkpoints/step_00000006").is_dir()
+
+
+def test_what_does_not_fit_is_refused(tiny, distilled, tmp_path):  # noqa: F811
+    student, lrm = str(distilled / "student.safetensors"), str(distilled / "lrm.safetensors")
+    for changes, said in (
+        ({"student": student, "steps": 2}, "--steps 4"),
+        ({"student": student, "prediction": "velocity"}, "--prediction conjugate"),
+        ({"student": f"{tiny}/teacher.safetensors"}, "begin with a student"),
+        ({"reward": "jpeg_incompressibility", "lrm": lrm}, "learned"),
+        ({"reward": "jpeg_compressibility=2", "lrm": lrm}, "learned"),
+        ({"reward": "jpeg_compressibility", "lrm": student}, "VideoLRM is needed"),
+        ({"reward": "jpeg_compressibility", "lrm_frozen": True}, "needs an --lrm"),
+        ({"tune": "teacher"}, "needs a --reward"),
+    ):
+        with pytest.raises(UserError, match=said):
+            fit(config(tiny, tmp_path / "run", **changes))
+    assert not Path(tmp_path / "run/student.safetensors").exists()
