@@ -94,7 +94,7 @@ class Config:
     lrm_warmup: int = opt(0, "iterations in which the LRM learns before the student listens to it")
     lrm: str = opt("", "begin with this LRM, the lrm.safetensors of a run with the same reward")
     lrm_frozen: bool = opt(False, "and leave it as it is")
-    reward_every: int = opt(100, "iterations between measurements of the reward on fresh samples (see watch.py)")
+    reward_every: int = opt(100, "iterations between measurements of the reward on fresh samples (0: at the end)")
     reward_samples: int = opt(64, "samples of a measurement")
     stop_on_overoptimisation: bool = opt(False, "save and stop when the LRM's estimate rises and the reward falls")
     # the machine
@@ -277,9 +277,10 @@ def train(cfg: Config, world) -> None:
         trained, evaluated = trained + took, evaluated + int(numbers.pop("evaluations", 0))
         spent = 0 < cfg.max_seconds <= trained or 0 < cfg.max_evaluations <= evaluated
         final = step + 1 == cfg.iterations or distributed.any_rank(spent, world)
-        if nets.reward and (step % cfg.reward_every == 0 or final):
+        if nets.reward and (final or (cfg.reward_every and step % cfg.reward_every == 0)):
             over = look_at_reward(cfg, world, nets, out, step, watched)
-            numbers, final = numbers | watched[-1], final or (over and cfg.stop_on_overoptimisation)
+            numbers |= {name: value for name, value in watched[-1].items() if name != "step"}
+            final = final or (over and cfg.stop_on_overoptimisation)
         if cfg.sample_every and (step + 1) % cfg.sample_every == 0 and not ending:
             numbers |= look(cfg, world, nets, out, step + 1, teachers)
         if world.main:
