@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import checkpoint
 import dit
@@ -17,6 +18,7 @@ from distributed import World
 from judge import Judge, JudgeConfig
 
 ROOT = Path(__file__).parent.parent
+SPEED = {"seconds", "trained_s", "iteration_s", "samples_s", "peak_gib"}  # in the log, and never the same twice
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +62,7 @@ def flags(cfg, **more):
     return [word for k, v in said.items() for word in ("--" + k.replace("_", "-"), v)]
 
 
-def test_the_program_draws_compares_and_exports(tiny, tmp_path):
+def test_the_program_draws_compares_and_exports(tiny, tmp_path, capsys):
     done = run(*flags(config(tiny, tmp_path / "run"), judged=4, sample_every=2))
     assert done.returncode == 0, done.stderr
     assert "standard errors" in done.stdout and "compare.mp4" in done.stdout
@@ -68,6 +70,32 @@ def test_the_program_draws_compares_and_exports(tiny, tmp_path):
     model, about = checkpoint.load_model(tmp_path / "run/student.safetensors", dit.DiT)
     assert about["kind"] == "student" and about["timesteps"] == [999, 749, 499, 249] and "train.py" in about["command"]
     assert model(torch.zeros(1, 12, 5, 8, 8), torch.tensor([999]), torch.zeros(1, 32, 128)).isfinite().all()
+    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert [0 <= line.get("judge", -1) <= 1 for line in lines] == [False, True, False]
+    assert lines[1]["samples_s"] == pytest.approx(2 / lines[1]["iteration_s"], rel=0.05) and lines[1]["peak_gib"] > 0.1
+    sheet = Image.open(tmp_path / "run/step000002.png")  # 4 prompts, a row for the student and one for the teacher
+    assert sheet.height > 8 * 64 and sheet.width >= 8 * 64
+
+    (tmp_path / "run/student.safetensors").rename(tmp_path / "first.safetensors")
+    train.export(tmp_path / "run")
+    assert "wrote" in capsys.readouterr().out
+    (again, said), (first, _) = (
+        checkpoint.load(tmp_path / f) for f in ("run/student.safetensors", "first.safetensors")
+    )
+    assert all(torch.equal(again[k], first[k]) for k in first) and said["timesteps"] == about["timesteps"]
+    with pytest.raises(train.UserError, match="holds no checkpoint"):
+        train.export(tmp_path)
+
+
+def test_a_new_run_in_the_same_folder_sets_the_old_checkpoints_aside(tiny, tmp_path, monkeypatch):
+    fit(config(tiny, tmp_path, iterations=2))
+    fit(config(tiny, tmp_path, iterations=1))
+    names = lambda folder: [p.name for p in sorted((tmp_path / folder).glob("step_*"))]
+    assert names("checkpoints") == ["step_00000001"] and names("checkpoints.1") == ["step_00000001", "step_00000002"]
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # torchrun has started it again: it goes on
+    *_, lines = fit(config(tiny, tmp_path, iterations=2))
+    assert not (tmp_path / "checkpoints.2").exists() and len(lines) == 2
+    assert names("checkpoints") == ["step_00000001", "step_00000002"]
 
 
 @pytest.mark.parametrize(
@@ -86,8 +114,9 @@ def test_every_ablation_trains_and_repeats_to_the_bit(tiny, tmp_path, changes):
     first, about, lines = fit(config(tiny, tmp_path / "a", **changes))
     again, _, same = fit(config(tiny, tmp_path / "b", **changes))
     assert all(torch.equal(first[k], again[k]) for k in first)
-    assert [{k: v for k, v in x.items() if k != "seconds"} for x in lines] == [
-        {k: v for k, v in x.items() if k != "seconds"} for x in same
+    assert all(line.keys() >= SPEED for line in lines)
+    assert [{k: v for k, v in x.items() if k not in SPEED} for x in lines] == [
+        {k: v for k, v in x.items() if k not in SPEED} for x in same
     ]
     teacher, _ = checkpoint.load(f"{tiny}/teacher.safetensors")
     assert any((first[k].float() - teacher[k]).abs().max() > 1e-5 for k in first)
