@@ -73,7 +73,7 @@ def program(module, *words):
 
 def encode(cogvideox, clips, out, *more):
     size = ["--text-length", 16, "--frames", 9, "--height", 32, "--width", 32, "--device", "cpu"]
-    parts = ["--vae", cogvideox / "vae", "--text", cogvideox]
+    parts = ["--vae", cogvideox, "--text", cogvideox]
     program(data, "cache", "--preset", "cogvideox-2b", "--data", clips, "--out", out, *parts, *size, *more)
 
 
