@@ -186,7 +186,8 @@ def _tuned(results):
     header = ["", "seeds", "iterations", "reward evaluations", "training, s", "true reward", *MAIN, "mean of 4"]
     header += ["Vendi - 1", "Frechet", "largest fall of a factor", "counts"]
     over = lambda rows, name: mean_error([row[name] for row in rows if row.get(name) is not None])
-    score = lambda rows, name: mean_error([row[name]["mean"] for row in rows if (row.get(name) or {}).get("mean")])
+    means = lambda rows, name: [(row.get(name) or {}).get("mean") for row in rows]
+    score = lambda rows, name: mean_error([m for m in means(rows, name) if m is not None])
     shown = lambda s, *how: pm(s if s["n"] > 1 else s | {"error": None}, *how)  # one seed has no error
     count = lambda s: f"{s['mean']:,.0f}" if s["n"] else ""
     lines = []
