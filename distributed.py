@@ -5,8 +5,7 @@ block's full weights exist only while it computes; its gradients are averaged ov
 too, is freed after its forward: in a network that only runs forward (teacher, EMA) its full copy would go stale.
 
 Noise belongs to a sample, not to a rank: it comes from a hash of (seed, step, name, sample index), so a global batch is
-the same on 1, 2, 4 or 8 ranks. What decides how many forwards a step makes is alike on all ranks: each forward needs
-all of them, and ranks that disagree wait forever.
+the same on 1, 2, 4 or 8 ranks. What decides how many forwards a step makes is alike on all: each forward needs all.
 
 Every rank writes its rows of a checkpoint, in the background, into a hidden folder that is renamed once all is on disk:
 a kill at any time leaves the checkpoint before it, and any number of ranks can read it. Optimizer state is kept by its
@@ -33,6 +32,7 @@ from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.experimental import implicit_replication
 
@@ -52,16 +52,18 @@ class World:
 
 
 def start(device=None, timeout_s=600):
-    """Join the processes of torchrun, or be the only one; device None: a GPU if there is one. A rank that waits for
-    another longer than timeout_s fails, and torchrun then ends or restarts all of them."""
+    """Join torchrun's processes, or be the only one. Who waits longer than timeout_s for another rank fails."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda":
         device = torch.device("cuda", device.index or int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if (size := int(os.environ.get("WORLD_SIZE", 1))) == 1:
         return World(0, 1, device)
-    dist.init_process_group(BACKEND[device.type], timeout=timedelta(seconds=timeout_s))
-    return World(dist.get_rank(), size, device, _mesh(device.type, size, size))
+    store, rank, _ = next(rendezvous("env://"))
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(size):  # torchrun's store keeps dead addresses over a restart
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group(BACKEND[device.type], None, timedelta(seconds=timeout_s), size, rank, store)
+    return World(rank, size, device, _mesh(device.type, size, size))
 
 
 def stop(world):
