@@ -8,6 +8,7 @@ layout, config.json beside one safetensors file or several with an index; they a
 
 import json
 import os
+import textwrap
 from dataclasses import asdict
 from pathlib import Path
 
@@ -74,7 +75,9 @@ def load_model(path, cls, device="cpu"):
     except KeyError:
         raise UserError(f"{path} has no config in its metadata") from None
     except (RuntimeError, TypeError, ValueError) as e:  # missing, unknown or misshapen weights; unknown config fields
-        raise UserError(f"{path} does not fit this {cls.__name__}: {e}") from e
+        said = [line.strip() for line in str(e).splitlines() if line.strip()]
+        first = textwrap.shorten(said[min(1, len(said) - 1)], 160, placeholder=" ...")  # after PyTorch's own headline
+        raise UserError(f"{path} does not fit this {cls.__name__}: {first}") from e
     return model.float().to(device).eval(), metadata
 
 
