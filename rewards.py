@@ -87,9 +87,9 @@ class Moments:
 
     def update(self, scores: torch.Tensor, world) -> None:
         """scores (B, R), the rewards in the order of `weights`; world: see distributed.py, B is alike on all ranks."""
-        scores, n = scores.detach().double(), len(scores)
+        scores, n = scores.detach().double(), len(scores) * world.size  # of all ranks: another number may resume
         mean = [distributed.mean(column.mean(), world) for column in scores.T]
-        spread = [distributed.mean((c - m).square().sum(), world) for c, m in zip(scores.T, mean)]
+        spread = [n * distributed.mean((c - m).square().mean(), world) for c, m in zip(scores.T, mean)]
         if not all(map(math.isfinite, mean)):
             return
         total, shift = self.count + n, [m - old for m, old in zip(mean, self.mean)]
