@@ -18,6 +18,8 @@ import distributed
 from cli import UserError
 from dit import DiT
 from generate import Generator, save_diffusers
+from metrics import frechet, jackknife, pm
+from shapes import HELD_OUT, Clip, render_batch
 from video import write_grid, write_video_grid
 
 
@@ -103,6 +105,12 @@ def export(out):
     write_student(out, config, student.state_dict(), said["config"], said["about"])
 
 
+@torch.no_grad()
+def features(nets, videos):
+    """The judge's, (N, d) on the CPU."""
+    return torch.cat([nets.judge.features(v.to(nets.device)).float().cpu() for v in videos.split(32)])
+
+
 def finish(cfg, world, nets, out):
     """Write the student and what a person would look at; in the small world, say what the distillation has brought."""
     weights = distributed.gather(nets.ema)
@@ -114,12 +122,16 @@ def finish(cfg, world, nets, out):
     many = (4, 2, 1) if cfg.tune == "student" else (50, n)
     columns = [("teacher", 50), ("teacher", n), *(("student", k) for k in many if k <= n or k == 50)]
     drawn = [draw_videos(cfg, nets, who, shown, 0, k) for who, k in columns]
-    scores = []
+    scores, distances = [], []
     if nets.judge and cfg.judged:  # the same prompts, noise and number of steps
+        rendered = features(nets, render_batch([Clip.make(HELD_OUT, i) for i in range(cfg.judged)]))
         for who in ("teacher", "student"):
-            videos = draw_videos(cfg, nets, who, nets.prompts[: cfg.judged], 1, n).split(32)
-            read = [nets.judge.score(v.to(nets.device), nets.prompts[32 * i :][: len(v)]) for i, v in enumerate(videos)]
+            videos = draw_videos(cfg, nets, who, nets.prompts[: cfg.judged], 1, n)
+            parts = enumerate(videos.split(32))
+            read = [nets.judge.score(v.to(nets.device), nets.prompts[32 * i :][: len(v)]) for i, v in parts]
             scores.append(torch.cat(read))
+            sets = (features(nets, videos), rendered)
+            distances.append(pm({"mean": frechet(*sets), "error": jackknife(frechet, *sets)}, 1, 2))
     if not world.main:
         return
     titles = [f"{ours if who == 'student' else who}, {k} step{'s' * (k > 1)}" for who, k in columns]
@@ -134,4 +146,8 @@ def finish(cfg, world, nets, out):
             f"of what {len(gain)} prompts name, the judge reads {scores[1].mean():.1%} in the {ours}'s {n} steps and "
             f"{scores[0].mean():.1%} in the teacher's {n}: {gain.mean():+.1%}, {gain.mean() / max(error, 1e-9):.1f} "
             f"standard errors"
+        )
+        print(
+            f"Frechet distance from rendered clips, in the judge's features: {distances[1]} in the {ours}'s {n} steps, "
+            f"{distances[0]} in the teacher's {n}"
         )
