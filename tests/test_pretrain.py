@@ -12,7 +12,7 @@ import checkpoint
 import pretrain
 from dit import DiT
 from judge import Judge
-from vae3d import VAE3D
+from vae3d import PRESETS, VAE3D
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--save-every", "2", "--log-every", "1", "--threads", "1"]
@@ -39,6 +39,30 @@ def test_vae_has_latents_of_unit_variance_and_says_how_it_was_made(vae):
     video = pretrain.shapes.render_batch([pretrain.shapes.Clip.make(pretrain.shapes.HELD_OUT, i) for i in range(8)])
     assert model.encode(video).std().item() == pytest.approx(1, rel=0.02)
     assert len((vae / "log.jsonl").read_text().splitlines()) == 4 and (vae / "step000004.png").exists()
+
+
+def test_decoder_only_leaves_latents_as_they_are(vae, tmp_path):
+    flags = ["--images", 0, "--batch", 1, "--iterations", 2, "--held-out", 8, "--decoder-only", *SMALL]
+    done = run("vae", "--out", tmp_path, "--init", vae / "vae.safetensors", *flags)
+    assert done.returncode == 0, done.stderr
+    (before, _), (after, _) = (checkpoint.load_model(f / "vae.safetensors", VAE3D) for f in (vae, tmp_path))
+    assert after.config == before.config  # the scaling factor too
+    old, new = before.state_dict(), after.state_dict()
+    assert all(torch.equal(old[k], new[k]) for k in old if k.startswith("encoder"))
+    assert not torch.equal(old["decoder.conv_in.weight"], new["decoder.conv_in.weight"])
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
+def test_matrices_are_the_weights_themselves(layout):
+    model = VAE3D(PRESETS["shapes"]).to(memory_format=layout)
+    for name, matrix in pretrain.matrices(model).items():
+        p = dict(model.named_parameters())[name]
+        assert matrix.data_ptr() == p.data_ptr() and matrix.shape == (p.shape[0], p[0].numel())
+    optimizer, before = pretrain.Optimizer(model, 0.0), [p.clone() for p in model.parameters()]
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step(0.01)
+    assert all(not torch.equal(p, old) for p, old in zip(model.parameters(), before))
 
 
 def test_psnr_is_that_of_its_definition():
@@ -74,6 +98,7 @@ def test_judge(tmp_path):
         (["dog"], "vae|teacher|judge"),
         (["teacher", "--vae", "nowhere.safetensors"], "nowhere.safetensors"),
         (["teacher", "--preset", "huge"], "huge"),
+        (["vae", "--decoder-only"], "--init"),
         (["vae", "--resume", "--out", "nowhere"], "does not exist"),
     ],
 )
