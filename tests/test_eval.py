@@ -563,14 +563,17 @@ def test_videos_killed_and_restarted_makes_each_file_once(tiny, info, tmp_path, 
     assert sorted(map(str, out.rglob("*.mp4"))) == sorted(written)
     assert read_video(out / "a cat-0.mp4")[0].shape == (16, 64, 64, 3) and read_video(out / "a cat-0.mp4")[1] == 8
 
-    first, whole = (out / "a cat-1.mp4").read_bytes(), read_video(out / "a cat-1.mp4")[0]
+    first = (out / "a cat-1.mp4").read_bytes()
+    pixels = lambda i: read_video(out / f"a cat-{i}.mp4")[0].astype(float)
+    other, whole = pixels(0), pixels(1)
     (out / "a cat-1.mp4").write_bytes(first[: len(first) // 2])  # broken: drawn again
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank), monkeypatch.setenv("WORLD_SIZE", "2")
         (out / "a cat-0.mp4").unlink(missing_ok=True)
         call(monkeypatch, *words)
-    again, _ = read_video(out / "a cat-1.mp4")  # by its own seed, but in another batch, which may change the last bit
-    assert len(written) == 6 + 2 and abs(again.astype(int) - whole.astype(int)).mean() < 0.5
+    assert len(written) == 6 + 2
+    # by its own seed again; in another batch, which changes the last bit, and what H.264 makes of it
+    assert 4 * abs(pixels(1) - whole).mean() < abs(other - whole).mean()
     assert not (out / "a cat-0.mp4").exists()  # that one was rank 0's, and deleted after it
     with pytest.raises(UserError, match="seed"):
         call(monkeypatch, *words, "--seed", "7")
