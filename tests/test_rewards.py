@@ -251,7 +251,7 @@ def test_bundled_judge_knows_its_captions():
     prompts = [shapes.caption(clip, "long", random.Random(0))[0] for clip in clips]
     video, reward = shapes.render_batch(clips), rewards.make("agreement", str(BUNDLED))
     own, other = reward(video, prompts), reward(video, prompts[1:] + prompts[:1])
-    assert own.mean() > 0.9 and (own > other).float().mean() > 0.95 and other.mean() < 0.6
+    assert own.mean() > 0.85 and (own > other).float().mean() > 0.95 and other.mean() < 0.6
 
 
 # ---------------------------------------------------------------------------------------------------------------------
