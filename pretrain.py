@@ -113,7 +113,7 @@ class Optimizer:
     """Muon on the matrices, AdamW on all else.
 
     Muon steps along the nearest orthogonal matrix to the momentum, so that all directions of a weight learn alike, not
-    just the strongest few: the small world's teacher comes to a given loss in about half the steps of AdamW alone.
+    just the strongest few. In its first 300 steps the small world's teacher needs about half as many as by AdamW alone.
     """
 
     def __init__(self, model: torch.nn.Module, lr: float):
