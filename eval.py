@@ -6,6 +6,7 @@
     python eval.py validate                                  # does each of the sixteen dimensions see what it should?
     python eval.py time --weights W --teacher T              # Table 4; memory: the same for peak memory
     python eval.py reward-memory                             # of latent and pixel rewards, Tables 1 and 10
+    python eval.py activations                               # of the transformer's, stored or computed again
     python eval.py tuned RUNS...                             # students tuned to a reward, side by side (Table 5)
     python eval.py curves RUNS... --out FILE.svg             # rewards and LRM over the iterations (Fig. 8, 10, 11)
     python eval.py grid --weights W                          # one subject in every look and camera move (Fig. 28, 29)
@@ -136,6 +137,8 @@ def tuned(cfg):
     clips, prompts, named = held_out(cfg.prompts)
     reference = eye.over(lambda some: shapes.render_batch([clips[i] for i in some]), cfg.prompts, "reference")
     rows, alone = [], World(0, 1, torch.device(cfg.device))
+    spent = [log[-1].get("reward_evaluations") for log in logs if log]
+    common = min((n for n in spent if n), default=0)  # what the thriftiest run took
     for (label, file, folder), log in zip(runs, logs):
         generator = cfg.load(file)
         n = len(generator.about["timesteps"])
@@ -144,6 +147,10 @@ def tuned(cfg):
         if folder:
             row |= {"seed": watch.name_and_seed(folder)[1], "iterations": log[-1]["step"] + 1}
             row |= {k: log[-1].get(k) for k in ("trained_s", "reward_evaluations", "rank_correlation")}
+            then = [line for line in log if "true_reward" in line and line.get("reward_evaluations")]
+            if then:
+                then = min(then, key=lambda line: abs(line["reward_evaluations"] - common))
+                row["equal"] = {k: then[k] for k in ("reward_evaluations", "true_reward")}
         rows.append(row)
     made = results.save(cfg, "tuned", rows=rows, baseline=cfg.baseline, judge=eye.about.get("results"))
     print(results.table([made]))
@@ -238,6 +245,16 @@ def time_(cfg):
 def memory(cfg):
     """Peak memory of each phase."""
     made = results.save(cfg, "memory", rows=cost.memory(models(cfg), cfg.prompt), device=device_name(cfg.device))
+    print(results.table([made]))
+    return made
+
+
+def activations(cfg):
+    """Memory and time of one forward and backward with activations stored, and computed again."""
+    gpu = torch.device(cfg.device).type == "cuda"
+    made = results.save(
+        cfg, "activations", rows=cost.activation_memory(cfg.device), counted=not gpu, device=device_name(cfg.device)
+    )
     print(results.table([made]))
     return made
 
@@ -501,7 +518,8 @@ def samples(cfg, student, file, n, prompts=6):
 COMMANDS = {
     "world": (WorldConfig, world), "validate": (ValidateConfig, validate), "grid": (GridConfig, grid),
     "time": (CostConfig, time_), "memory": (CostConfig, memory),
-    "reward-memory": (RewardMemoryConfig, reward_memory), "videos": (VideosConfig, videos),
+    "activations": (Config, activations), "reward-memory": (RewardMemoryConfig, reward_memory),
+    "videos": (VideosConfig, videos),
     "vbench": (VBenchConfig, vbench), "vendi": (VendiConfig, diversity_of_files), "people": (PeopleConfig, people_),
     "votes": (VotesConfig, votes), "tuned": (TunedConfig, tuned), "curves": (CurvesConfig, curves),
     "report": (ReportConfig, report_),

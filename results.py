@@ -150,6 +150,18 @@ def _sharding(results):
     return header, lines
 
 
+def _activations(results):
+    """What --checkpoint-activations saves and costs."""
+    lines = []
+    for result in results:
+        for row in result["rows"]:
+            seconds = f"{row['seconds']['mean']:.3f} ± {row['seconds']['std']:.3f}" if row["seconds"] else "not timed"
+            sizes = [f"{row[kind] / 2**30:.2f}" for kind in ("saved", "backward")]
+            how = "computed again" if row["recomputed"] else "stored"
+            lines.append([row["label"], row["batch"], how, *sizes, seconds])
+    return ["", "batch", "activations", "kept, GiB", "peak, GiB", "seconds"], lines
+
+
 PAPER = {  # Tables 1 and 10: forward at 128 frames, backward at so many; in bytes
     "image LRM": (8.998e6, {128: 17.772e6}),
     "text-image LRM": (15.5e6, {128: 26.277e6}),
@@ -182,8 +194,12 @@ def _vendi(results):
 
 
 def _tuned(results):
-    """Table 5: means over the seeds and their standard errors; what falls is told against the row `baseline`."""
-    header = ["", "seeds", "iterations", "reward evaluations", "training, s", "true reward", *MAIN, "mean of 4"]
+    """Table 5: means over the seeds and their standard errors; what falls is told against the row `baseline`.
+
+    "at equal evaluations": the reward on fresh samples, as logged nearest to what the thriftiest run took of them.
+    """
+    header = ["", "seeds", "iterations", "reward evaluations", "training, s", "true reward", "at equal evaluations"]
+    header += [*MAIN, "mean of 4"]
     header += ["Vendi - 1", "Frechet", "largest fall of a factor", "counts"]
     over = lambda rows, name: mean_error([row[name] for row in rows if row.get(name) is not None])
     means = lambda rows, name: [(row.get(name) or {}).get("mean") for row in rows]
@@ -198,7 +214,14 @@ def _tuned(results):
         base = groups.get(result["baseline"]) or next(iter(groups.values()))
         for label, rows in groups.items():
             cells = [count(over(rows, name)) for name in ("iterations", "reward_evaluations", "trained_s")]
-            cells += [shown(over(rows, "true_reward"), 1, 4), *(shown(score(rows, f), 100) for f in (*MAIN, "main"))]
+            equal = [row["equal"] for row in rows if "equal" in row]
+            same = (
+                f"{shown(over(equal, 'true_reward'), 1, 4)} at {count(over(equal, 'reward_evaluations'))}"
+                if equal
+                else ""
+            )
+            cells += [shown(over(rows, "true_reward"), 1, 4), same]
+            cells += [shown(score(rows, f), 100) for f in (*MAIN, "main")]
             cells += [shown(score(rows, "vendi"), 1, 3), shown(score(rows, "frechet"), 1, 2)]
             change = {f: 100 * (score(rows, f)["mean"] - score(base, f)["mean"]) for f in FACTORS}
             change = {f: c for f, c in change.items() if math.isfinite(c)}
@@ -225,7 +248,7 @@ def _vbench(results):
 
 TABLES = {
     "world": _world, "dimensions": _dimensions, "validation": _validation, "time": _time, "memory": _memory,
-    "reward_memory": _reward_memory,
+    "reward_memory": _reward_memory, "activations": _activations,
     "sharding": _sharding, "vendi": _vendi, "votes": _votes, "tuned": _tuned, "vbench": _vbench,
 }  # fmt: skip
 

@@ -418,7 +418,9 @@ def test_tuned_students_side_by_side(tiny, tmp_path, monkeypatch, capsys):
     for i, name in enumerate(("vsd-cd-0", "vsd-cd-1", "ddpo-0")):
         (tmp_path / name).mkdir()
         shutil.copy(tiny / "student.safetensors", tmp_path / name)
-        log = [{"step": 0, "true_reward": 1.0}, {"step": 7 + i, "trained_s": 2.0, "reward_evaluations": 64 * i}]
+        log = [{"step": 0, "true_reward": 1.0, "reward_evaluations": 16 * i}]
+        log += [{"step": 5, "true_reward": 1.0 + i, "reward_evaluations": 30 * i}, {"step": 6, "trained_s": 1.0}]
+        log += [{"step": 7 + i, "trained_s": 2.0, "reward_evaluations": 64 * i}]
         (tmp_path / name / "log.jsonl").write_text("\n".join(map(json.dumps, log)))
     words = ["--judge", tiny / "judge.safetensors", "--vae", tiny / "vae.safetensors", "--prompts", 20]
     words += ["--reward", "jpeg_compressibility", "--reward-samples", 4, "--vendi-prompts", 0, "--batch", 20]
@@ -432,6 +434,7 @@ def test_tuned_students_side_by_side(tiny, tmp_path, monkeypatch, capsys):
     base, ddpo = results.table([made]).splitlines()[2:]
     assert base.startswith("| vsd-cd | 2 | 8 | 32 | 2 | -") and "±0.0000" in base  # no factor: it is the baseline
     assert "| 128 |" in ddpo and ddpo.endswith("| +0.0 (object) | yes |") and "±" not in ddpo.split("|")[6]
+    assert ddpo.split("|")[7] == " 3.0000 at 60 "  # as it was when vsd-cd-1 had spent its 64
     made["rows"][2]["scene"]["mean"] -= 0.031
     assert results.table([made]).endswith("| -3.1 (scene) | no |")
     call(monkeypatch, "curves", *runs, "--out", tmp_path / "curves.svg")
