@@ -95,18 +95,22 @@ def metadata(path, name):
     return found
 
 
+def below(folder, name):
+    """A pipeline's part: `folder`/name, or `folder` itself where that is the part."""
+    return Path(folder) / name if (Path(folder) / name).is_dir() else Path(folder)
+
+
 def read_folder(folder, name):
     """-> (config.json as a dict, an iterator of (key, tensor)) of a folder in diffusers' layout.
 
-    name: the `_class_name` its config must have. The tensors come one at a time, each from the file opened anew: the
-    pages of a mapped file count as memory until it is closed. Raises UserError naming the file that is missing, cut
-    off, or of another model.
+    name: the `_class_name` its config must have. Raises UserError naming the file that is missing, cut off, or of
+    another model.
     """
     folder = Path(folder)
     config = _read_json(folder / "config.json")
     if config.get("_class_name") != name:
         raise UserError(f"{folder / 'config.json'} describes a {config.get('_class_name')}, where {name} is needed")
-    return config, _read_tensors(folder)
+    return config, read_tensors(folder)
 
 
 def save_folder(folder, name, config, tensors):
@@ -126,10 +130,17 @@ def _weights(folder):
     return sorted(p for p in folder.glob("*.safetensors*") if not p.name.startswith("."))
 
 
-def _read_tensors(folder):
+def read_tensors(folder):
+    """Every (key, tensor) of a folder's weights in one file or in shards with an index, one at a time; else UserError.
+
+    Each comes from the file opened anew: the pages of a mapped file count as memory until it is closed.
+    """
     files = [p for p in _weights(folder) if p.suffix == ".safetensors"]
     if index := [p for p in _weights(folder) if p.name.endswith(".safetensors.index.json")]:
-        files = sorted({folder / file for file in _read_json(index[0]).get("weight_map", {}).values()})
+        shards = _read_json(index[0]).get("weight_map")
+        if not (isinstance(shards, dict) and all(isinstance(file, str) for file in shards.values())):
+            raise UserError(f"{index[0]} has no weight_map of keys to files")
+        files = sorted({folder / file for file in shards.values()})
     elif len(files) != 1:
         raise UserError(f"{folder} holds {len(files)} safetensors files and no index: want one file, or an index")
     for file in files:

@@ -377,17 +377,11 @@ def main():
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cfg.device == "cuda" else cfg.device
     # here, since whoever only reads a cache or a folder needs none of these
-    import checkpoint
     import rewards
-    from text import T5, WordTable
+    from text import load_encoder
     from vae3d import VAE3D
 
-    if (folder := Path(cfg.vae)).is_dir():  # a pipeline's, or its vae/
-        vae = VAE3D.from_cogvideox(folder / "vae" if (folder / "vae").is_dir() else folder)
-    else:
-        vae = checkpoint.load_model(cfg.vae, VAE3D)[0]
-    words = cfg.text == "words"
-    text = WordTable(shapes.WORDS, length=cfg.text_length) if words else T5(cfg.text, cfg.text_length, device=device)
+    vae, text = VAE3D.load(cfg.vae), load_encoder(cfg.text, length=cfg.text_length, device=device)
     reward = rewards.make(cfg.reward, cfg.reward_weights, device=device) if cfg.reward else None
     made = {k: getattr(cfg, k) for k in ("frames", "height", "width", "fps", "seed", "reward")}
     made["vae"] = fingerprint(vae)

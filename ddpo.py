@@ -47,7 +47,7 @@ from cli import UserError, open_log, opt, parse, run
 from dit import DiT
 from generate import Generator
 from schedule import Schedule, denoise, log_prob, timesteps
-from text import T5, WordTable
+from text import WordTable, load_encoder
 from vae3d import VAE3D
 from video import write_grid
 
@@ -186,16 +186,11 @@ def load(cfg, world):
         model = distributed.shard(model, world, cfg.shard, dtype, cfg.cpu_offload, trainable)
         return distributed.load_sharded(model, cfg.weights)
 
-    if (path := Path(cfg.vae)).is_dir():
-        vae = VAE3D.from_cogvideox(path / "vae" if (path / "vae").is_dir() else path)
-    else:
-        vae, _ = checkpoint.load_model(path, VAE3D)
+    vae = VAE3D.load(cfg.vae)
     if vae.config.latent_channels != config.channels:
         raise UserError(f"{cfg.vae} decodes {vae.config.latent_channels} channels, {cfg.weights} has {config.channels}")
     vae = vae.to(world.device, memory_format=torch.channels_last_3d).eval().requires_grad_(False)
-    words = cfg.text == "words"
-    encoder = WordTable(shapes.WORDS, config.text_dim, config.text_length) if words else None
-    encoder = encoder or T5(cfg.text, config.text_length, device=world.device)
+    encoder = load_encoder(cfg.text, config.text_dim, config.text_length, world.device)
     if about.get("text_fingerprint", encoder.fingerprint) != encoder.fingerprint:
         raise UserError(f"{cfg.weights} was trained with another text encoder: name it with --text FOLDER")
     return network(True), network(False) if cfg.beta_kl else None, vae, encoder, about

@@ -28,12 +28,11 @@ from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from cli import UserError, atomic
+from checkpoint import read_tensors, save_folder
+from cli import UserError
 
 Prediction = Literal["conjugate", "velocity", "epsilon", "sample"]
 Kind = Literal["ddpm", "cogvideox", "flow"]
@@ -289,19 +288,9 @@ class DiT(nn.Module):
         whatever else is to be said `about` it.
         Raises UserError if the folder cannot be written, or holds sharded weights, which would be read instead.
         """
-        folder = Path(folder)
-        file = folder / FILE
-        if (folder / INDEX).exists():
-            raise UserError(f"{folder} already holds {INDEX}: give another folder")
         weights = {key: self.get_parameter(name).data.cpu() for key, name in weight_names(self.config.depth).items()}
-        made = {"_class_name": CLASS, "_dollar": about | {name: getattr(self.config, name) for name in MADE}}
-        try:
-            with atomic(file) as part:
-                save_file(weights, part, {"format": "pt"})
-        except SafetensorError as e:
-            raise UserError(f"cannot write {file}: {e}") from e
-        with atomic(folder / "config.json") as part:
-            part.write_text(json.dumps(made | _to_diffusers(self.config), indent=2) + "\n")
+        made = {"_dollar": about | {name: getattr(self.config, name) for name in MADE}}
+        save_folder(folder, CLASS, made | _to_diffusers(self.config), weights)
 
 
 # Everything we have under its name in diffusers. Each of these modules has a weight and a bias; nothing else is stored.
@@ -318,8 +307,7 @@ BLOCK = {  # blocks.<i>.<ours>, transformer_blocks.<i>.<theirs>
 }
 DROPPED = {"patch_embed.pos_embedding"}  # the fixed table, which some files store and we compute
 
-CLASS, FILE = "CogVideoXTransformer3DModel", "diffusion_pytorch_model.safetensors"
-INDEX = FILE + ".index.json"
+CLASS = "CogVideoXTransformer3DModel"
 CONFIG = {
     "channels": "in_channels", "heads": "num_attention_heads", "depth": "num_layers", "patch": "patch_size",
     "text_dim": "text_embed_dim", "text_length": "max_text_seq_length", "time_dim": "time_embed_dim",
@@ -397,7 +385,7 @@ def read_weights(folder, config):
     """
     with torch.device("meta"):
         names, model = weight_names(config.depth), DiT(config)
-    for key, tensor in _read_tensors(Path(folder)):
+    for key, tensor in read_tensors(Path(folder)):
         if key in DROPPED:
             continue
         if key not in names:
@@ -408,20 +396,3 @@ def read_weights(folder, config):
         yield names.pop(key), tensor
     if names:
         raise UserError(f"{folder}: {len(names)} tensors are missing, the first is {next(iter(names))}")
-
-
-def _read_tensors(folder):
-    """Every (name, tensor) of a folder's weights, one at a time."""
-    file = folder / INDEX
-    try:
-        files = [folder / FILE]
-        if file.exists():
-            files = sorted({folder / shard for shard in json.loads(file.read_text())["weight_map"].values()})
-        for file in files:
-            with safe_open(file, "pt") as f:
-                keys = f.keys()
-            for key in keys:
-                with safe_open(file, "pt") as f:  # opened anew: the pages of a mapped file count until it is closed
-                    yield key, f.get_tensor(key)
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError) as e:
-        raise UserError(f"cannot read {file}: {e}") from e

@@ -16,7 +16,7 @@ import shapes
 from cli import UserError, atomic
 from dit import DiT
 from schedule import Schedule, ddim, denoise, few_step, timesteps
-from text import T5, WordTable
+from text import WordTable, load_encoder
 from vae3d import VAE3D
 
 
@@ -50,18 +50,14 @@ class Generator:
         else:
             model, about = checkpoint.load_model(weights, DiT)
         c, place = model.config, Path(vae or weights)
-        if place.is_dir():
-            coder = VAE3D.from_cogvideox(place / "vae" if (place / "vae").is_dir() else place)
-        else:
-            coder, _ = checkpoint.load_model(place, VAE3D)
+        coder = VAE3D.load(place)
         size = coder.config.chunk_frames // 4 + 1 if coder.config.chunking == "independent" else 1
         if c.channels != coder.config.latent_channels or (c.latents[0] > 1 and c.latents[0] % size):
             raise UserError(
                 f"{weights} draws {c.latents[0]} latent frames of {c.channels} channels, {place} decodes multiples of "
                 f"{size} of {coder.config.latent_channels}: name the weights' own autoencoder with --vae"
             )
-        text = text or folder
-        encoder = T5(text, c.text_length, device=device) if text else WordTable(shapes.WORDS, c.text_dim, c.text_length)
+        encoder = load_encoder(text or folder or "words", c.text_dim, c.text_length, device)
         if encoder.dim != c.text_dim or about.get("text_fingerprint", encoder.fingerprint) != encoder.fingerprint:
             raise UserError(f"{weights} was trained with another text encoder: name it with --text FOLDER")
         return cls(model.eval(), coder.eval(), about, encoder, device)

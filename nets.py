@@ -23,8 +23,8 @@ from dit import PRESETS as SIZES
 from dit import DiT, read_config, read_weights
 from judge import Judge
 from schedule import Schedule, timesteps
-from shapes import WORDS, held_out_prompts
-from text import T5, WordTable
+from shapes import held_out_prompts
+from text import load_encoder
 from vae3d import VAE3D
 
 PROMPTS = [  # what pictures show where the data has no captions to lend
@@ -85,7 +85,9 @@ def build(cfg, world) -> Nets:
         if not getattr(cfg, name):
             raise UserError(f"--{name} is needed: the preset {cfg.preset} has no {name} of its own")
     if folder := Path(cfg.teacher).is_dir():
-        place = below(cfg.teacher, "transformer")  # read anew for each network, so that no rank holds a whole one
+        place = checkpoint.below(
+            cfg.teacher, "transformer"
+        )  # read anew for each network, so that no rank holds a whole one
         config, w = read_config(place), 5.0  # made for a guidance scale of 6
         weights = lambda: read_weights(place, config)
     else:
@@ -107,18 +109,13 @@ def build(cfg, world) -> Nets:
     if own.prediction == "epsilon" and Schedule(config.schedule, config.snr_shift).a[-1] == 0:
         raise UserError("--prediction epsilon cannot start from pure noise, where this teacher's schedule starts")
 
-    vae = encoder = None
-    if cfg.vae and Path(cfg.vae).is_dir():
-        vae = VAE3D.from_cogvideox(below(cfg.vae, "vae"))
-    elif cfg.vae:
-        vae = checkpoint.load_model(cfg.vae, VAE3D)[0]
+    vae = VAE3D.load(cfg.vae) if cfg.vae else None
     if vae and vae.config.latent_channels != config.channels:
         there = vae.config.latent_channels
         raise UserError(f"{cfg.vae} makes {there} latent channels, {cfg.teacher} takes {config.channels}")
-    if cfg.text == "words":
-        encoder = WordTable(WORDS, config.text_dim, config.text_length)
-    elif cfg.text and (world.main or not cached):
-        encoder = T5(cfg.text, config.text_length, device="cpu" if cached else world.device)
+    encoder = None
+    if cfg.text == "words" or (cfg.text and (world.main or not cached)):
+        encoder = load_encoder(cfg.text, config.text_dim, config.text_length, "cpu" if cached else world.device)
     latents, fps = SIZES[cfg.preset].latents, CLIPS[cfg.preset]["fps"]
     prompts = held_out_prompts(max(4, cfg.judged, cfg.reward_samples)) if cfg.text == "words" else PROMPTS
     if cached:
@@ -178,11 +175,6 @@ def build(cfg, world) -> Nets:
         judge = checkpoint.load_model(file, Judge, world.device)[0]
     rest = {"judge": judge, "lrm": lrm, "reward": reward, "moments": moments, "frozen": frozen}
     return Nets(teacher, student, fake, ema, vae, encoder, data, about, world.device, prompts, **rest)
-
-
-def below(folder, name):
-    """A pipeline's part: `folder`/name, or `folder` itself where that is the part."""
-    return Path(folder) / name if (Path(folder) / name).is_dir() else Path(folder)
 
 
 def held(cfg, config, ranks, latents, half=True):

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+import shapes
 from cli import UserError
 
 
@@ -146,3 +147,8 @@ def _warn(length, unit, kept):
 
 def _sha(identity):
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+
+
+def load_encoder(name, dim=128, length=32, device="cpu"):
+    """The encoder a flag names: "words", the small world's table with vectors of `dim`, or a T5 folder."""
+    return WordTable(shapes.WORDS, dim, length) if name == "words" else T5(name, length, device=device)

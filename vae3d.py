@@ -19,13 +19,15 @@ what lets two CPU cores train one.
 
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from checkpoint import read_folder, save_folder
+import checkpoint
+from checkpoint import below, read_folder, save_folder
 from cli import UserError
 
 
@@ -289,6 +291,11 @@ class VAE3D(nn.Module):
             sizes = remainder_first(T, size)
             x = join((self.decoder(f, cache) for f in z.split(sizes, 2)), 4 * T - 3 * (T % 2))
         return x.to(latents.dtype)
+
+    @classmethod
+    def load(cls, place):
+        """The network in a .safetensors file of ours, a CogVideoX pipeline or its `vae` folder; else UserError."""
+        return cls.from_cogvideox(below(place, "vae")) if Path(place).is_dir() else checkpoint.load_model(place, cls)[0]
 
     @classmethod
     def from_cogvideox(cls, folder, dtype=None):

@@ -389,8 +389,12 @@ BAD = {
     "no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json"),
     "no object": (lambda f: (f / "config.json").write_text("[]"), "config.json"),
     "no config": (lambda f: (f / "config.json").unlink(), "config.json"),
-    "no weights": (lambda f: (f / WEIGHTS).unlink(), WEIGHTS),
+    "no weights": (lambda f: (f / WEIGHTS).unlink(), "0 safetensors files"),
     "empty index": (lambda f: (f / f"{WEIGHTS}.index.json").write_text("{}"), "index.json"),
+    "index of shapes": (
+        lambda f: (f / f"{WEIGHTS}.index.json").write_text('{"weight_map": {"a": [1]}}'),
+        "index.json",
+    ),
     "index of nothing": (lambda f: (f / f"{WEIGHTS}.index.json").write_text('{"weight_map": {}}'), "64 tensors"),
     "truncated": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-5]), WEIGHTS),
     "not safetensors": (lambda f: (f / WEIGHTS).write_bytes(b"PK\x03\x04 a zip"), WEIGHTS),
