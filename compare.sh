@@ -22,9 +22,9 @@ for seed in ${SEEDS:-0 1 2}; do
     $train --out "$out/vsd-cd-$seed" --iterations $iterations
     $tune --out "$out/ddpo-$seed" --method ddpo
     $tune --out "$out/ddpo-standardised-$seed" --method ddpo --advantage batch
-    for method in refl draft; do
-        $tune --out "$out/$method-$seed" --method $method --truncate 1 || echo "$method is left out"
-    done
+    # ReFL looks at one of the last two steps: at the last alone it would be DRaFT-1
+    $tune --out "$out/refl-$seed" --method refl --truncate 2 || echo "refl is left out"
+    $tune --out "$out/draft-$seed" --method draft --truncate 1 || echo "draft is left out"
 done
 
 runs=$(ls -d "$out"/*-[0-9]*)

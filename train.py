@@ -244,6 +244,7 @@ def train(cfg: Config, world) -> None:
     accumulate = max(1, round(cfg.global_batch / each)) if cfg.global_batch else 7 if nets.reward and each < 16 else 1
     optimizers, modules = adam(cfg, nets), nets.modules
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun --max-restarts, after a death
+    restarted = distributed.any_rank(restarted, world)  # only the node of the death counts it
     if not (cfg.resume or restarted):
         set_aside(out / "checkpoints", world)
     checkpoints = distributed.Checkpoints(out / "checkpoints", cfg.keep_last, cfg.keep_every)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -180,3 +181,27 @@ def test_bad_input_is_one_line(tiny, tmp_path, words, said):
     done = run(*flags(config(tiny, tmp_path / "run")), *words)
     assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_tensorboard_gets_what_the_log_gets(tiny, tmp_path, monkeypatch):
+    """Where it is installed; in its place here stands what keeps all that is written."""
+    written = []
+
+    class SummaryWriter:
+        def __init__(self, folder):
+            self.folder = folder
+
+        def add_scalar(self, name, value, step):
+            written.append((self.folder, step, name, value))
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
+    _, _, lines = fit(config(tiny, tmp_path, iterations=2))
+    assert {folder for folder, *_ in written} == {tmp_path / "tensorboard"}
+    for line in lines:
+        assert {name: value for _, step, name, value in written if step == line["step"]} == {
+            name: value for name, value in line.items() if name != "step"
+        }
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # not installed
+    written.clear()
+    fit(config(tiny, tmp_path / "without", iterations=1))
+    assert not written

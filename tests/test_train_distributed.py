@@ -13,6 +13,7 @@ import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -327,18 +328,27 @@ train.run(train.main)
 """
 
 
-def test_torchrun_restarts_from_the_newest_checkpoint(tiny, tmp_path):
-    """A real torchrun, whose rank 1 is killed once, at the end of its third step."""
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_torchrun_restarts_from_the_newest_checkpoint(tiny, tmp_path, nodes):
+    """A real torchrun of two ranks on one node or, in two torchruns that find each other, on two. The second rank is
+    killed once, at the end of its third step."""
     (tmp_path / "shim.py").write_text(SHIM)
     words = ["--teacher", f"{tiny}/teacher.safetensors", "--vae", f"{tiny}/vae.safetensors", "--out", tmp_path / "run"]
     words += ["--iterations", 4, "--batch", 1, "--fake-updates", 1, "--judged", 0, "--sample-every", 0]
     words += ["--save-every", 1, "--precision", "fp32", "--device", "cpu", "--threads", 1]
-    run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=1", "--standalone"]
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        meet = f"--rdzv-backend=c10d --rdzv-endpoint=localhost:{probe.getsockname()[1]} --rdzv-id=run".split()
+    run = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", f"--nproc_per_node={2 // nodes}"]
+    run += ["--max-restarts=1", *(meet if nodes > 1 else ["--standalone"]), tmp_path / "shim.py", *words]
     env = os.environ | {"PYTHONPATH": str(Path(train.__file__).parent)}
-    done = subprocess.run(
-        [*map(str, [*run, tmp_path / "shim.py", *words])], capture_output=True, text=True, timeout=1800, env=env
+    env |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} if nodes > 1 else {}  # see README
+    begin = lambda: subprocess.Popen(
+        list(map(str, run)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
     )
-    assert done.returncode == 0, done.stderr
-    assert f"going on from {tmp_path}/run/checkpoints/step_0000000" in done.stdout
+    started = [begin() for _ in range(nodes)]
+    said = [process.communicate(timeout=1800) for process in started]
+    assert [process.returncode for process in started] == [0] * nodes, said
+    assert any(f"going on from {tmp_path}/run/checkpoints/step_0000000" in out for out, _ in said)
     steps = [json.loads(line)["step"] for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert steps == [0, 1, 2, 3]
