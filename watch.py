@@ -137,8 +137,8 @@ def panels(runs):
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#7f7f7f")
 
 
-def draw_curves(path, panels, width=420, height=260):
-    """Write an SVG: panels side by side, each (title, name of the x axis, {label: [curve]}), a curve [(x, y), ...].
+def draw_curves(path, panels, width=420, height=260, columns=3):
+    """Write an SVG: panels, each (title, name of the x axis, {label: [curve]}), a curve [(x, y), ...].
 
     Curves of one label (the seeds of one method) share its colour. What is not finite is left out.
     """
@@ -150,25 +150,30 @@ def draw_curves(path, panels, width=420, height=260):
         points = [p for some in kept.values() for c in some for p in c] or [(0, 0)]
         (x0, x1), (y0, y1) = ((min(v), max(v)) for v in zip(*points))
         x1, y0, y1 = x1 + (x1 == x0), y0 - 0.05 * (y1 - y0 or 1), y1 + 0.05 * (y1 - y0 or 1)
-        across = lambda x, x0=x0, x1=x1, i=i: i * width + left + (x - x0) / (x1 - x0) * (width - left - right)
-        up = lambda y, y0=y0, y1=y1: height - bottom - (y - y0) / (y1 - y0) * (height - top - bottom)
+        begin, low = (
+            i % columns * width + left,
+            i // columns * height + height - bottom,
+        )  # the corner where the axes meet
+        across = lambda x, x0=x0, x1=x1, begin=begin: begin + (x - x0) / (x1 - x0) * (width - left - right)
+        up = lambda y, y0=y0, y1=y1, low=low: low - (y - y0) / (y1 - y0) * (height - top - bottom)
         words = lambda x, y, text, anchor="middle", fill="#333": parts.append(
             f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{fill}">{html.escape(text)}</text>'
         )
-        middle = i * width + (left + width - right) / 2
-        words(middle, 15, title), words(middle, height - 22 + 14, name)
+        middle = begin + (width - left - right) / 2
+        words(middle, low - height + bottom + 15, title), words(middle, low + 32, name)
         for k in range(5):
             x, y = x0 + k * (x1 - x0) / 4, y0 + k * (y1 - y0) / 4
             ends = f'x1="{across(x0):.1f}" x2="{across(x1):.1f}" y1="{up(y):.1f}" y2="{up(y):.1f}"'
             parts.append(f'<line {ends} stroke="#ddd"/>')
-            words(across(x0) - 5, up(y) + 4, f"{y:.3g}", "end"), words(across(x), height - bottom + 14, f"{x:.4g}")
+            words(across(x0) - 5, up(y) + 4, f"{y:.3g}", "end"), words(across(x), low + 14, f"{x:.4g}")
         for label, some in kept.items():
             for curve in some:
                 line = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in curve)
                 parts.append(f'<polyline points="{line}" fill="none" stroke="{colour[label]}" stroke-width="1.5"/>')
+    whole = -(-len(panels) // columns) * height
     for i, label in enumerate(labels):
-        parts.append(f'<text x="{left + 130 * i}" y="{height + 12}" fill="{colour[label]}">{html.escape(label)}</text>')
-    size = f'width="{max(width * len(panels), left + 130 * len(labels))}" height="{height + 20}"'
+        parts.append(f'<text x="{left + 130 * i}" y="{whole + 12}" fill="{colour[label]}">{html.escape(label)}</text>')
+    size = f'width="{max(width * min(columns, len(panels)), left + 130 * len(labels))}" height="{whole + 20}"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="11">'
     with atomic(path) as part:
         part.write_text("\n".join([head, '<rect width="100%" height="100%" fill="white"/>', *parts, "</svg>"]) + "\n")
