@@ -193,9 +193,13 @@ def _vendi(results):
     return ["", "prompts", "Vendi (pixel)", "Vendi (Inception)"], lines
 
 
+ENOUGH = 20  # readings of a factor, below which its change says nothing
+
+
 def _tuned(results):
     """Table 5: means over the seeds and their standard errors; what falls is told against the row `baseline`.
 
+    A factor that fewer than ENOUGH prompts name is left out of that: it would fall and rise by chance.
     "at equal evaluations": the reward on fresh samples, as logged nearest to what the thriftiest run took of them.
     """
     header = ["", "seeds", "iterations", "reward evaluations", "training, s", "true reward", "at equal evaluations"]
@@ -224,7 +228,8 @@ def _tuned(results):
             cells += [shown(score(rows, f), 100) for f in (*MAIN, "main")]
             cells += [shown(score(rows, "vendi"), 1, 3), shown(score(rows, "frechet"), 1, 2)]
             change = {f: 100 * (score(rows, f)["mean"] - score(base, f)["mean"]) for f in FACTORS}
-            change = {f: c for f, c in change.items() if math.isfinite(c)}
+            often = {f: min((row.get(f) or {}).get("n", 0) for row in (*rows, *base)) >= ENOUGH for f in FACTORS}
+            change = {f: c for f, c in change.items() if math.isfinite(c) and often[f]}
             worst = min(change, key=change.get, default=None) if rows is not base else None
             cells += [f"{change[worst]:+.1f} ({worst})", "no" if change[worst] < -3 else "yes"] if worst else ["", ""]
             lines.append([label, len(rows), *cells])

@@ -431,6 +431,8 @@ def test_tuned_students_side_by_side(tiny, tmp_path, monkeypatch, capsys):
         ("vsd-cd", 0, 8), ("vsd-cd", 1, 9), ("ddpo", 0, 10)
     ]  # fmt: skip
     assert made["rows"][0]["true_reward"] == made["rows"][2]["true_reward"] < 0  # the same weights, prompts, noise
+    assert results.table([made]).endswith("|  |  |")  # 20 prompts name no factor often enough to tell
+    monkeypatch.setattr(results, "ENOUGH", 1)
     base, ddpo = results.table([made]).splitlines()[2:]
     assert base.startswith("| vsd-cd | 2 | 8 | 32 | 2 | -") and "±0.0000" in base  # no factor: it is the baseline
     assert "| 128 |" in ddpo and ddpo.endswith("| +0.0 (object) | yes |") and "±" not in ddpo.split("|")[6]
