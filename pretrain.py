@@ -290,6 +290,16 @@ def encode_world(cfg: TeacherConfig, vae: vae3d.VAE3D) -> torch.Tensor:
     return torch.cat(parts)
 
 
+def noise_steps(n: int, generator: torch.Generator) -> torch.Tensor:
+    """Steps 0..999 of a batch (n,), each from an n-th of its distribution: so the losses of batches differ less.
+
+    Half of them are uniform, half lie nearer to the middle (logit-normal, Esser et al. 2024), where shapes are decided.
+    """
+    where = (torch.arange(n) + torch.rand(n, generator=generator)) / n
+    where[::2] = torch.sigmoid(torch.special.ndtri(where[::2]) - 0.4)
+    return (1000 * where).long().clamp(max=999)
+
+
 def train_teacher(cfg: TeacherConfig) -> None:
     if cfg.preset not in dit.PRESETS:
         raise UserError(f"unknown --preset {cfg.preset!r}: choose from {', '.join(dit.PRESETS)}")
@@ -310,10 +320,7 @@ def train_teacher(cfg: TeacherConfig) -> None:
         prompts = [shapes.caption(shapes.Clip.make(cfg.seed, int(i)), "train", rng)[0] for i in index]
         prompts = ["" if rng.random() < cfg.drop_text else p for p in prompts]
         x0 = latents[index].float().to(cfg.device)
-        where = (torch.arange(cfg.batch) + torch.rand(cfg.batch, generator=noise)) / cfg.batch  # evenly over the steps
-        # every other one nearer to the middle, where shapes are decided (logit-normal, Esser et al. 2024)
-        where[::2] = torch.sigmoid(torch.special.ndtri(where[::2]) - 0.4)
-        t = (1000 * where).long().clamp(max=999).to(cfg.device)
+        t = noise_steps(cfg.batch, noise).to(cfg.device)
         eps = torch.randn(x0.shape, generator=noise).to(cfg.device)
         text = words.encode(prompts).to(cfg.device)
         return conjugate_velocity_loss(lambda x, t: forward(x, t, text), schedule, x0, t, eps, prediction), {}

@@ -84,6 +84,28 @@ def test_teacher_resumes_to_the_bit(vae, tmp_path):
     assert [x["loss"] for x in logs[0]] == [x["loss"] for x in logs[1]] and len(logs[0]) == 4
 
 
+def test_noise_steps_are_half_uniform_and_half_around_the_middle():
+    t = pretrain.noise_steps(40000, torch.Generator().manual_seed(0)).double()
+    middle, uniform = t[::2], t[1::2]
+    share = torch.tensor([0.16, 0.5, 0.84], dtype=torch.float64)
+    torch.testing.assert_close(uniform.quantile(share), 1000 * share, atol=2, rtol=0)
+    normal = torch.distributions.Normal(-0.4, 1.0).icdf(share)
+    torch.testing.assert_close(middle.quantile(share), 1000 * torch.sigmoid(normal), atol=2, rtol=0)
+    assert t.min() >= 0 and t.max() <= 999
+    few = pretrain.noise_steps(4, torch.Generator().manual_seed(0))
+    assert few.dtype == torch.int64 and 250 <= few[1] < 500 and 750 <= few[3] < 1000
+
+
+def test_what_learns_is_what_is_compiled(vae, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
+    small = {"vae": f"{vae}/vae.safetensors", "iterations": 1, "batch": 2, "clips": 2}
+    pretrain.train_teacher(pretrain.TeacherConfig(out=str(tmp_path), **small))
+    assert not compiled
+    pretrain.train_teacher(pretrain.TeacherConfig(out=str(tmp_path), **small, compile=True))
+    assert [type(model) for model in compiled] == [DiT]
+
+
 def test_judge(tmp_path):
     done = run("judge", "--out", tmp_path, "--iterations", 2, "--batch", 2, "--width", 8, "--held-out", 32, *SMALL)
     assert done.returncode == 0, done.stderr
