@@ -85,9 +85,7 @@ def build(cfg, world) -> Nets:
         if not getattr(cfg, name):
             raise UserError(f"--{name} is needed: the preset {cfg.preset} has no {name} of its own")
     if folder := Path(cfg.teacher).is_dir():
-        place = checkpoint.below(
-            cfg.teacher, "transformer"
-        )  # read anew for each network, so that no rank holds a whole one
+        place = checkpoint.below(cfg.teacher, "transformer")  # read anew by each network: no rank holds a whole one
         config, w = read_config(place), 5.0  # made for a guidance scale of 6
         weights = lambda: read_weights(place, config)
     else:

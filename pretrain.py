@@ -74,9 +74,7 @@ class TeacherConfig(Config):
     clips: int = opt(20000, "clips encoded before training; their captions are drawn anew at every step")
     drop_text: float = opt(0.1, "share of captions left empty, for classifier-free guidance")
     ema: float = opt(0.999, "decay of the averaged weights, which are the ones kept")
-    compile: bool = opt(
-        False, "torch.compile the transformer: a third to a half of the time a step, needs a C++ compiler"
-    )
+    compile: bool = opt(False, "torch.compile the transformer: faster after a minute, needs a C++ compiler")
 
 
 @dataclass

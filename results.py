@@ -204,7 +204,7 @@ def _tuned(results):
     """
     header = ["", "seeds", "iterations", "reward evaluations", "training, s", "true reward", "at equal evaluations"]
     header += [*MAIN, "mean of 4"]
-    header += ["Vendi - 1", "Frechet", "largest fall of a factor", "counts"]
+    header += ["Vendi - 1", "Frechet", "largest fall of a factor", "within 3"]
     over = lambda rows, name: mean_error([row[name] for row in rows if row.get(name) is not None])
     means = lambda rows, name: [(row.get(name) or {}).get("mean") for row in rows]
     score = lambda rows, name: mean_error([m for m in means(rows, name) if m is not None])

@@ -150,10 +150,8 @@ def draw_curves(path, panels, width=420, height=260, columns=3):
         points = [p for some in kept.values() for c in some for p in c] or [(0, 0)]
         (x0, x1), (y0, y1) = ((min(v), max(v)) for v in zip(*points))
         x1, y0, y1 = x1 + (x1 == x0), y0 - 0.05 * (y1 - y0 or 1), y1 + 0.05 * (y1 - y0 or 1)
-        begin, low = (
-            i % columns * width + left,
-            i // columns * height + height - bottom,
-        )  # the corner where the axes meet
+        # the corner where the axes meet
+        begin, low = i % columns * width + left, i // columns * height + height - bottom
         across = lambda x, x0=x0, x1=x1, begin=begin: begin + (x - x0) / (x1 - x0) * (width - left - right)
         up = lambda y, y0=y0, y1=y1, low=low: low - (y - y0) / (y1 - y0) * (height - top - bottom)
         words = lambda x, y, text, anchor="middle", fill="#333": parts.append(
