@@ -74,6 +74,7 @@ class TeacherConfig(Config):
     clips: int = opt(20000, "clips encoded before training; their captions are drawn anew at every step")
     drop_text: float = opt(0.1, "share of captions left empty, for classifier-free guidance")
     ema: float = opt(0.999, "decay of the averaged weights, which are the ones kept")
+    object_weight: float = opt(4.0, "additional weight of the objects' latents, fading to zero over the run")
     compile: bool = opt(False, "torch.compile the transformer: faster after a minute, needs a C++ compiler")
 
 
@@ -269,23 +270,37 @@ def psnr(error: torch.Tensor) -> torch.Tensor:
     return -10 * ((error.float() / 2) ** 2).mean((1, 2, 3, 4)).log10()
 
 
+def latent_mask(mask: torch.Tensor) -> torch.Tensor:
+    """A clip's mask (B, 1, F, H, W) on its latents' grid (B, 1, 1 + F/4, H/8, W/8): the most that a cell's pixels show.
+
+    The VAE's first latent frame is the first frame alone, each of the others stands for four frames.
+    """
+    return torch.cat([F.max_pool3d(mask[:, :, :1], (1, 8, 8)), F.max_pool3d(mask, (4, 8, 8))], 2)
+
+
 @torch.no_grad()
-def encode_world(cfg: TeacherConfig, vae: vae3d.VAE3D) -> torch.Tensor:
-    """Latents of the clips 0..cfg.clips-1, bf16 (N, C, T, h, w), kept beside the run so that a resume has them."""
+def encode_world(cfg: TeacherConfig, vae: vae3d.VAE3D) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents of the clips 0..cfg.clips-1 (N, C, T, h, w) and the masks of their objects (N, 1, T, h, w), both bf16.
+
+    They are kept beside the run, so that a resume has them.
+    """
     file = Path(cfg.out) / "latents.safetensors"
     identity = {"vae": fingerprint(vae), "clips": cfg.clips, "seed": cfg.seed}
     if file.exists():
         tensors, metadata = checkpoint.load(file)
-        if metadata == identity:
-            return tensors["latents"]
-    parts = []
+        if metadata == identity and "objects" in tensors:
+            return tensors["latents"], tensors["objects"]
+    latents, objects = [], []
     for i in tqdm(range(0, cfg.clips, 16), desc="encoding", dynamic_ncols=True):
-        batch = [shapes.Clip.make(cfg.seed, j) for j in range(i, min(i + 16, cfg.clips))]
-        video = shapes.render_batch(batch).to(cfg.device, memory_format=torch.channels_last_3d)
+        pairs = [shapes.render(shapes.Clip.make(cfg.seed, j)) for j in range(i, min(i + 16, cfg.clips))]
+        video, mask = (torch.stack(some) for some in zip(*pairs))
         with torch.autocast(cfg.device, torch.bfloat16):
-            parts.append(vae.encode(video).to("cpu", torch.bfloat16))
-    checkpoint.save(file, {"latents": torch.cat(parts)}, identity)
-    return torch.cat(parts)
+            video = video.to(cfg.device, memory_format=torch.channels_last_3d)
+            latents.append(vae.encode(video).to("cpu", torch.bfloat16))
+        objects.append(latent_mask(mask).bfloat16())
+    latents, objects = torch.cat(latents), torch.cat(objects)
+    checkpoint.save(file, {"latents": latents, "objects": objects}, identity)
+    return latents, objects
 
 
 def noise_steps(n: int, generator: torch.Generator) -> torch.Tensor:
@@ -303,7 +318,7 @@ def train_teacher(cfg: TeacherConfig) -> None:
         raise UserError(f"unknown --preset {cfg.preset!r}: choose from {', '.join(dit.PRESETS)}")
     vae, _ = checkpoint.load_model(cfg.vae, vae3d.VAE3D, cfg.device)
     vae = vae.to(memory_format=torch.channels_last_3d)
-    latents = encode_world(cfg, vae)
+    latents, objects = encode_world(cfg, vae)
     model = dit.DiT(dit.PRESETS[cfg.preset])
     model.init_weights(cfg.seed)
     model.to(cfg.device)
@@ -321,7 +336,9 @@ def train_teacher(cfg: TeacherConfig) -> None:
         t = noise_steps(cfg.batch, noise).to(cfg.device)
         eps = torch.randn(x0.shape, generator=noise).to(cfg.device)
         text = words.encode(prompts).to(cfg.device)
-        return conjugate_velocity_loss(lambda x, t: forward(x, t, text), schedule, x0, t, eps, prediction), {}
+        weight = 1 + cfg.object_weight * (1 - step / cfg.iterations) * objects[index].float().to(cfg.device)
+        predict = lambda x, t: forward(x, t, text)
+        return conjugate_velocity_loss(predict, schedule, x0, t, eps, prediction, weight), {}
 
     held_out = [shapes.Clip.make(shapes.HELD_OUT, i) for i in range(8)]
     prompts = [shapes.caption(c, "long")[0] for c in held_out]

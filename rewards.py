@@ -209,6 +209,15 @@ def _judged(name, file, device):
 # motion
 
 
+def _window(n: int, window: int, like: torch.Tensor) -> torch.Tensor:
+    """(n, n): a line times this is its mean over a window, taken twice, so that the window is a triangle.
+
+    A box would turn some wavelengths around, and iterating would blow them up. A product is much faster than pooling.
+    """
+    box = F.avg_pool1d(torch.eye(n).to(like)[None], window, 1, window // 2, count_include_pad=False)[0]
+    return box @ box
+
+
 def optical_flow(first: torch.Tensor, second: torch.Tensor, window: int = 7, iterations: int = 3) -> torch.Tensor:
     """Lucas-Kanade from coarse to fine: images (N, C, H, W) in [0, 1] -> flow (N, 2, H, W), x and y in pixels.
 
@@ -218,9 +227,6 @@ def optical_flow(first: torch.Tensor, second: torch.Tensor, window: int = 7, ite
     pyramid = [(first, second)]
     while min(pyramid[-1][0].shape[-2:]) >= 32:
         pyramid.append(tuple(F.avg_pool2d(image, 2) for image in pyramid[-1]))
-    mean = lambda q: F.avg_pool2d(q, window, 1, window // 2, count_include_pad=False)
-    # twice, so that the window is a triangle: a box turns some wavelengths around, and iterating would blow them up
-    around = lambda q: mean(mean(q.mean(1, keepdim=True)))
     flow = first.new_zeros(len(first), 2, 1, 1)
     for a, b in reversed(pyramid):
         h, w = a.shape[-2:]
@@ -228,6 +234,8 @@ def optical_flow(first: torch.Tensor, second: torch.Tensor, window: int = 7, ite
         flow = F.interpolate(flow, (h, w), mode="bilinear") * finer
         wide = F.pad(a, (1, 1, 1, 1), mode="replicate")
         gx, gy = (wide[..., 1:-1, 2:] - wide[..., 1:-1, :-2]) / 2, (wide[..., 2:, 1:-1] - wide[..., :-2, 1:-1]) / 2
+        across, down = (_window(n, window, a) for n in (w, h))
+        around = lambda q, across=across, down=down: down.T @ q.mean(1, keepdim=True) @ across
         floor = 1e-4  # a gradient of 0.01 a pixel, about what noise and compression leave in a flat place
         xx, xy, yy = around(gx * gx) + floor, around(gx * gy), around(gy * gy) + floor
         y, x = torch.meshgrid(torch.arange(h, device=a.device), torch.arange(w, device=a.device), indexing="ij")
