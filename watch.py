@@ -117,6 +117,7 @@ def panels(runs):
         ("rank correlation of LRM and reward", "iteration", "step", "rank_correlation"),
         ("squared error of the LRM", "iteration", "step", "lrm"),
         ("true reward of fresh samples", "iteration", "step", "true_reward"),
+        ("what the LRM says of them", "iteration", "step", "lrm_estimate"),
         ("true reward of fresh samples", "seconds of training", "trained_s", "true_reward"),
         ("true reward of fresh samples", "evaluations of the reward", "reward_evaluations", "true_reward"),
     ]

@@ -43,6 +43,9 @@ def test_diffusion_loss_is_the_mean_squared_error_of_the_target(prediction):
     loss = conjugate_velocity_loss(model, schedule, x0, t, eps, prediction)
     torch.testing.assert_close(loss, ((out - target) ** 2).sum() / 24)
     assert conjugate_velocity_loss(lambda x, s: target, schedule, x0, t, eps, prediction) == 0
+    weight = normal(*x0.shape[:1], *[1] * (x0.ndim - 1), seed=3) ** 2
+    weighted = conjugate_velocity_loss(model, schedule, x0, t, eps, prediction, weight)
+    torch.testing.assert_close(weighted, (weight * (out - target) ** 2).sum() / 24)
 
 
 def test_diffusion_loss_is_least_at_the_exact_denoiser():

@@ -84,6 +84,19 @@ def test_teacher_resumes_to_the_bit(vae, tmp_path):
     assert [x["loss"] for x in logs[0]] == [x["loss"] for x in logs[1]] and len(logs[0]) == 4
 
 
+def test_latent_mask_is_where_a_latent_cell_shows_the_object():
+    mask = torch.zeros(1, 1, 16, 64, 64)
+    mask[0, 0, 0, 8, 15] = 0.5  # in the first frame: it is a latent frame by itself, and the first of the next one's four
+    mask[0, 0, 7, 63, 0] = 1.0  # in the eighth frame, the last one of the third latent frame
+    small = pretrain.latent_mask(mask)
+    assert small.shape == (1, 1, 5, 8, 8) and small.sum() == 2.0
+    assert small[0, 0, 0, 1, 1] == small[0, 0, 1, 1, 1] == 0.5 and small[0, 0, 2, 7, 0] == 1.0
+    clip = next(c for i in range(100) if (c := pretrain.shapes.Clip.make(0, i)).action == "left")
+    mask = pretrain.shapes.render(clip)[1]
+    cells, covered = pretrain.latent_mask(mask[None]) > 0, mask[:, 0].amax(0) > 0
+    assert torch.equal(cells[0, 0, 0], covered.unfold(0, 8, 8).unfold(1, 8, 8).flatten(2).any(2))
+
+
 def test_noise_steps_are_half_uniform_and_half_around_the_middle():
     t = pretrain.noise_steps(40000, torch.Generator().manual_seed(0)).double()
     middle, uniform = t[::2], t[1::2]

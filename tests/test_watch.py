@@ -92,13 +92,14 @@ def test_panels_are_made_of_logs(tmp_path):
     for name, factor in (("lrm-0", 1), ("lrm-12", 2), ("base", 0)):
         (tmp_path / name).mkdir()
         lines = [{"step": i, "trained_s": 2.0 * i} | ({"lrm": factor * 1.0} if factor else {}) for i in range(250)]
-        lines[200] |= {"true_reward": 3.0}
+        lines[200] |= {"true_reward": 3.0} | ({"lrm_estimate": 2.5} if factor else {})
         (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = watch.panels([tmp_path / name for name in ("lrm-0", "lrm-12", "base")])
     assert [(axis, list(curves)) for _, axis, curves in found] == [
-        ("iteration", ["lrm"]), ("iteration", ["lrm", "base"]), ("seconds of training", ["lrm", "base"])
+        ("iteration", ["lrm"]), ("iteration", ["lrm", "base"]), ("iteration", ["lrm"]),
+        ("seconds of training", ["lrm", "base"]),
     ]  # fmt: skip
-    error, truth = found[0][2]["lrm"], found[2][2]["base"]
+    error, truth = found[0][2]["lrm"], found[3][2]["base"]
     assert [len(c) for c in error] == [125, 125] and error[1][0] == (0.5, 2.0) and truth == [[(400.0, 3.0)]]
 
 
