@@ -27,8 +27,8 @@ FLOOR = 1e-3
 def conjugate_velocity_loss(model, schedule, x0, t, eps, prediction="conjugate", weight=None):
     """Mean squared error of model(x_t, t) against x_0 - eps (Eq. 4), or the target of another prediction.
 
-    x0, eps (B, ...), t (B,); weight of each element's error (broadcasts to x0; None: 1). Gradient reaches the model, and
-    x0 if it has one: detach the student's samples.
+    x0, eps (B, ...), t (B,); weight of each element's error (broadcasts to x0; None: 1). Gradient reaches the model,
+    and x0 if it has one: detach the student's samples.
     """
     x0, eps = _float(x0), _float(eps)
     out = model(schedule.add_noise(x0, eps, t), t)

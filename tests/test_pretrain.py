@@ -86,7 +86,7 @@ def test_teacher_resumes_to_the_bit(vae, tmp_path):
 
 def test_latent_mask_is_where_a_latent_cell_shows_the_object():
     mask = torch.zeros(1, 1, 16, 64, 64)
-    mask[0, 0, 0, 8, 15] = 0.5  # in the first frame: it is a latent frame by itself, and the first of the next one's four
+    mask[0, 0, 0, 8, 15] = 0.5  # the first frame is a latent by itself, and one of the next one's four
     mask[0, 0, 7, 63, 0] = 1.0  # in the eighth frame, the last one of the third latent frame
     small = pretrain.latent_mask(mask)
     assert small.shape == (1, 1, 5, 8, 8) and small.sum() == 2.0
