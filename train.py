@@ -96,7 +96,7 @@ class Config:
     lrm_frozen: bool = opt(False, "and leave it as it is")
     reward_every: int = opt(100, "iterations between measurements of the reward on fresh samples (0: at the end)")
     reward_samples: int = opt(64, "samples of a measurement")
-    stop_on_overoptimisation: bool = opt(False, "save and stop when the LRM's estimate rises and the reward falls")
+    stop_on_overoptimisation: bool = opt(False, "save and stop at a sign of over-optimisation (see watch.py)")
     # the machine
     max_seconds: int = opt(0, "end after so many seconds of training, measurements left out (0: --iterations alone)")
     max_evaluations: int = opt(0, "end after so many evaluations of the reward (0: --iterations alone)")
@@ -319,7 +319,7 @@ def train(cfg: Config, world) -> None:
 
 
 def look_at_reward(cfg, world, nets, out, step, watched):
-    """Measure the true reward of fresh samples (see watch.py), keep the best state. -> whether it is over-optimised."""
+    """Measure the true reward of fresh samples (see watch.py), keep the best state. -> the sign of over-optimisation."""
     who, heeded = sampler(cfg, nets, "student"), lambda: [w for w in watched if w["step"] >= cfg.lrm_warmup]
     some = nets.prompts, few(cfg), cfg.reward_samples, cfg.batch
     before = watch.overoptimised(heeded())
@@ -330,8 +330,8 @@ def look_at_reward(cfg, world, nets, out, step, watched):
         write_student(out / "best", nets.student.config, weights, asdict(cfg), nets.about | {"step": step + 1})
     if over and not before and world.main:
         print(
-            f"over-optimised at step {step}: the LRM's estimate rises, the true reward falls to "
-            f"{watched[-1]['true_reward']:.4g}; it was {best['true_reward']:.4g} at step {best['step']}: see {out}/best"
+            f"over-optimised at step {step}: {over}. The true reward is {watched[-1]['true_reward']:.4g}; "
+            f"it was {best['true_reward']:.4g} at step {best['step']}: see {out}/best"
         )
     return over
 

@@ -6,8 +6,10 @@ noise that training never sees, decoded and scored by the true reward. They are 
 each time, so that what changes is the student.
 
 rank_correlation is Spearman's, of the LRM's estimates and the true rewards of these samples: 1 if it puts them in the
-right order, which is all that its gradient needs. Over-optimisation (section 4.5) has a plain sign here: what the LRM
-thinks of the samples rises while what is true of them falls. The student has then found what the LRM is wrong about.
+right order, which is all that its gradient needs. Over-optimisation (section 4.5) has two signs here. What the LRM thinks of
+the samples rises while what is true of them falls: the student has found what the LRM is wrong about. Or, where the LRM
+keeps learning and so is not wrong for long, it no longer tells better samples from worse: the student has left what it
+knows, or has made its samples all alike, and follows noise.
 """
 
 import html
@@ -22,6 +24,9 @@ from cli import UserError, atomic
 
 SEED = 77_000_000  # of the samples' noise, far from those of pictures and evaluation
 WINDOW = 3  # measurements that are averaged before they are compared
+BLIND = (
+    0.2  # a rank correlation that says nothing: twice its standard error, of 3 measurements of 48 samples, by chance
+)
 
 
 def ranks(x):
@@ -78,18 +83,22 @@ def measure(generator, reward, prompts, n, samples, batch, world, lrm=None, mome
 
 
 def overoptimised(history, window=WINDOW):
-    """Whether the LRM's estimate has risen while the true reward has fallen, by more than its standard error.
+    """Which sign of over-optimisation the last measurements show, in words; "" if none.
 
     history: what `measure` has found, oldest first. The mean of the last `window` measurements is compared with that of
     the `window` before them, since a single one is noisy; with fewer there is no verdict yet.
     """
     if len(history) < 2 * window:
-        return False
+        return ""
     mean = lambda name, some: sum(h[name] for h in some) / window
     before, after = history[-2 * window : -window], history[-window:]
     rise = mean("lrm_estimate", after) - mean("lrm_estimate", before)
     fall = mean("true_reward", before) - mean("true_reward", after)
-    return rise > 0 and fall > mean("true_error", after)
+    if rise > 0 and fall > mean("true_error", after):
+        return "the LRM's estimate rises while the true reward falls"
+    if mean("rank_correlation", before) > BLIND > mean("rank_correlation", after):
+        return "the LRM no longer tells better samples from worse"
+    return ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------

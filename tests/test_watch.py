@@ -66,10 +66,10 @@ def test_measure_of_several_names_each():
     assert (found["true_up"], found["true_down"]) == (2, -6) and found["true_reward"] == pytest.approx(2 + 3)
 
 
-def history(estimates, truths, error=0.01):
+def history(estimates, truths, error=0.01, correlations=None):
     return [
-        {"lrm_estimate": e, "true_reward": t, "true_error": error, "step": i}
-        for i, (e, t) in enumerate(zip(estimates, truths))
+        {"lrm_estimate": e, "true_reward": t, "true_error": error, "rank_correlation": r, "step": i}
+        for i, (e, t, r) in enumerate(zip(estimates, truths, correlations or [0.0] * len(truths)))
     ]
 
 
@@ -86,6 +86,15 @@ def test_overoptimised_is_when_the_estimate_rises_and_the_truth_falls():
     assert watch.overoptimised(history([0, 1], [1, 0]), window=1)
     noisy = [0.5, 0.1, 0.4, 0.45, 0.5, 0.05]  # the last is the lowest, the windows are alike
     assert not watch.overoptimised(history(rising, noisy, error=0.01))
+
+
+def test_overoptimised_is_when_the_lrm_goes_blind():
+    rising = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5]
+    said = lambda *correlations: watch.overoptimised(history(rising, rising, correlations=correlations))
+    assert "no longer tells" in said(0.8, 0.7, 0.6, 0.3, 0.0, -0.3)
+    assert not said(0.8, 0.7, 0.6, 0.6, 0.1, 0.0)  # 0.23 on average: still something
+    assert not said(0.1, 0.2, 0.0, 0.1, 0.0, 0.1)  # it has never known anything
+    assert not said(0.8, 0.7, 0.6, 0.0, 0.0, math.nan)  # samples of one and the same reward have no order
 
 
 def test_panels_are_made_of_logs(tmp_path):
