@@ -319,7 +319,7 @@ def train(cfg: Config, world) -> None:
 
 
 def look_at_reward(cfg, world, nets, out, step, watched):
-    """Measure the true reward of fresh samples (see watch.py), keep the best state. -> the sign of over-optimisation."""
+    """Measure the true reward of fresh samples (watch.py), keep the best state. -> the sign of over-optimisation."""
     who, heeded = sampler(cfg, nets, "student"), lambda: [w for w in watched if w["step"] >= cfg.lrm_warmup]
     some = nets.prompts, few(cfg), cfg.reward_samples, cfg.batch
     before = watch.overoptimised(heeded())

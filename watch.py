@@ -6,10 +6,10 @@ noise that training never sees, decoded and scored by the true reward. They are 
 each time, so that what changes is the student.
 
 rank_correlation is Spearman's, of the LRM's estimates and the true rewards of these samples: 1 if it puts them in the
-right order, which is all that its gradient needs. Over-optimisation (section 4.5) has two signs here. What the LRM thinks of
-the samples rises while what is true of them falls: the student has found what the LRM is wrong about. Or, where the LRM
-keeps learning and so is not wrong for long, it no longer tells better samples from worse: the student has left what it
-knows, or has made its samples all alike, and follows noise.
+right order, which is all that its gradient needs. Over-optimisation (section 4.5) has two signs here. What the LRM
+thinks of the samples rises while what is true of them falls: the student has found what the LRM is wrong about. Or,
+where the LRM keeps learning and so is not wrong for long, it no longer tells better samples from worse: the student has
+left what it knows, or has made its samples all alike, and follows noise.
 """
 
 import html
