@@ -24,9 +24,7 @@ from cli import UserError, atomic
 
 SEED = 77_000_000  # of the samples' noise, far from those of pictures and evaluation
 WINDOW = 3  # measurements that are averaged before they are compared
-BLIND = (
-    0.2  # a rank correlation that says nothing: twice its standard error, of 3 measurements of 48 samples, by chance
-)
+BLIND = 0.2  # a rank correlation: twice the chance error of a mean over 3 measurements of 48 samples
 
 
 def ranks(x):
