@@ -59,6 +59,15 @@ def test_kl_is_the_distance_to_the_student_as_it_began(tiny, distilled, tmp_path
     assert lines[0]["kl"] == 0 and lines[1]["kl"] > 0
 
 
+def test_kl_alone_moves_nothing(tiny, distilled, tmp_path):  # noqa: F811
+    """While the LRM warms up the KL is 0 but for rounding, of which AdamW would make full steps."""
+    still = {"beta_vsd": 0.0, "beta_cd": 0.0, "beta_kl": 1.0, "lrm_warmup": 3, "precision": "bf16"}
+    began = str(distilled / "student.safetensors")
+    out, *_ = fit(config(tiny, tmp_path, **JPEG | still | {"iterations": 3}, student=began))
+    before, _ = checkpoint.load(began)
+    assert all(torch.equal(out[k], before[k]) for k in before)
+
+
 def test_the_teacher_is_tuned(tiny, tmp_path):  # noqa: F811
     train.train(cfg := config(tiny, tmp_path, tune="teacher", beta_kl=1.0, **JPEG), train.distributed.start("cpu"))
     model, about = checkpoint.load_model(tmp_path / "teacher.safetensors", DiT)
