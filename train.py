@@ -188,9 +188,7 @@ def iterate(cfg: Config, world, nets: Nets, optimizers, step, accumulate):
                 loss["cd"] = cfg.beta_cd * cd
             if lrm and step >= cfg.lrm_warmup:  # line 19, Eq. 15
                 loss["ft"] = cfg.beta_ft * reward_loss(lrm, x_hat, text if nets.reward.text else None)
-        if loss.keys() - {
-            "kl"
-        }:  # while nothing pulls, the KL's gradient is rounding, which AdamW would make full steps
+        if loss.keys() - {"kl"}:  # alone, the KL's gradient is rounding, of which AdamW would make full steps
             (sum(loss.values()) / accumulate).backward()
         add(numbers, accumulate, **loss)
         drawn.append((x_hat.detach(), x, text, batch, draw, whole))
