@@ -8,6 +8,7 @@
 # the environment. Writes OUT/NAME-SEED, results/over-REWARD.json, assets/over-REWARD.svg and assets/over-REWARD-NAME.png.
 set -e
 reward=$1 out=$2
+[ -n "$out" ] || { echo "want: sh overoptimise.sh REWARD OUT" >&2; exit 2; }
 python=${PYTHON:-python} student=${STUDENT:-weights/student.safetensors}
 
 for seed in ${SEEDS:-0 1 2}; do
@@ -25,7 +26,9 @@ first=$(echo ${SEEDS:-0} | cut -d " " -f 1)
 for name in before reward reward-kl; do
     weights="$out/$name-$first/student.safetensors"
     [ "$name" = before ] && weights=$student
-    $python sample.py --weights "$weights" --prompt "a red star spins at night" --prompt "a white ring moves in a circle over the blue sea" \
-        --prompt "a large yellow heart bounces before bricks" --out "$out/pictures-$name"
-    cp "$out/pictures-$name"/*.png "assets/over-$reward-$name.png"
+    rm -rf "$out/pictures-$name"
+    $python sample.py --weights "$weights" --out "$out/pictures-$name" --prompt "a red star spins at night" \
+        "a white ring moves in a circle over the blue sea" "a large yellow heart bounces before bricks"
+    $python -c "import sys, PIL.Image as I; I.open(sys.argv[1]).quantize(64).save(sys.argv[2], optimize=True)" \
+        "$out/pictures-$name"/*.png "assets/over-$reward-$name.png"
 done
