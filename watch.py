@@ -152,7 +152,7 @@ def draw_curves(path, panels, width=420, height=260, columns=3):
     """
     labels = list(dict.fromkeys(label for *_, curves in panels for label in curves))
     colour = {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(labels)}
-    parts, left, top, right, bottom = [], 52, 26, 12, 40
+    parts, left, top, right, bottom = [], 52, 26, 20, 40
     for i, (title, name, curves) in enumerate(panels):
         kept = {k: [[p for p in c if math.isfinite(p[0] + p[1])] for c in some] for k, some in curves.items()}
         points = [p for some in kept.values() for c in some for p in c] or [(0, 0)]
