@@ -160,12 +160,13 @@ def tuned(cfg):
 @dataclass
 class CurvesConfig(Config):
     runs: tuple[str, ...] = opt((), "folders NAME-SEED of train.py and ddpo.py")
+    only: tuple[str, ...] = opt((), "draw these alone, e.g. rank_correlation lrm (default: all that has been logged)")
     out: str = opt("curves.svg", "the drawing")
 
 
 def curves(cfg):
     """Draw the rewards and the LRM's quality from runs' log.jsonl (the paper's Fig. 8, 10, 11)."""
-    found = watch.panels(cfg.runs)
+    found = watch.panels(cfg.runs, cfg.only)
     if not found:
         raise UserError("name the folders of runs with a --reward: eval.py curves RUNS... --out FILE.svg")
     watch.draw_curves(cfg.out, found)

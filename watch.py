@@ -118,8 +118,8 @@ def name_and_seed(folder):
     return (name, int(seed)) if name and seed.isdigit() else (Path(folder).name, 0)
 
 
-def panels(runs):
-    """What `draw_curves` shows of the logs of runs (folders NAME-SEED): only what has been logged."""
+def panels(runs, only=()):
+    """What `draw_curves` shows of the logs of runs (folders NAME-SEED): what has been logged, or of it `only` these."""
     wanted = [
         ("rank correlation of LRM and reward", "iteration", "step", "rank_correlation"),
         ("squared error of the LRM", "iteration", "step", "lrm"),
@@ -129,7 +129,7 @@ def panels(runs):
         ("true reward of fresh samples", "evaluations of the reward", "reward_evaluations", "true_reward"),
     ]
     logs, found = [(name_and_seed(run)[0], read_log(run)) for run in runs], []
-    for title, axis, x, y in wanted:
+    for title, axis, x, y in (w for w in wanted if not only or w[-1] in only):
         curves = {}
         for label, log in logs:
             points = [(line[x], line[y]) for line in log if x in line and y in line]

@@ -108,6 +108,7 @@ def test_panels_are_made_of_logs(tmp_path):
         ("iteration", ["lrm"]), ("iteration", ["lrm", "base"]), ("iteration", ["lrm"]),
         ("seconds of training", ["lrm", "base"]),
     ]  # fmt: skip
+    assert watch.panels([tmp_path / "lrm-0"], ("lrm_estimate",)) == [(*found[2][:2], {"lrm": found[2][2]["lrm"][:1]})]
     error, truth = found[0][2]["lrm"], found[3][2]["base"]
     assert [len(c) for c in error] == [125, 125] and error[1][0] == (0.5, 2.0) and truth == [[(400.0, 3.0)]]
 
