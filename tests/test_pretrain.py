@@ -109,6 +109,23 @@ def test_noise_steps_are_half_uniform_and_half_around_the_middle():
     assert few.dtype == torch.int64 and 250 <= few[1] < 500 and 750 <= few[3] < 1000
 
 
+def test_the_objects_weigh_more_and_fade(vae, tmp_path):
+    """The loss is linear in --object-weight; at the second of two steps the weight has fallen to half."""
+    losses = []
+    for weight in (0.0, 1.0, 2.0):
+        small = {"vae": f"{vae}/vae.safetensors", "iterations": 2, "batch": 2, "clips": 2, "lr": 0.0, "log_every": 1}
+        pretrain.train_teacher(pretrain.TeacherConfig(out=str(tmp_path / str(weight)), object_weight=weight, **small))
+        log = (tmp_path / str(weight) / "log.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"] for line in log])
+    plain, once, twice = torch.tensor(losses)
+    torch.testing.assert_close(twice - plain, 2 * (once - plain), rtol=1e-3, atol=1e-5)
+    assert (once > plain).all()
+    covered = checkpoint.load(tmp_path / "1.0/latents.safetensors")[0]["objects"].float()
+    assert covered.amax() == 1 and 0 < covered.mean() < 1  # with random weights the error is about alike everywhere
+    share = (once - plain) / plain / covered.mean()
+    assert 0.5 < share[0] < 2 and 0.25 < share[1] < 0.75, share
+
+
 def test_what_learns_is_what_is_compiled(vae, tmp_path, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
