@@ -167,7 +167,7 @@ def build(cfg, world) -> Nets:
                 raise UserError(f"{cfg.lrm} learned (reward, channels, text) {learned}, which is not what is asked for")
             moments = rewards.Moments(**said["moments"])
         else:
-            lrm = make(channels=config.channels, seed=cfg.seed, **sizes).to(world.device)
+            lrm = make(channels=config.channels, backbone=cfg.lrm_backbone, seed=cfg.seed, **sizes).to(world.device)
             moments = rewards.Moments(reward.weights)
     if cfg.data == "shapes" and (file := Path(cfg.vae).parent / "judge.safetensors").exists():
         judge = checkpoint.load_model(file, Judge, world.device)[0]

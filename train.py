@@ -94,8 +94,10 @@ class Config:
     lrm_warmup: int = opt(0, "iterations in which the LRM learns before the student listens to it")
     lrm: str = opt("", "begin with this LRM, the lrm.safetensors of a run with the same reward")
     lrm_frozen: bool = opt(False, "and leave it as it is")
+    lrm_backbone: Literal["frames", "3d"] = opt("frames", "of a new LRM: frame by frame, or a 3D CNN, which sees motion")
     reward_every: int = opt(100, "iterations between measurements of the reward on fresh samples (0: at the end)")
     reward_samples: int = opt(64, "samples of a measurement")
+    reward_repeats: int = opt(1, "of these, samples of each prompt; from 2 on the LRM's order within a prompt is measured")
     stop_on_overoptimisation: bool = opt(False, "save and stop at a sign of over-optimisation (see watch.py)")
     # the machine
     max_seconds: int = opt(0, "end after so many seconds of training, measurements left out (0: --iterations alone)")
@@ -323,7 +325,8 @@ def look_at_reward(cfg, world, nets, out, step, watched):
     who, heeded = sampler(cfg, nets, "student"), lambda: [w for w in watched if w["step"] >= cfg.lrm_warmup]
     some = nets.prompts, few(cfg), cfg.reward_samples, cfg.batch
     before = watch.overoptimised(heeded())
-    watched.append({"step": step} | watch.measure(who, nets.reward, *some, world, nets.lrm, nets.moments))
+    found = watch.measure(who, nets.reward, *some, world, nets.lrm, nets.moments, cfg.reward_repeats)
+    watched.append({"step": step} | found)
     over, best = watch.overoptimised(heeded()), max(watched, key=lambda w: w["true_reward"])
     weights = distributed.gather(nets.ema) if best is watched[-1] else None
     if weights and world.main:

@@ -6,7 +6,9 @@ noise that training never sees, decoded and scored by the true reward. They are 
 each time, so that what changes is the student.
 
 rank_correlation is Spearman's, of the LRM's estimates and the true rewards of these samples: 1 if it puts them in the
-right order, which is all that its gradient needs. Over-optimisation (section 4.5) has two signs here. What the LRM
+right order. Its gradient needs more than that: a prompt's samples in the right order. An LRM that knows only which
+prompts are hard has a high correlation and nothing to teach, so rank_correlation_within is that of the deviations from
+each prompt's mean. Over-optimisation (section 4.5) has two signs here. What the LRM
 thinks of the samples rises while what is true of them falls: the student has found what the LRM is wrong about. Or,
 where the LRM keeps learning and so is not wrong for long, it no longer tells better samples from worse: the student has
 left what it knows, or has made its samples all alike, and follows noise.
@@ -44,20 +46,20 @@ def spearman(a, b):
 
 
 @torch.no_grad()
-def measure(generator, reward, prompts, n, samples, batch, world, lrm=None, moments=None):
+def measure(generator, reward, prompts, n, samples, batch, world, lrm=None, moments=None, repeats=1):
     """The true reward of fresh samples in n steps, and what the LRM says of them, alike on all ranks.
 
-    generator: of generate.py; reward: of rewards.py; sample i has prompt i (modulo their number) and noise of its own.
-    -> {"true_reward", "true_error" (a standard error)}, in the reward's own units (of several, in those of the first;
-    without moments their plain weighted sum), each of several as "true_NAME"; with an LRM also "lrm_estimate" and
-    "rank_correlation".
+    generator: of generate.py; reward: of rewards.py; each prompt is drawn `repeats` times (after the last they begin
+    anew), each sample from noise of its own. -> {"true_reward", "true_error" (a standard error)}, in the reward's own
+    units (of several, in those of the first; without moments their plain weighted sum), each of several as "true_NAME";
+    with an LRM also "lrm_estimate" and "rank_correlation", with repeats "rank_correlation_within" prompts.
     """
-    if samples < 2:
-        raise UserError(f"--reward-samples: at least 2, not {samples}")
+    if samples < 2 or repeats < 1 or samples % repeats:
+        raise UserError(f"--reward-samples: at least 2, and a multiple of --reward-repeats, not {samples}")
     share, rows = -(-samples // world.size), []  # all ranks make the same number of calls
     mine = range(world.rank * share, (world.rank + 1) * share)
     for some in (mine[i : i + batch] for i in range(0, share, batch)):
-        words = [prompts[i % len(prompts)] for i in some]
+        words = [prompts[i // repeats % len(prompts)] for i in some]
         text = generator.encoder.encode(words).to(generator.device)
         x = generator.latents(text, [SEED + i for i in some], n)
         true = reward.each(generator.decode(x), words).double().cpu()  # (B, R)
@@ -77,6 +79,9 @@ def measure(generator, reward, prompts, n, samples, batch, world, lrm=None, mome
         found |= {f"true_{name}": value.item() for name, value in zip(reward.weights, each.mean(0))}
     if lrm:
         found |= {"lrm_estimate": guess.mean().item(), "rank_correlation": spearman(guess, true)}
+    if lrm and repeats > 1:
+        guess, true = (x.view(-1, repeats) - x.view(-1, repeats).mean(1, keepdim=True) for x in (guess, true))
+        found["rank_correlation_within"] = spearman(guess.flatten(), true.flatten())
     return found
 
 
@@ -122,6 +127,7 @@ def panels(runs, only=()):
     """What `draw_curves` shows of the logs of runs (folders NAME-SEED): what has been logged, or of it `only` these."""
     wanted = [
         ("rank correlation of LRM and reward", "iteration", "step", "rank_correlation"),
+        ("the same within prompts", "iteration", "step", "rank_correlation_within"),
         ("squared error of the LRM", "iteration", "step", "lrm"),
         ("true reward of fresh samples", "iteration", "step", "true_reward"),
         ("what the LRM says of them", "iteration", "step", "lrm_estimate"),

@@ -59,6 +59,18 @@ def test_measure():
     assert plain == {k: found[k] for k in ("true_reward", "true_error")}
 
 
+def test_an_lrm_that_knows_only_the_prompts_has_no_correlation_within_them():
+    moments = rewards.Moments({"bright": 1.0}, 2, [0.0], [2.0])
+    for estimates, within in (([1.0, 0, 3, 2], -1), ([0.0, 1, 2, 3], 1), ([5.0, 5, 7, 7], math.nan)):
+        drawn, lrm = Drawn(), lambda x, estimates=estimates: torch.tensor(estimates)
+        found = watch.measure(drawn, bright(), ["a", "bbb"], 4, 4, 4, ALONE, lrm, moments, repeats=2)
+        assert [n for _, n in drawn.seen] == [1, 1, 3, 3]
+        assert found["rank_correlation"] > 0.5
+        assert found["rank_correlation_within"] == pytest.approx(within, nan_ok=True)
+    with pytest.raises(UserError, match="multiple of --reward-repeats"):
+        watch.measure(Drawn(), bright(), ["a"], 4, 5, 2, ALONE, repeats=2)
+
+
 def test_measure_of_several_names_each():
     parts = [(1.0, bright("up")), (-0.5, bright("down", -3))]
     both = rewards.Reward("up,down=-0.5", lambda v, p: v.mean((1, 2, 3, 4)), True, False, "", None, "cpu", parts)
