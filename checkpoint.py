@@ -14,6 +14,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 
 from cli import UserError, atomic
 
@@ -100,17 +101,13 @@ def below(folder, name):
     return Path(folder) / name if (Path(folder) / name).is_dir() else Path(folder)
 
 
-def read_folder(folder, name):
-    """-> (config.json as a dict, an iterator of (key, tensor)) of a folder in diffusers' layout.
-
-    name: the `_class_name` its config must have. Raises UserError naming the file that is missing, cut off, or of
-    another model.
-    """
-    folder = Path(folder)
-    config = _read_json(folder / "config.json")
+def folder_config(folder, name):
+    """config.json of a folder in diffusers' layout, as a dict. name: the `_class_name` it must have; else UserError."""
+    file = Path(folder) / "config.json"
+    config = _read_json(file)
     if config.get("_class_name") != name:
-        raise UserError(f"{folder / 'config.json'} describes a {config.get('_class_name')}, where {name} is needed")
-    return config, read_tensors(folder)
+        raise UserError(f"{file} describes a {config.get('_class_name')}, where {name} is needed")
+    return config
 
 
 def save_folder(folder, name, config, tensors):
@@ -130,7 +127,7 @@ def _weights(folder):
     return sorted(p for p in folder.glob("*.safetensors*") if not p.name.startswith("."))
 
 
-def read_tensors(folder):
+def _read_tensors(folder):
     """Every (key, tensor) of a folder's weights in one file or in shards with an index, one at a time; else UserError.
 
     Each comes from the file opened anew: the pages of a mapped file count as memory until it is closed.
@@ -154,6 +151,36 @@ def read_tensors(folder):
             raise UserError(f"there is no file {file}") from None
         except (OSError, SafetensorError) as e:
             raise UserError(f"{file} is not a whole safetensors file: {e}") from e
+
+
+def read_named(folder, kind, names, shape, dropped=()):
+    """Every (our name, tensor) of a folder's weights, one at a time, so that a rank can keep its rows alone.
+
+    names: {key there: name here}, all of which must come; shape(key) -> the tuple it must have; dropped: keys that are
+    passed over. Raises UserError naming a tensor that is missing, or that `kind`, in words, does not have.
+    """
+    left = dict(names)
+    for key, tensor in _read_tensors(Path(folder)):
+        if key in dropped:
+            continue
+        if key not in left:
+            raise UserError(f"{folder}: {kind} has no tensor {key}, or it came twice")
+        if (got := tuple(tensor.shape)) != (want := shape(key)):
+            raise UserError(f"{folder}: {key} has shape {got}, but config.json asks for {want}")
+        yield left.pop(key), tensor
+    if left:
+        raise UserError(f"{folder}: {len(left)} tensors are missing, the first is {next(iter(left))}")
+
+
+def fill(model, tensors, dtype=None):
+    """Give a model that was built without memory its parameters, (name, tensor) by (name, tensor). Returns the model.
+
+    The peak is the weights and one tensor. dtype None keeps each tensor's own.
+    """
+    for name, tensor in tensors:
+        module, leaf = name.rsplit(".", 1)
+        setattr(model.get_submodule(module), leaf, nn.Parameter(tensor.to(dtype or tensor.dtype, copy=True)))
+    return model
 
 
 def _read_json(path):

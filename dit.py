@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from checkpoint import read_tensors, save_folder
+from checkpoint import fill, read_named, save_folder
 from cli import UserError
 
 Prediction = Literal["conjugate", "velocity", "epsilon", "sample"]
@@ -273,13 +273,10 @@ class DiT(nn.Module):
         What it predicts, on which schedule, is what `save_cogvideox` noted, else what `scheduler/` beside the folder
         says, else what CogVideoX published. Raises UserError naming the file, field or tensor that does not fit.
         """
-        folder, config = Path(folder), read_config(folder)
+        config = read_config(folder)
         with torch.device("meta"):
             model = cls(config)
-        for name, tensor in read_weights(folder, config):
-            module, leaf = name.rsplit(".", 1)
-            setattr(model.get_submodule(module), leaf, nn.Parameter(tensor.to(dtype or tensor.dtype, copy=True)))
-        return model
+        return fill(model, read_weights(folder, config), dtype)
 
     def save_cogvideox(self, folder, **about):
         """Write config.json and one safetensors file that diffusers' CogVideoXTransformer3DModel loads, in our dtype.
@@ -379,20 +376,8 @@ def read_config(folder):
 
 
 def read_weights(folder, config):
-    """Every (our name, tensor) of a diffusers folder, one at a time, so that a rank can keep its rows alone.
-
-    Raises UserError naming a tensor that is missing, or that a network of this config does not have in this shape.
-    """
+    """Every (our name, tensor) of a diffusers folder: see checkpoint.read_named."""
     with torch.device("meta"):
         names, model = weight_names(config.depth), DiT(config)
-    for key, tensor in read_tensors(Path(folder)):
-        if key in DROPPED:
-            continue
-        if key not in names:
-            raise UserError(f"{folder}: a CogVideoX transformer of {config.depth} layers has no tensor {key}")
-        want, got = tuple(model.get_parameter(names[key]).shape), tuple(tensor.shape)
-        if got != want:
-            raise UserError(f"{folder}: {key} has shape {got}, but config.json asks for {want}")
-        yield names.pop(key), tensor
-    if names:
-        raise UserError(f"{folder}: {len(names)} tensors are missing, the first is {next(iter(names))}")
+    shape = lambda key: tuple(model.get_parameter(names[key]).shape)
+    return read_named(folder, f"a CogVideoX transformer of {config.depth} layers", names, shape, DROPPED)

@@ -15,13 +15,14 @@ Tensors are (B, ...), latents (B, C, T, H, W); t is int64 (B,), 0..999.
 import torch
 from torch.nn.functional import mse_loss
 
-from schedule import timesteps
+from schedule import at_least_float32, timesteps
 
 # LCM's constant. At a thousandth of the latents' unit scale the pseudo-Huber distance is nearly |d|: its gradient stays
 # below 1 an element, so the few large errors at high noise do not drown the many small ones, and it is smooth at 0.
 HUBER_C = 1e-3
 # The least mean |x - x_real| that vsd_loss divides by: far below what any noised latent shows (about 0.1 at t = 20).
 FLOOR = 1e-3
+GRID = [-1, *reversed(timesteps(50))]  # CD's nodes -1, 19, 39, ..., 999 (section 4.1: N = 50)
 
 
 def conjugate_velocity_loss(model, schedule, x0, t, eps, prediction="conjugate", weight=None):
@@ -30,18 +31,18 @@ def conjugate_velocity_loss(model, schedule, x0, t, eps, prediction="conjugate",
     x0, eps (B, ...), t (B,); weight of each element's error (broadcasts to x0; None: 1). Gradient reaches the model,
     and x0 if it has one: detach the student's samples.
     """
-    x0, eps = _float(x0), _float(eps)
+    x0, eps = at_least_float32(x0), at_least_float32(eps)
     out = model(schedule.add_noise(x0, eps, t), t)
-    error = (_float(out) - schedule.target(x0, eps, t, prediction)) ** 2
+    error = (at_least_float32(out) - schedule.target(x0, eps, t, prediction)) ** 2
     return (error if weight is None else weight * error).mean()
 
 
-def consistency_loss(student, target, teacher, schedule, x0, n, eps, m=5, grid=None, loss="huber"):
+def consistency_loss(student, target, teacher, schedule, x0, n, eps, m=5, grid=GRID, loss="huber"):
     """Distance of the student at node n + m from the target at node n, m teacher steps later (Eqs. 6-7, lambda = 1).
 
     student, target, teacher: denoisers; only the student has gradient. The teacher is guided by who passes it (Eq. 9).
     x0, eps (B, ...), the data and its noise; n int64 (B,) in 0..N - m; grid: N + 1 ascending steps from -1 (x_0
-    itself), by default -1, 19, 39, ..., 999 (N = 50). loss: "huber" (pseudo-Huber, c = 0.001) or "mse".
+    itself). loss: "huber" (pseudo-Huber, c = 0.001) or "mse".
     ValueError for an n outside the grid or an unknown loss.
 
     A consistency function needs its boundary f(x, -1) = x, or a constant would satisfy the loss. Here the grid holds
@@ -49,22 +50,22 @@ def consistency_loss(student, target, teacher, schedule, x0, n, eps, m=5, grid=N
     in that, so the target is always called, with t = 0 in those rows and its answer there thrown away: all ranks make
     the same calls.
     """
-    grid = torch.tensor([-1, *reversed(timesteps(50))] if grid is None else grid, device=x0.device)  # (N + 1,)
+    grid = torch.tensor(grid, device=x0.device)  # (N + 1,)
     if n.shape != x0.shape[:1] or not 0 <= n.min() <= n.max() < len(grid) - m or m < 1:
         raise ValueError(f"n must be ({len(x0)},), in 0..{len(grid) - 1 - m} with m = {m}: got {n.tolist()}")
     if loss not in ("huber", "mse"):
         raise ValueError(f"unknown loss {loss!r}: huber or mse")
-    x0, eps, n = _float(x0), _float(eps), n.to(x0.device)
+    x0, eps, n = at_least_float32(x0), at_least_float32(eps), n.to(x0.device)
     t, t_n = grid[n + m], grid[n]  # (B,) each
     x_t = schedule.add_noise(x0, eps, t)
     with torch.no_grad():
         x_hat = x_t
         for i in range(m, 0, -1):  # Eq. 7: Denoise^m by Eq. 5 with sigma = 0
             s, s_next = grid[n + i], grid[n + i - 1]
-            x_hat = schedule.ddim_step(x_hat, _float(teacher(x_hat, s)), s, s_next)
+            x_hat = schedule.ddim_step(x_hat, at_least_float32(teacher(x_hat, s)), s, s_next)
         anchored = _rows(t_n < 0, x_hat)
-        goal = torch.where(anchored, x_hat, _float(target(x_hat, t_n.clamp(min=0))))
-    d = _float(student(x_t, t)) - goal
+        goal = torch.where(anchored, x_hat, at_least_float32(target(x_hat, t_n.clamp(min=0))))
+    d = at_least_float32(student(x_t, t)) - goal
     # d^2 / (sqrt(d^2 + c^2) + c) is sqrt(d^2 + c^2) - c without the cancellation near d = 0
     return (d**2 / ((d**2 + HUBER_C**2).sqrt() + HUBER_C)).mean() if loss == "huber" else (d**2).mean()
 
@@ -88,10 +89,10 @@ def vsd_loss(x, real, fake, schedule, t, eps, weight="dmd"):
     """
     if weight not in ("dmd", "score"):
         raise ValueError(f"unknown weight {weight!r}: dmd or score")
-    x = _float(x)
+    x = at_least_float32(x)
     with torch.no_grad():
-        x_t = schedule.add_noise(x, _float(eps), t)
-        x_real, x_fake = _float(real(x_t, t)), _float(fake(x_t, t))
+        x_t = schedule.add_noise(x, at_least_float32(eps), t)
+        x_real, x_fake = at_least_float32(real(x_t, t)), at_least_float32(fake(x_t, t))
         gap, scale = (x_fake - x_real).abs().flatten(1).mean(1), (x - x_real).abs().flatten(1).mean(1)  # (B,) each
         if weight == "dmd":
             g = (x_fake - x_real) / _rows(scale.clamp(min=FLOOR), x)
@@ -110,10 +111,10 @@ def lrm_loss(lrm, x, reward, text=None):
 
     x (B, C, T, h, w), real and generated, detached here; reward (B,); text (B, L, D) for an LRM that reads it.
     """
-    predicted = _float(lrm(x.detach()) if text is None else lrm(x.detach(), text))  # (B,)
+    predicted = at_least_float32(lrm(x.detach()) if text is None else lrm(x.detach(), text))  # (B,)
     if predicted.shape != reward.shape:
         raise ValueError(f"the reward must be {tuple(predicted.shape)}, got {tuple(reward.shape)}")
-    return mse_loss(predicted, _float(reward))
+    return mse_loss(predicted, at_least_float32(reward))
 
 
 def reward_loss(lrm, x, text=None):
@@ -125,13 +126,9 @@ def reward_loss(lrm, x, text=None):
     """
     with torch.enable_grad():
         here = x.detach().requires_grad_()
-        reward = _float(lrm(here) if text is None else lrm(here, text)).mean()
+        reward = at_least_float32(lrm(here) if text is None else lrm(here, text)).mean()
         (slope,) = torch.autograd.grad(reward, here)
     return -(reward.detach() + (slope * (x - here.detach())).sum())
-
-
-def _float(x):
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _rows(c, x):

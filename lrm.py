@@ -46,18 +46,12 @@ class TextImageLRMConfig:
 
 
 @dataclass
-class VideoLRMConfig:
-    channels: int = 12
-    width: int = 128
+class VideoLRMConfig(ImageLRMConfig):
     backbone: str = "frames"  # or "3d"
 
 
 @dataclass
-class TextVideoLRMConfig:
-    channels: int = 12
-    text_dim: int = 4096
-    literal: bool = False
-    width: int = 128
+class TextVideoLRMConfig(TextImageLRMConfig):
     backbone: str = "frames"
 
 

@@ -55,9 +55,7 @@ class Config:
     weights: str = opt("", "a .safetensors file, or a CogVideoX folder of diffusers (default: the bundled student)")
     vae: str = opt("", "the autoencoder: file or folder (default: the bundled one, or the one in the weights' folder)")
     text: str = opt("", "folder of a T5 encoder (default: the small world's words, or the one in the weights' folder)")
-    w: float | None = opt(
-        None, "guidance of a teacher as in Eq. 9, usual scale minus 1 (default: what its weights say)"
-    )
+    w: float | None = opt(None, "a teacher's guidance as in Eq. 9, usual scale minus 1 (default: what its weights say)")
     transition: Literal["renoise", "ddim"] | None = opt(None, "between a student's steps (default: as it was trained)")
     batch: int = opt(1, "videos at a time; 1 makes a video's bits independent of its neighbours")
     device: str = opt("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")

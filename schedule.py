@@ -189,16 +189,17 @@ def denoise(model, schedule, x_t, t, text, prediction, w=0.0, null=None):
     """
     steps = torch.full(x_t.shape[:1], t, device=x_t.device) if isinstance(t, int) else t  # (B,)
     if w == 0:
-        out = _float(model(x_t, steps, text))
+        out = at_least_float32(model(x_t, steps, text))
     elif null is None:
         raise ValueError("guidance (w != 0) needs null, the encoded empty prompt")
     else:
         both = torch.cat([text, null.expand_as(text)])  # (2B, L, D)
-        out = guide(*_float(model(torch.cat([x_t, x_t]), torch.cat([steps, steps]), both)).chunk(2), w)
-    return schedule.to_x0(out, _float(x_t), t, prediction)
+        out = guide(*at_least_float32(model(torch.cat([x_t, x_t]), torch.cat([steps, steps]), both)).chunk(2), w)
+    return schedule.to_x0(out, at_least_float32(x_t), t, prediction)
 
 
-def _float(x):
+def at_least_float32(x):
+    """x in float32, or in float64 if it is that."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 

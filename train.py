@@ -32,13 +32,11 @@ import watch
 from cli import UserError, open_log, opt, parse, run
 from cost import so_far
 from dit import Prediction
-from losses import conjugate_velocity_loss, consistency_loss, lrm_loss, reward_loss, vsd_loss
+from losses import GRID, conjugate_velocity_loss, consistency_loss, lrm_loss, reward_loss, vsd_loss
 from nets import Nets, build, memory_table
 from progress import export, few, finish, look, sampler, set_aside, tensorboard, write_student
 from rewards import Moments
 from schedule import denoise, simulate, timesteps
-
-GRID = [-1, *reversed(timesteps(50))]  # CD's nodes -1, 19, 39, ..., 999 (section 4.1: N = 50)
 
 
 @dataclass
@@ -64,9 +62,7 @@ class Config:
     student: str = opt("", "go on from this student, as train.py wrote it (none: begin as the teacher)")
     steps: Literal[4, 2, 1] = opt(4, "sampling steps of the student")
     prediction: Prediction | None = opt(None, "the student's output (none: the teacher's)")  # noqa: RUF009
-    generator_input: Literal["simulate", "data"] = opt(
-        "simulate", "the student's input: its own samples, or noised data"
-    )
+    generator_input: Literal["simulate", "data"] = opt("simulate", "its input: its own samples, or noised data")
     transition: Literal["renoise", "ddim"] = opt("renoise", "from one of the student's steps to the next")
     ema: float = opt(0.999, "decay of the student's average: CD's target, and what is exported (0: the student itself)")
     lr: float = opt(2e-5, "learning rate of the student (AdamW)")
@@ -94,10 +90,10 @@ class Config:
     lrm_warmup: int = opt(0, "iterations in which the LRM learns before the student listens to it")
     lrm: str = opt("", "begin with this LRM, the lrm.safetensors of a run with the same reward")
     lrm_frozen: bool = opt(False, "and leave it as it is")
-    lrm_backbone: Literal["frames", "3d"] = opt("frames", "of a new LRM: frame by frame, or a 3D CNN, which sees motion")
+    lrm_backbone: Literal["frames", "3d"] = opt("frames", "of a new LRM: frame by frame, or a 3D CNN for motion")
     reward_every: int = opt(100, "iterations between measurements of the reward on fresh samples (0: at the end)")
     reward_samples: int = opt(64, "samples of a measurement")
-    reward_repeats: int = opt(1, "of these, samples of each prompt; from 2 on the LRM's order within a prompt is measured")
+    reward_repeats: int = opt(1, "of these, samples of each prompt; from 2 on LRMs are also compared within prompts")
     stop_on_overoptimisation: bool = opt(False, "save and stop at a sign of over-optimisation (see watch.py)")
     # the machine
     max_seconds: int = opt(0, "end after so many seconds of training, measurements left out (0: --iterations alone)")
@@ -122,9 +118,7 @@ PRESETS = {  # the field defaults are the paper's (section 4.1); the small world
         "fake_updates": 2, "w_vsd": 2.0, "w_cd": 2.0, "checkpoint_activations": False, "save_every": 50,
         "sample_every": 50, "judged": 192, "reward_every": 25,
     },
-    "dollar": {"teacher": "", "vae": "", "text": "", "data": ""},
-    "cogvideox-2b": {"teacher": "", "vae": "", "text": "", "data": ""},
-    "cogvideox-5b": {"teacher": "", "vae": "", "text": "", "data": ""},
+    **{name: {"teacher": "", "vae": "", "text": "", "data": ""} for name in ("dollar", "cogvideox-2b", "cogvideox-5b")},
 }  # fmt: skip
 
 
@@ -186,7 +180,7 @@ def iterate(cfg: Config, world, nets: Nets, optimizers, step, accumulate):
                 guided = denoiser(teacher, schedule, text, cfg.w_cd, nets.null)
                 goal = guided if target is teacher else denoiser(target, schedule, text)
                 n, ours = whole(0, len(GRID) - 1 - cfg.m, "n"), denoiser(student, schedule, text)
-                cd = consistency_loss(ours, goal, guided, schedule, x, n, draw("cd"), cfg.m, GRID, cfg.cd_loss)
+                cd = consistency_loss(ours, goal, guided, schedule, x, n, draw("cd"), cfg.m, loss=cfg.cd_loss)
                 loss["cd"] = cfg.beta_cd * cd
             if lrm and step >= cfg.lrm_warmup:  # line 19, Eq. 15
                 loss["ft"] = cfg.beta_ft * reward_loss(lrm, x_hat, text if nets.reward.text else None)

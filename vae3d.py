@@ -27,7 +27,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import checkpoint
-from checkpoint import below, read_folder, save_folder
+from checkpoint import below, fill, folder_config, read_named, save_folder
 from cli import UserError
 
 
@@ -304,26 +304,16 @@ class VAE3D(nn.Module):
         dtype None keeps each tensor's own. The network is built without memory and filled one tensor at a time, so the
         peak is the weights and one tensor. Raises UserError naming the file, key or tensor that does not fit.
         """
-        published, tensors = read_folder(folder, CLASS)
+        published = folder_config(folder, CLASS)
         try:
             with torch.device("meta"):
                 model = cls(read_config(folder, published))
         except (TypeError, ValueError, KeyError) as e:
             raise UserError(f"{folder}: config.json does not describe a VAE: {e}") from e
         names = {published_name(name): name for name, _ in model.named_parameters()}
-        for key, tensor in tensors:
-            if key not in names:
-                raise UserError(f"{folder}: a CogVideoX VAE of this config has no tensor {key}, or it came twice")
-            module, leaf = names.pop(key).rsplit(".", 1)
-            module = model.get_submodule(module)
-            want, got = published_shape(getattr(module, leaf), key), tuple(tensor.shape)
-            if got != want:
-                raise UserError(f"{folder}: {key} has shape {got}, but config.json asks for {want}")
-            tensor = tensor.to(dtype or tensor.dtype, copy=True).reshape(getattr(module, leaf).shape)
-            setattr(module, leaf, nn.Parameter(tensor))
-        if names:
-            raise UserError(f"{folder}: {len(names)} tensors are missing, the first is {next(iter(names))}")
-        return model.eval()
+        shape = lambda key: published_shape(model.get_parameter(names[key]), key)
+        tensors = read_named(folder, "a CogVideoX VAE of this config", names, shape)
+        return fill(model, ((k, x.reshape(model.get_parameter(k).shape)) for k, x in tensors), dtype).eval()
 
     def save_cogvideox(self, folder):
         """Write a folder that diffusers' AutoencoderKLCogVideoX.from_pretrained loads, in our dtype.
