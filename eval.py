@@ -152,9 +152,7 @@ def tuned(cfg):
                 then = min(then, key=lambda line: abs(line["reward_evaluations"] - common))
                 row["equal"] = {k: then[k] for k in ("reward_evaluations", "true_reward")}
         rows.append(row)
-    made = results.save(cfg, "tuned", rows=rows, baseline=cfg.baseline, judge=eye.about.get("results"))
-    print(results.table([made]))
-    return made
+    return results.show(cfg, "tuned", rows=rows, baseline=cfg.baseline, judge=eye.about.get("results"))
 
 
 @dataclass
@@ -182,9 +180,7 @@ class ValidateConfig(Config):
 def validate(cfg):
     """Rendered clips, spoilt on purpose: does each dimension of the small world see it, and the more the worse?"""
     eye = Eye(cfg.judge, cfg.device, cfg.batch)
-    made = results.save(cfg, "validation", rows=dimensions.validate(eye, cfg.clips, cfg.seed))
-    print(results.table([made]))
-    return made
+    return results.show(cfg, "validation", rows=dimensions.validate(eye, cfg.clips, cfg.seed))
 
 
 @dataclass
@@ -238,26 +234,20 @@ def models(cfg):
 def time_(cfg):
     """Table 4: time of text encoding, diffusion and decoding, as per cent of the teacher's total."""
     rows = cost.times(models(cfg), cfg.prompt, cfg.repeats, cfg.seconds)
-    made = results.save(cfg, "time", rows=rows, device=device_name(cfg.device))
-    print(results.table([made]))
-    return made
+    return results.show(cfg, "time", rows=rows, device=device_name(cfg.device))
 
 
 def memory(cfg):
     """Peak memory of each phase."""
-    made = results.save(cfg, "memory", rows=cost.memory(models(cfg), cfg.prompt), device=device_name(cfg.device))
-    print(results.table([made]))
-    return made
+    return results.show(cfg, "memory", rows=cost.memory(models(cfg), cfg.prompt), device=device_name(cfg.device))
 
 
 def activations(cfg):
     """Memory and time of one forward and backward with activations stored, and computed again."""
     gpu = torch.device(cfg.device).type == "cuda"
-    made = results.save(
+    return results.show(
         cfg, "activations", rows=cost.activation_memory(cfg.device), counted=not gpu, device=device_name(cfg.device)
     )
-    print(results.table([made]))
-    return made
 
 
 @dataclass
@@ -271,9 +261,7 @@ def reward_memory(cfg):
     gpu = torch.device(cfg.device).type == "cuda"
     rows = cost.reward_memory(cfg.device if gpu else "meta", cfg.frames, cfg.clip)
     device = device_name(cfg.device) if gpu else "counted"
-    made = results.save(cfg, "reward_memory", rows=rows, device=device)
-    print(results.table([made]))
-    return made
+    return results.show(cfg, "reward_memory", rows=rows, device=device)
 
 
 def device_name(device):
@@ -372,9 +360,7 @@ def vbench(cfg):
         print(complaint, file=sys.stderr)
     if not scores:
         raise UserError(f"{cfg.results} has no result of vbench, and --videos gave none")
-    made = results.save(cfg, "vbench", scores=scores, complaints=complaints)
-    print(results.table([made]))
-    return made
+    return results.show(cfg, "vbench", scores=scores, complaints=complaints)
 
 
 @dataclass
@@ -412,9 +398,7 @@ def diversity_of_files(cfg):
             f"{cfg.videos} has no prompt with {cfg.copies} readable videos PROMPT-0 .. PROMPT-{cfg.copies - 1}"
         )
     row = {"label": cfg.label or Path(cfg.videos).name, "prompts": len(scores["pixel"]), "left out": left_out}
-    made = results.save(cfg, "vendi", rows=[row | {kind: cost.spread(values) for kind, values in scores.items()}])
-    print(results.table([made]))
-    return made
+    return results.show(cfg, "vendi", rows=[row | {kind: cost.spread(values) for kind, values in scores.items()}])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -452,9 +436,7 @@ def votes(cfg):
     kept, complaints = people.read_votes(cfg.files)
     for complaint in complaints:
         print(complaint, file=sys.stderr)
-    made = results.save(cfg, "votes", rows=people.count(kept))
-    print(results.table([made]))
-    return made
+    return results.show(cfg, "votes", rows=people.count(kept))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

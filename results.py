@@ -37,6 +37,13 @@ def save(cfg, kind, **content):
     return result
 
 
+def show(cfg, kind, **content):
+    """`save` it and print its table."""
+    result = save(cfg, kind, **content)
+    print(table([result]))
+    return result
+
+
 def tidy(value):
     """Floats to 5 significant digits, NaN to None: small files, valid JSON."""
     if isinstance(value, dict):
