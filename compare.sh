@@ -5,7 +5,7 @@
 #   sh compare.sh REWARD evaluations 20000 OUT    # as many evaluations of the reward each; VSD+CD gets LRM's iterations
 #
 # SEEDS (default "0 1 2"), STUDENT, PYTHON, and FLAGS for all, TRAIN_FLAGS for train.py, EVAL_FLAGS for eval.py alone can
-# be set in the environment. Writes OUT/NAME-SEED, results/tuned-REWARD-BUDGET.json, assets/tuned-REWARD-BUDGET.svg.
+# be set in the environment. Writes OUT/NAME-SEED, results/[curves-]tuned-REWARD-BUDGET.json, assets/tuned-REWARD-BUDGET.svg.
 # ReFL and DRaFT need a reward that is differentiable; of another they are left out.
 set -e
 reward=$1 kind=$2 budget=$3 out=$4
@@ -29,4 +29,5 @@ done
 
 runs=$(ls -d "$out"/*-[0-9]*)
 $python eval.py tuned $runs --reward "$reward" --start "$student" --out "results/tuned-$name.json" $EVAL_FLAGS
-$python eval.py curves $runs --out "assets/tuned-$name.svg"
+$python eval.py curves $runs --out "results/curves-tuned-$name.json"
+$python eval.py curves "results/curves-tuned-$name.json" --out "assets/tuned-$name.svg"

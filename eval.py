@@ -8,7 +8,7 @@
     python eval.py reward-memory                             # of latent and pixel rewards, Tables 1 and 10
     python eval.py activations                               # of the transformer's, stored or computed again
     python eval.py tuned RUNS...                             # students tuned to a reward, side by side (Table 5)
-    python eval.py curves RUNS... --out FILE.svg             # rewards and LRM over the iterations (Fig. 8, 10, 11)
+    python eval.py curves RUNS... --out FILE                 # rewards and LRM over the iterations (Fig. 8, 10, 11)
     python eval.py grid --weights W                          # one subject in every look and camera move (Fig. 28, 29)
     python eval.py videos --weights W --out DIR              # VBench's 4,730 videos; torchrun shares them out
     python eval.py vbench --videos DIR --results DIR         # VBench's sixteen dimensions and totals
@@ -157,9 +157,9 @@ def tuned(cfg):
 
 @dataclass
 class CurvesConfig(Config):
-    runs: tuple[str, ...] = opt((), "folders NAME-SEED of train.py and ddpo.py")
+    runs: tuple[str, ...] = opt((), "folders NAME-SEED of train.py and ddpo.py, or a .json that was kept of them")
     only: tuple[str, ...] = opt((), "draw these alone, e.g. rank_correlation lrm (default: all that has been logged)")
-    out: str = opt("curves.svg", "the drawing")
+    out: str = opt("curves.svg", "the drawing, or FILE.json to keep what would be drawn")
 
 
 def curves(cfg):
@@ -167,6 +167,8 @@ def curves(cfg):
     found = watch.panels(cfg.runs, cfg.only)
     if not found:
         raise UserError("name the folders of runs with a --reward: eval.py curves RUNS... --out FILE.svg")
+    if cfg.out.endswith(".json"):
+        return results.save(cfg, "curves", rows=[dict(zip(("title", "axis", "curves"), panel)) for panel in found])
     watch.draw_curves(cfg.out, found)
     print(f"wrote {cfg.out}: {'; '.join(f'{title} over {axis}' for title, axis, _ in found)}")
 
@@ -516,7 +518,7 @@ def main():
     command = words.pop(0) if words and not words[0].startswith("-") else "report"
     torch.set_flush_denormal(True)  # a CPU is many times slower on numbers below 1e-38
     if command == "table":
-        names = words or sorted({f.stem for f in Path("results").glob("*.json")})
+        names = words or sorted(f.stem for f in Path("results").glob("*.json") if not f.stem.startswith("curves"))
         print("\n\n".join(results.block(name) for name in names))
     elif command == "readme":
         text = results.readme()

@@ -5,7 +5,7 @@
 #   sh overoptimise.sh REWARD OUT
 #
 # SEEDS (default "0 1 2"), STUDENT, PYTHON, KL (default 10), FLAGS for train.py and EVAL_FLAGS for eval.py can be set in
-# the environment. Writes OUT/NAME-SEED, results/over-REWARD.json, assets/over-REWARD.svg and assets/over-REWARD-NAME.png.
+# the environment. Writes OUT/NAME-SEED, results/[curves-]over-REWARD.json, assets/over-REWARD.svg and assets/over-REWARD-NAME.png.
 set -e
 reward=$1 out=$2
 [ -n "$out" ] || { echo "want: sh overoptimise.sh REWARD OUT" >&2; exit 2; }
@@ -21,7 +21,8 @@ done
 
 runs=$(ls -d "$out"/*-[0-9]*)
 $python eval.py tuned $runs --reward "$reward" --start "$student" --baseline before --out "results/over-$reward.json" $EVAL_FLAGS
-$python eval.py curves $runs --out "assets/over-$reward.svg"
+$python eval.py curves $runs --out "results/curves-over-$reward.json"
+$python eval.py curves "results/curves-over-$reward.json" --out "assets/over-$reward.svg"
 first=$(echo ${SEEDS:-0} | cut -d " " -f 1)
 for name in before reward reward-kl; do
     weights="$out/$name-$first/student.safetensors"

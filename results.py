@@ -153,7 +153,7 @@ def _sharding(results):
     for row in _rows(results):
         gib = [row[kind] / 2**30 for kind in kinds]
         lines.append([row["preset"], row["ranks"], *(f"{x:.2f}" for x in [*gib[:3], sum(gib[:3]), gib[3], sum(gib)])])
-    header = ["GiB on each GPU", "GPUs", *kinds[:3], "of these", "activations (estimated)", "together"]
+    header = ["GiB on each GPU", "GPUs", *kinds[:3], "sum", "activations (estimated)", "together"]
     return header, lines
 
 

@@ -124,7 +124,24 @@ def name_and_seed(folder):
 
 
 def panels(runs, only=()):
-    """What `draw_curves` shows of the logs of runs (folders NAME-SEED): what has been logged, or of it `only` these."""
+    """What `draw_curves` shows of the logs of runs (folders NAME-SEED): what has been logged, or of it `only` these.
+
+    Or, of a single file .json in their place, what `eval.py curves --out FILE.json` has kept of such runs.
+    """
+    if len(runs) == 1 and Path(runs[0]).suffix == ".json":
+        number = lambda y: math.nan if y is None else y
+        try:
+            rows = json.loads(Path(runs[0]).read_text())["rows"]
+            return [
+                (
+                    row["title"],
+                    row["axis"],
+                    {k: [[(x, number(y)) for x, y in c] for c in v] for k, v in row["curves"].items()},
+                )
+                for row in rows
+            ]
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise UserError(f"cannot read curves in {runs[0]}: {getattr(e, 'strerror', None) or e}") from e
     wanted = [
         ("rank correlation of LRM and reward", "iteration", "step", "rank_correlation"),
         ("the same within prompts", "iteration", "step", "rank_correlation_within"),

@@ -440,7 +440,13 @@ def test_tuned_students_side_by_side(tiny, tmp_path, monkeypatch, capsys):
     made["rows"][2]["scene"]["mean"] -= 0.031
     assert results.table([made]).endswith("| -3.1 (scene) | no |")
     call(monkeypatch, "curves", *runs, "--out", tmp_path / "curves.svg")
-    assert "true reward of fresh samples" in (tmp_path / "curves.svg").read_text()
+    drawn = (tmp_path / "curves.svg").read_text()
+    assert "true reward of fresh samples" in drawn
+    call(monkeypatch, "curves", *runs, "--out", tmp_path / "curves-x.json")  # what is kept draws the same
+    call(monkeypatch, "curves", tmp_path / "curves-x.json", "--out", tmp_path / "again.svg")
+    assert (tmp_path / "again.svg").read_text() == drawn
+    with pytest.raises(UserError, match="cannot read curves"):
+        call(monkeypatch, "curves", tmp_path / "nothing.json")
     with pytest.raises(UserError, match="name the folders"):
         call(monkeypatch, "tuned", *words)
 
