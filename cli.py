@@ -128,8 +128,10 @@ def atomic(path):
 
 def open_log(file, first):
     """Open a log of JSON lines to append to, without those of steps >= first, which a resumed run takes again."""
-    file = Path(file)
-    kept = [line for line in file.read_text().splitlines() if json.loads(line)["step"] < first] if first else []
+    file, kept = Path(file), []
+    for line in file.read_text().splitlines() if first and file.exists() else []:
+        with contextlib.suppress(ValueError):  # a line that was being written when the run was killed
+            kept += [line] if json.loads(line)["step"] < first else []
     with atomic(file) as part:
         part.write_text("".join(line + "\n" for line in kept))
     return open(file, "a")

@@ -148,7 +148,7 @@ class Shapes:
         first = (position * world + rank) * size
         return list(range(first, first + size))
 
-    def batch(self, indices):
+    def batch(self, indices, step=0):
         """-> video (B, 3, F, H, W) in [-1, 1], list of B captions."""
         clips = [shapes.Clip.make(self.seed, i) for i in indices]
         words = [random.Random(f"caption {self.seed} {i}") for i in indices]
@@ -174,8 +174,8 @@ class Folder(_Samples):
         _report(folder, len(self.names), skipped)
         super().__init__([1 if Path(name).suffix.lower() in IMAGES else n for name in self.names])
 
-    def batch(self, indices, epoch=0):
-        """-> video (B, 3, F, H, W) in [-1, 1], list of B captions. Each epoch shows other sections of the files.
+    def batch(self, indices, step=0):
+        """-> video (B, 3, F, H, W) in [-1, 1], list of B captions. Each step shows other sections of the files.
 
         A file that turns out to be damaged further in is named and gives way to the next of its shape.
         """
@@ -184,7 +184,7 @@ class Folder(_Samples):
             same = self.groups[self.shapes[i]]
             for name in [self.names[j] for j in same[same.index(i) :] + same[: same.index(i)]]:
                 try:
-                    videos.append(load_clip(self.folder / name, *self.how, f"{self.seed}/{epoch}"))
+                    videos.append(load_clip(self.folder / name, *self.how, f"{self.seed}/{step}"))
                     captions.append(self.captions[name])
                     break
                 except UserError as e:
@@ -332,7 +332,7 @@ class LatentCache(_Samples):
             self.null = f.get_tensor("text").float()
         super().__init__([tuple(sample["shape"]) for *_, sample in samples])
 
-    def batch(self, indices):
+    def batch(self, indices, step=0):
         """-> dict: latents (B, C, T, h, w), text (B, L, D), float32; captions; reward (B,) if one was cached, or None.
         A weighted sum of rewards was cached as its R parts: (B, R).
 

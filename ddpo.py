@@ -46,6 +46,7 @@ import watch
 from cli import UserError, open_log, opt, parse, run
 from dit import DiT
 from generate import Generator
+from progress import set_aside
 from schedule import Schedule, denoise, log_prob, timesteps
 from text import WordTable, load_encoder
 from vae3d import VAE3D
@@ -238,8 +239,10 @@ def tune(cfg: Config, world) -> None:
     moves = graded(schedule, steps, how, cfg.truncate) if ddpo else range(len(steps))[-cfg.truncate :]
     if not moves:
         raise UserError(f"no move of {steps} by {how} has a density: DDPO needs two steps, and renoise or posterior")
-    adam = torch.optim.AdamW(student.parameters(), cfg.lr)
+    adam = torch.optim.AdamW(student.parameters(), cfg.lr, fused=True)
     saved = {"student": student}, {"adam": adam}
+    if not cfg.resume:
+        set_aside(out / "checkpoints", world)
     checkpoints, stopper = distributed.Checkpoints(out / "checkpoints"), distributed.Stopper(world)
     state = {"step": 0, "trained_s": 0.0, "reward_evaluations": 0, "skipped": 0, "memory": {}}
     moments, weights = rewards.Moments(reward.weights), list(reward.weights.values())
@@ -282,7 +285,7 @@ def tune(cfg: Config, world) -> None:
             write_grid(out / f"step{step:06d}.png", list(shown), texts)
 
     unseen = shapes.held_out_prompts(cfg.reward_samples) if isinstance(encoder, WordTable) else prompts
-    sampler = Generator(student, vae, about, encoder, world.device)
+    sampler = Generator(student, vae, about, encoder, world.device, cfg.precision == "bf16")
     first, in_a_row = state["step"], 0
     bar = tqdm(range(first, cfg.iterations), initial=first, total=cfg.iterations, disable=not world.main)
     log = open_log(out / "log.jsonl", first) if world.main else None
@@ -356,8 +359,10 @@ def tune(cfg: Config, world) -> None:
     picture(state["step"])
     weights = distributed.gather(student)
     if world.main:
-        model, file = DiT(config), out / "student.safetensors"
-        model.load_state_dict(weights)
+        file = out / "student.safetensors"
+        with torch.device("meta"):
+            model = DiT(config)
+        model.load_state_dict(weights, assign=True)
         made = {"command": " ".join(["python", *sys.argv]), "date": time.strftime("%Y-%m-%d"), "settings": asdict(cfg)}
         made |= {"reward_evaluations": state["reward_evaluations"]}
         checkpoint.save_model(file, model, torch.float16, **about | {"tuned": [*about.get("tuned", []), made]})

@@ -54,6 +54,10 @@ class World:
 def start(device=None, timeout_s=600):
     """Join torchrun's processes, or be the only one. Who waits longer than timeout_s for another rank fails."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"--device {device} cannot be used here: {str(e).splitlines()[0]}") from e
     if device.type == "cuda":
         device = torch.device("cuda", device.index or int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
@@ -168,12 +172,17 @@ def clip_gradients(model, max_norm):
     return square.sqrt().item()
 
 
-def mean(value, world):
-    """The mean of a number over the ranks; NaN or infinity on one is so on all."""
-    total = torch.tensor(float(value), dtype=torch.float64)
+def means(numbers, world):
+    """The means of {name: number} over the ranks, which have the same names; NaN or infinity on one is so on all."""
+    total = torch.tensor([float(value) for value in numbers.values()], dtype=torch.float64)
     if world.size > 1:
         dist.all_reduce(total)
-    return total.item() / world.size
+    return dict(zip(numbers, (total / world.size).tolist()))
+
+
+def mean(value, world):
+    """The mean of a number over the ranks."""
+    return means({"": value}, world)[""]
 
 
 def any_rank(flag, world):

@@ -23,12 +23,13 @@ from vae3d import VAE3D
 class Generator:
     """A text-to-video model: transformer, its schedule, its text encoder and its VAE.
 
-    model: a DiT; vae: a VAE3D; about: the metadata of the model's file; encoder: of text.py (default: the word table).
+    model: a DiT; vae: a VAE3D, both on `device`; about: the metadata of the model's file; encoder: of text.py (default:
+    the word table); autocast: whether to compute in bfloat16.
     """
 
-    def __init__(self, model, vae, about, encoder=None, device="cpu"):
-        self.config, self.about, self.device = model.config, about, device
-        self.model, self.vae = model.to(device), vae.to(device, memory_format=torch.channels_last_3d)
+    def __init__(self, model, vae, about, encoder=None, device="cpu", autocast=True):
+        self.config, self.about, self.device, self.autocast = model.config, about, device, autocast
+        self.model, self.vae = model, vae
         self.schedule = Schedule(self.config.schedule, self.config.snr_shift)
         self.encoder = encoder or WordTable(shapes.WORDS, self.config.text_dim, self.config.text_length)
         self.null = self.encoder.encode([""]).to(device)  # (1, L, D)
@@ -60,7 +61,8 @@ class Generator:
         encoder = load_encoder(text or folder or "words", c.text_dim, c.text_length, device)
         if encoder.dim != c.text_dim or about.get("text_fingerprint", encoder.fingerprint) != encoder.fingerprint:
             raise UserError(f"{weights} was trained with another text encoder: name it with --text FOLDER")
-        return cls(model.eval(), coder.eval(), about, encoder, device)
+        coder = coder.to(device, memory_format=torch.channels_last_3d)
+        return cls(model.to(device).eval(), coder.eval(), about, encoder, device)
 
     @property
     def student(self):
@@ -88,7 +90,7 @@ class Generator:
         return n * (2 if self.guidance(w) else 1)
 
     @torch.no_grad()
-    def latents(self, text, seeds, n, w=None, autocast=True):
+    def latents(self, text, seeds, n, w=None):
         """text (B, L, D), a seed a video, n steps -> latents (B, C, T, h, w), float32."""
         w, size = self.guidance(w), self.about.get("latents") or self.config.latents  # (T, h, w)
         shape = (self.config.channels, *size)
@@ -97,7 +99,7 @@ class Generator:
         text = text.to(self.device)
 
         def predict(x, t):
-            with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=autocast):
+            with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.autocast):
                 return denoise(self.model, self.schedule, x, t, text, self.config.prediction, w, self.null)
 
         if self.student:
@@ -106,9 +108,9 @@ class Generator:
         return ddim(predict, self.schedule, noise(), self.steps(n))
 
     @torch.no_grad()
-    def decode(self, latents, autocast=True):
+    def decode(self, latents):
         """Latents (B, C, T, h, w) -> video (B, 3, F, H, W), float32, clamped to [-1, 1]."""
-        with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=autocast):
+        with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.autocast):
             return self.vae.decode(latents).float().clamp(-1, 1)
 
 

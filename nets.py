@@ -22,6 +22,7 @@ from data import Folder, LatentCache, Shapes, fingerprint
 from dit import PRESETS as SIZES
 from dit import DiT, read_config, read_weights
 from judge import Judge
+from losses import GRID
 from schedule import Schedule, timesteps
 from shapes import held_out_prompts
 from text import load_encoder
@@ -66,12 +67,30 @@ class Kept:
     """In a text encoder's place, what a cache kept of it: the embeddings of "" and of a few videos' captions."""
 
     def __init__(self, cache, n=16):
-        videos = [i for i, shape in enumerate(cache.shapes) if shape == max(cache.shapes, key=math.prod)]
+        largest = max(cache.shapes, key=math.prod)
+        videos = [i for i, shape in enumerate(cache.shapes) if shape == largest]
         self.known = {cache.captions[i]: cache.batch([i])["text"][0] for i in videos[:n]} | {"": cache.null[0]}
         self.fingerprint = cache.made["text"]
 
     def encode(self, prompts):
         return torch.stack([self.known[prompt] for prompt in prompts])
+
+
+def check(cfg, world):
+    """What can be wrong with a command before anything is read. cfg: train.py's Config."""
+    whole = ("batch", "m", "fake_updates", "save_every", "keep_last", "patience")
+    small = ", ".join("--" + name.replace("_", "-") for name in whole if getattr(cfg, name) < 1)
+    learns = cfg.beta_vsd or cfg.beta_cd or cfg.reward != "none"
+    for wrong, what in (
+        (small, f"{small}: at least 1"),
+        (cfg.m >= len(GRID), f"--m: at most {len(GRID) - 1}, the steps of CD's grid"),
+        (not 0 <= cfg.t_min <= cfg.t_max <= 999, "--t-min and --t-max: 0 <= t-min <= t-max <= 999"),
+        (cfg.global_batch % (cfg.batch * world.size or 1), "--global-batch is no multiple of --batch times the ranks"),
+        (cfg.lrm_frozen and not cfg.lrm, "--lrm-frozen needs an --lrm that has learned something"),
+        (not learns, "nothing to learn: --beta-vsd and --beta-cd are 0, and there is no --reward"),
+    ):
+        if wrong:
+            raise UserError(what)
 
 
 def build(cfg, world) -> Nets:
@@ -80,17 +99,19 @@ def build(cfg, world) -> Nets:
     From a cache, training needs no text encoder, and the VAE for rewards and pictures alone; what is named of them is
     compared with the cache's own. Raises UserError for what is missing or does not fit.
     """
+    check(cfg, world)
     cached = (Path(cfg.data) / "index.json").exists()
     for name in ("data", "teacher", *(() if cached else ("vae", "text")), *(("vae",) if cfg.reward != "none" else ())):
         if not getattr(cfg, name):
             raise UserError(f"--{name} is needed: the preset {cfg.preset} has no {name} of its own")
     if folder := Path(cfg.teacher).is_dir():
         place = checkpoint.below(cfg.teacher, "transformer")  # read anew by each network: no rank holds a whole one
-        config, w = read_config(place), 5.0  # made for a guidance scale of 6
+        config, w, texts = read_config(place), 5.0, {}  # made for a guidance scale of 6
         weights = lambda: read_weights(place, config)
     else:
         said = checkpoint.metadata(cfg.teacher, "DiT")
         config, w, weights = DiT.Config(**said["config"]), said.get("w", 2.0), lambda: cfg.teacher
+        texts = {cfg.teacher: said.get("text_fingerprint")}
     for name in ("channels", "rotary"):
         there, here = getattr(config, name), getattr(SIZES[cfg.preset], name)
         if there != here:
@@ -98,7 +119,7 @@ def build(cfg, world) -> Nets:
     own, begin = replace(config, prediction=cfg.prediction or config.prediction), weights
     if cfg.student:
         said, begin = checkpoint.metadata(cfg.student, "DiT"), lambda: cfg.student
-        own = DiT.Config(**said["config"])
+        own, texts[cfg.student] = DiT.Config(**said["config"]), said.get("text_fingerprint")
         if replace(own, prediction=config.prediction) != config:
             raise UserError(f"{cfg.student} is of another size or schedule than its teacher {cfg.teacher}")
         if (said.get("timesteps"), own.prediction) != (timesteps(cfg.steps), cfg.prediction or own.prediction):
@@ -133,6 +154,9 @@ def build(cfg, world) -> Nets:
         data = Folder(cfg.data, size["frames"], size["height"], size["width"], size["fps"], cfg.seed)
     if (width := encoder.encode([""]).shape[2]) != config.text_dim:
         raise UserError(f"the text of {cfg.text or cfg.data} is {width} wide, {cfg.teacher} takes {config.text_dim}")
+    for file, known in texts.items():
+        if known not in (None, encoder.fingerprint):
+            raise UserError(f"{file} was trained with another text encoder than {cfg.text or cfg.data}")
     if world.main:
         print(memory(cfg, own, world, latents))
 
@@ -146,6 +170,9 @@ def build(cfg, world) -> Nets:
         return distributed.load_sharded(model, weights())
 
     teacher, student, ema = network(False), network(True, own, begin), network(True, own, begin).requires_grad_(False)
+    if not cfg.student and {own.prediction, config.prediction} == {"conjugate", "velocity"}:
+        for p in (*student.out.parameters(), *ema.out.parameters()):  # x_0 - eps and a eps - b x_0: nearly opposites
+            distributed.local(p).data.neg_()
     fake = network(True) if cfg.beta_vsd else None  # a diffusion model of the teacher's kind, whatever ours predicts
     frozen = network(False, own, begin) if cfg.beta_kl and cfg.student else teacher if cfg.beta_kl else None
     about = {"kind": cfg.tune, "w": w, "fps": fps}
@@ -162,9 +189,9 @@ def build(cfg, world) -> Nets:
         sizes = {"text_dim": config.text_dim} if reward.text else {}
         if cfg.lrm:
             lrm, said = checkpoint.load_model(cfg.lrm, make, world.device)
-            learned = said.get("moments", {}).get("weights"), lrm.config.channels, said.get("text_fingerprint")
-            if learned != (reward.weights, config.channels, encoder.fingerprint):
-                raise UserError(f"{cfg.lrm} learned (reward, channels, text) {learned}, which is not what is asked for")
+            learned = said.get("moments", {}).get("weights"), said.get("vae"), said.get("text_fingerprint")
+            if learned != (reward.weights, fingerprint(vae), encoder.fingerprint):
+                raise UserError(f"{cfg.lrm} learned (reward, VAE, text) {learned}, which is not what is asked for")
             moments = rewards.Moments(**said["moments"])
         else:
             lrm = make(channels=config.channels, backbone=cfg.lrm_backbone, seed=cfg.seed, **sizes).to(world.device)

@@ -32,6 +32,28 @@ def set_aside(folder, world):
     distributed.any_rank(False, world)  # wait for it
 
 
+def read_extra(newest):
+    """What a checkpoint says of its run, and the DiTConfig of its student. UserError where it does not."""
+    try:
+        said = json.loads((newest / "extra.json").read_text())
+        return said, DiT.Config(**said["student"])
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"the checkpoint {newest} is damaged: it does not say what its student is ({e})") from e
+
+
+def check_resumed(newest, cfg, nets, world):
+    """UserError where a checkpoint is of another kind of student than this run's; says which other flags differ."""
+    said, config = read_extra(newest)
+    kind = lambda about: [about.get(k) for k in ("kind", "timesteps", "transition")]
+    if config != nets.student.config or kind(said["about"]) != kind(nets.about):
+        same = "--tune, --steps, --prediction and --transition"
+        raise UserError(f"{newest} is of another student: repeat its {same}, or leave out --resume")
+    now, old = asdict(cfg), said["config"]
+    other = [f"--{k.replace('_', '-')} {now[k]} (was {old[k]})" for k in now if k != "resume" and old.get(k) != now[k]]
+    if other and world.main:
+        print(f"not as before: {', '.join(other)}")
+
+
 def tensorboard(out):
     """The same numbers for TensorBoard, where it is installed."""
     try:
@@ -65,7 +87,7 @@ def few(cfg):
 def sampler(cfg, nets, who):
     """What draws as "teacher", or as "student": what is trained, its average, whatever cfg.tune says it is."""
     model, kind = (nets.ema, cfg.tune) if who == "student" else (nets.teacher, "teacher")
-    return Generator(model, nets.vae, nets.about | {"kind": kind}, nets.encoder, nets.device)
+    return Generator(model, nets.vae, nets.about | {"kind": kind}, nets.encoder, nets.device, cfg.precision == "bf16")
 
 
 def draw_videos(cfg, nets, who, prompts, seed, n):
@@ -80,8 +102,9 @@ def draw_videos(cfg, nets, who, prompts, seed, n):
 
 def write_student(out, config, weights, cfg, about):
     """student.safetensors for sample.py, and of a CogVideoX also a folder for diffusers. cfg: the run's, as a dict."""
-    student = DiT(config)
-    student.load_state_dict(weights)
+    with torch.device("meta"):
+        student = DiT(config)
+    student.load_state_dict(weights, assign=True)
     made = {"command": " ".join(["python", *sys.argv]), "date": time.strftime("%Y-%m-%d"), "settings": cfg}
     file = out / f"{about['kind']}.safetensors"  # under --tune teacher, teacher.safetensors
     checkpoint.save_model(file, student, torch.float16, **about | made)
@@ -95,12 +118,10 @@ def export(out):
     if not (newest := max((out / "checkpoints").glob("step_*"), default=None)):
         raise UserError(f"{out} holds no checkpoint")
     checkpoints = distributed.Checkpoints(out / "checkpoints")
-    try:
-        said = json.loads((newest / "extra.json").read_text())
-        config = DiT.Config(**said["student"])
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f"the checkpoint {newest} does not say what its student is ({e})") from e
-    student = DiT(config)
+    said, config = read_extra(newest)
+    with torch.device("meta"):
+        student = DiT(config)
+    student.to_empty(device="cpu")
     checkpoints.load(newest, {"ema": student}, {})
     write_student(out, config, student.state_dict(), said["config"], said["about"])
 

@@ -113,14 +113,14 @@ def choose_steps(cfg, generator):
 def draw(generator, text, n, cfg, clock):
     """Yield the video (3, F, H, W) in [-1, 1] of every row of text (N, L, D), in order; seconds are added to clock."""
     float32 = next(generator.model.parameters()).dtype == torch.float32
-    fast = float32 and torch.device(cfg.device).type == "cuda"  # half precision is no gain on every CPU
+    generator.autocast = float32 and torch.device(cfg.device).type == "cuda"  # half precision is no gain on every CPU
     for first in range(0, len(text), cfg.batch):
         part = text[first : first + cfg.batch]  # (B, L, D)
         seeds = [random.Random(f"sample {cfg.seed} {first + i}").getrandbits(63) for i in range(len(part))]
         start = now(cfg.device)
-        latents = generator.latents(part, seeds, n, cfg.w, fast)  # (B, C, T, h, w)
+        latents = generator.latents(part, seeds, n, cfg.w)  # (B, C, T, h, w)
         drawn = now(cfg.device)
-        videos = [generator.decode(x[None], fast)[0].cpu() for x in latents]  # one by one: pixels are what is large
+        videos = [generator.decode(x[None])[0].cpu() for x in latents]  # one by one: pixels are what is large
         clock["drawing"] += drawn - start
         clock["decoding"] += now(cfg.device) - drawn
         if not all(video.isfinite().all() for video in videos):

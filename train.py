@@ -31,10 +31,11 @@ import distributed
 import watch
 from cli import UserError, open_log, opt, parse, run
 from cost import so_far
+from data import fingerprint
 from dit import Prediction
 from losses import GRID, conjugate_velocity_loss, consistency_loss, lrm_loss, reward_loss, vsd_loss
 from nets import Nets, build, memory_table
-from progress import export, few, finish, look, sampler, set_aside, tensorboard, write_student
+from progress import check_resumed, export, few, finish, look, sampler, set_aside, tensorboard, write_student
 from rewards import Moments
 from schedule import denoise, simulate, timesteps
 
@@ -163,7 +164,10 @@ def iterate(cfg: Config, world, nets: Nets, optimizers, step, accumulate):
             drawing = cfg.beta_vsd or lrm or nets.frozen
             x_hat, x_t, t = generate(x, text, draw, whole, 0) if drawing else (x, x, 0)  # line 8
             if cfg.tune == "teacher":  # what it was trained with, Eq. 4
-                model = lambda x, t, text=text: student(x, t, text)
+                some = torch.where(
+                    whole(0, 9, "drop")[:, None, None] > 0, text, nets.null
+                )  # guidance needs the empty prompt
+                model = lambda x, t, text=some: student(x, t, text)
                 loss["own"] = conjugate_velocity_loss(model, schedule, x, t, draw("data", 0), student.config.prediction)
             if nets.frozen:  # section 9
                 with torch.no_grad():
@@ -174,7 +178,7 @@ def iterate(cfg: Config, world, nets: Nets, optimizers, step, accumulate):
                 t, fake_score = whole(cfg.t_min, cfg.t_max, "t"), denoiser(fake, schedule, text)
                 vsd, info = vsd_loss(x_hat, real, fake_score, schedule, t, draw("vsd"), cfg.vsd_weight)
                 loss["vsd"] = cfg.beta_vsd * vsd
-                add(numbers, accumulate, score_gap=info["score_gap"], dropped=info["dropped"] * accumulate)
+                add(numbers, accumulate, score_gap=info["score_gap"], dropped=info["dropped"] * accumulate * world.size)
             if cfg.beta_cd:  # line 9, Eq. 6-7
                 target = {"ema": nets.ema, "student": student, "teacher": teacher}[cfg.cd_target]
                 guided = denoiser(teacher, schedule, text, cfg.w_cd, nets.null)
@@ -182,7 +186,7 @@ def iterate(cfg: Config, world, nets: Nets, optimizers, step, accumulate):
                 n, ours = whole(0, len(GRID) - 1 - cfg.m, "n"), denoiser(student, schedule, text)
                 cd = consistency_loss(ours, goal, guided, schedule, x, n, draw("cd"), cfg.m, loss=cfg.cd_loss)
                 loss["cd"] = cfg.beta_cd * cd
-            if lrm and step >= cfg.lrm_warmup:  # line 19, Eq. 15
+            if lrm and cfg.beta_ft and step >= cfg.lrm_warmup:  # line 19, Eq. 15
                 loss["ft"] = cfg.beta_ft * reward_loss(lrm, x_hat, text if nets.reward.text else None)
         if loss.keys() - {"kl"}:  # alone, the KL's gradient is rounding, of which AdamW would make full steps
             (sum(loss.values()) / accumulate).backward()
@@ -213,7 +217,8 @@ def iterate(cfg: Config, world, nets: Nets, optimizers, step, accumulate):
         with torch.no_grad(), autocast(cfg, world):
             both = torch.cat([x, x_hat])  # x~ = x u x^
             known = batch["reward"]
-            video = nets.vae.decode(x_hat if known is not None else both).float().clamp(-1, 1)
+            parts = (x_hat if known is not None else both).split(cfg.batch)  # pixels are what is large
+            video = torch.cat([nets.vae.decode(part).float().clamp(-1, 1) for part in parts])
         each = nets.reward.each(video, batch["captions"] * (len(video) // len(x)))  # (2 B or B, R)
         add(numbers, 1, evaluations=len(each) * world.size)
         each = torch.cat([known.to(each).view(len(x), -1), each]) if known is not None else each
@@ -233,11 +238,9 @@ def train(cfg: Config, world) -> None:
         if cfg.reward == "none" or cfg.student or cfg.prediction:
             raise UserError("--tune teacher needs a --reward, and no --student or --prediction")
         cfg = replace(cfg, beta_vsd=0.0, beta_cd=0.0)
-    if cfg.lrm_frozen and not cfg.lrm:
-        raise UserError("--lrm-frozen needs an --lrm that has learned something")
     nets, out = build(cfg, world), Path(cfg.out)
     each = cfg.batch * world.size
-    accumulate = max(1, round(cfg.global_batch / each)) if cfg.global_batch else 7 if nets.reward and each < 16 else 1
+    accumulate = cfg.global_batch // each if cfg.global_batch else 7 if nets.reward and each < 16 else 1
     optimizers, modules = adam(cfg, nets), nets.modules
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun --max-restarts, after a death
     restarted = distributed.any_rank(restarted, world)  # only the node of the death counts it
@@ -248,6 +251,7 @@ def train(cfg: Config, world) -> None:
     trained, evaluated, watched = 0.0, 0, []  # seconds, evaluations of the reward, its measurements
     if cfg.resume or restarted:
         if newest := checkpoints.newest():
+            check_resumed(newest, cfg, nets, world)
             extra = checkpoints.load(newest, modules, optimizers)
             first, trained, evaluated, watched = (extra[k] for k in ("step", "trained", "evaluated", "watched"))
             nets.moments = nets.reward and Moments(**extra["moments"])
@@ -269,6 +273,7 @@ def train(cfg: Config, world) -> None:
     bar = tqdm(every, initial=first, total=cfg.iterations, disable=not world.main, dynamic_ncols=True)
     for step in bar:
         numbers, fine = iterate(cfg, world, nets, optimizers, step, accumulate)
+        numbers = distributed.means(numbers, world)
         in_a_row, skipped = (0, skipped) if fine else (in_a_row + 1, skipped + 1)
         took, ending = time.time() - last, stopper()
         trained, evaluated = trained + took, evaluated + int(numbers.pop("evaluations", 0))
@@ -305,7 +310,8 @@ def train(cfg: Config, world) -> None:
             break
         last = time.time()
     if nets.lrm and world.main:
-        about = {"reward": cfg.reward, "moments": asdict(nets.moments), "text_fingerprint": nets.encoder.fingerprint}
+        about = {"reward": cfg.reward, "moments": asdict(nets.moments), "vae": fingerprint(nets.vae)}
+        about["text_fingerprint"] = nets.encoder.fingerprint
         checkpoint.save_model(out / "lrm.safetensors", nets.lrm, **about)
     finish(cfg, world, nets, out)
 
@@ -337,7 +343,7 @@ def batch_of(cfg, world, nets, step, micro, total):
     """This rank's part of a batch. A sample's noise follows from (seed, step, its number in the global batch)."""
     numbers = [(micro * world.size + world.rank) * cfg.batch + i for i in range(cfg.batch)]
     chosen = nets.data.at(cfg.seed, step, total)
-    batch = nets.data.batch([chosen[i] for i in numbers])
+    batch = nets.data.batch([chosen[i] for i in numbers], step)
     if isinstance(batch, tuple):  # not from a cache
         video, captions = batch
         with torch.no_grad(), autocast(cfg, world):
@@ -352,10 +358,10 @@ def batch_of(cfg, world, nets, step, micro, total):
 
 
 def adam(cfg, nets):
-    """An optimizer for each network that learns."""
-    make = lambda model, lr: torch.optim.AdamW(model.parameters(), lr, (cfg.beta1, cfg.beta2))
+    """An optimizer for each network that learns; fused, since on sharded parameters PyTorch's other ways are slow."""
+    make = lambda model, lr: torch.optim.AdamW(model.parameters(), lr, (cfg.beta1, cfg.beta2), fused=True)
     optimizers = {"student": make(nets.student, cfg.lr)} | ({"fake": make(nets.fake, cfg.fake_lr)} if nets.fake else {})
-    return optimizers | ({"lrm": torch.optim.AdamW(nets.lrm.parameters(), cfg.lrm_lr)} if nets.lrm else {})
+    return optimizers | ({"lrm": torch.optim.AdamW(nets.lrm.parameters(), cfg.lrm_lr, fused=True)} if nets.lrm else {})
 
 
 def denoiser(model, schedule, text, w=0.0, null=None):

@@ -151,9 +151,7 @@ def test_folder_skips_counts_and_names_once(clips, capsys):
     video, captions = folder.batch([1, 4, 2])
     assert video.shape == (3, 3, 16, 32, 48) and video.dtype == torch.float32 and video.abs().max() <= 1
     assert captions == ["A red ball", "a blue ball", "A ball rolls"]
-    assert torch.equal(video, folder.batch([1, 4, 2])[0]) and not torch.equal(
-        video, folder.batch([1, 4, 2], epoch=1)[0]
-    )
+    assert torch.equal(video, folder.batch([1, 4, 2])[0]) and not torch.equal(video, folder.batch([1, 4, 2], step=1)[0])
     images, captions = folder.batch([0, 3])
     assert images.shape == (2, 3, 1, 32, 48) and captions[0] == "picture of a red ball"
     assert images[:, 0, 0, 5, 5] == pytest.approx([200 / 127.5 - 1, 100 / 127.5 - 1], abs=0.02)
