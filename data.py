@@ -4,8 +4,8 @@
 
 `Folder` reads files of any size, length and frame rate as clips of one size: `frames` frames at `fps` from a section
 chosen by seed, the shorter side resized, the centre cut out. An image is a clip of one frame. `LatentCache` reads
-what `cache` wrote: each clip's latents, its caption's embedding, and the reward of its pixels, made once, so that
-training holds neither VAE nor text encoder in memory.
+what `cache` wrote: each clip's latents, its caption's embedding, and the reward of its decoded pixels, made once, so
+that training holds neither VAE nor text encoder in memory.
 
 A cache is a plan and shards. The plan (index.json) says which files stand in which shard, and is written first; a
 shard is a safetensors file that appears whole or not at all. So a run that was killed goes on with the shards that are
@@ -215,10 +215,10 @@ def fingerprint(model):
 def cache(data, out, vae, text, made, reward=None, shard=64, rank=0, world=1, device="cpu"):
     """Encode every clip of the folder `data` once into the folder `out`; goes on where an earlier run stopped.
 
-    `vae.encode` and `text.encode` as in vae3d.py and text.py; `reward(video (1, 3, F, H, W), [caption]) -> (1,)`.
+    vae and text as in vae3d.py and text.py; `reward(video (1, 3, F, H, W), [caption]) -> (1,)`, of the decoded latents.
     `made` says how, and must be the same each time: frames, height, width, fps, seed, vae (its fingerprint), reward
-    (its name or None). Files that are new in `data` since the last run are added. Of `world` processes each makes its
-    share of the shards. Returns how many clips the finished shards hold.
+    (its name or None), reward_frames, reward_weights (the file's name). Files that are new in `data` since the last run
+    are added. Of `world` processes each makes its share of the shards. Returns how many clips the finished ones hold.
     Raises UserError for a cache that was made otherwise, and where no clip is usable.
     """
     data, out, made = Path(data), Path(out), made | {"text": text.fingerprint}
@@ -258,7 +258,9 @@ def cache(data, out, vae, text, made, reward=None, shard=64, rank=0, world=1, de
                         raise UserError(f"the VAE does not take such clips: {e}") from e
                     sample = {"latents": latents, "text": embedding.to(text.dtype)}
                     if reward is not None:
-                        sample["reward"] = reward(video, [caption]).detach().float()
+                        with torch.no_grad():  # of what the latents hold, as training scores its samples (Eq. 14)
+                            pixels = vae.decode(latents.float()).float().clamp(-1, 1)
+                        sample["reward"] = reward(pixels, [caption]).detach().float()
                     tensors |= {f"{len(samples)}.{key}": x[0].cpu().contiguous() for key, x in sample.items()}
                     samples.append({"name": name, "caption": caption, "shape": list(latents.shape[1:])})
                 bar.update()
@@ -361,8 +363,9 @@ class Config:
     width: int = opt(64, "pixels")
     fps: float = opt(8.0, "frames a second")
     text_length: int = opt(32, "tokens of a prompt")
-    reward: str | None = opt(None, "also keep this reward of the pixels (see rewards.py)")
+    reward: str | None = opt(None, "also keep this reward of the decoded clips (see rewards.py)")
     reward_weights: str | None = opt(None, "the reward's weights, file or folder")
+    reward_frames: int | None = opt(None, "frames an image reward looks at (none: all)")
     shard: int = opt(64, "clips a shard")
     seed: int = opt(0, "which section of a longer video is taken")
     device: str = opt("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
@@ -382,9 +385,9 @@ def main():
     from vae3d import VAE3D
 
     vae, text = VAE3D.load(cfg.vae), load_encoder(cfg.text, length=cfg.text_length, device=device)
-    reward = rewards.make(cfg.reward, cfg.reward_weights, device=device) if cfg.reward else None
-    made = {k: getattr(cfg, k) for k in ("frames", "height", "width", "fps", "seed", "reward")}
-    made["vae"] = fingerprint(vae)
+    reward = rewards.make(cfg.reward, cfg.reward_weights, cfg.reward_frames, device) if cfg.reward else None
+    made = {k: getattr(cfg, k) for k in ("frames", "height", "width", "fps", "seed", "reward", "reward_frames")}
+    made |= {"vae": fingerprint(vae), "reward_weights": Path(cfg.reward_weights or "").name}
     score = reward and (reward.each if len(reward.weights) > 1 else reward)  # of a sum, each by itself
     n = cache(cfg.data, cfg.out, vae.eval().to(device), text, made, score, cfg.shard, rank, world, device)
     print(f"{cfg.out}: {n} clips" + (f" of rank {rank}" if world > 1 else ""))

@@ -142,8 +142,10 @@ def build(cfg, world) -> Nets:
         data = LatentCache(cfg.data, **{name: value for name, value in used.items() if value})
         if any(s[0] != config.channels or s[2] % config.patch or s[3] % config.patch for s in data.shapes):
             raise UserError(f"{cfg.data} holds latents {data.shapes[0]} (C, T, H, W) that {cfg.teacher} does not take")
-        if data.made["reward"] and cfg.reward not in ("none", data.made["reward"]):
-            raise UserError(f"{cfg.data} keeps the reward {data.made['reward']}, not {cfg.reward}: make a new cache")
+        here = {"reward_frames": cfg.reward_frames, "reward_weights": Path(cfg.reward_weights or "").name}
+        for key, value in ({"reward": cfg.reward} | here).items() if cfg.reward != "none" else ():
+            if data.made["reward"] and (there := data.made.get(key)) != value:
+                raise UserError(f"{cfg.data} keeps the {key.replace('_', ' ')} {there}, not {value}: make a new cache")
         vae = vae if cfg.sample_every or cfg.reward != "none" else None
         encoder, latents, fps = Kept(data), max(data.shapes, key=math.prod)[1:], data.made["fps"]
         prompts = [prompt for prompt in encoder.known if prompt]

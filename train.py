@@ -164,9 +164,7 @@ def iterate(cfg: Config, world, nets: Nets, optimizers, step, accumulate):
             drawing = cfg.beta_vsd or lrm or nets.frozen
             x_hat, x_t, t = generate(x, text, draw, whole, 0) if drawing else (x, x, 0)  # line 8
             if cfg.tune == "teacher":  # what it was trained with, Eq. 4
-                some = torch.where(
-                    whole(0, 9, "drop")[:, None, None] > 0, text, nets.null
-                )  # guidance needs the empty prompt
+                some = torch.where(whole(0, 9, "drop")[:, None, None] > 0, text, nets.null)  # as in pretrain.py
                 model = lambda x, t, text=some: student(x, t, text)
                 loss["own"] = conjugate_velocity_loss(model, schedule, x, t, draw("data", 0), student.config.prediction)
             if nets.frozen:  # section 9

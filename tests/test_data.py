@@ -231,7 +231,7 @@ class ToyConfig:
 
 
 class ToyVAE(torch.nn.Module):
-    """Mean colours of 8x8 blocks of every fourth frame, for speed: any object with `encode` and `config` will do."""
+    """Mean colours of 8x8 blocks of every fourth frame, for speed: all that is asked of one."""
 
     def __init__(self, scale=0.5):
         super().__init__()
@@ -242,13 +242,16 @@ class ToyVAE(torch.nn.Module):
             raise ValueError(f"{video.shape[2]} frames cannot be encoded")
         return torch.nn.functional.avg_pool3d(video[:, :, ::4], (1, 8, 8)) * self.weight
 
+    def decode(self, latents):
+        return (latents / self.weight).repeat_interleave(8, 3).repeat_interleave(8, 4)
+
 
 VAE, TEXT = ToyVAE(), WordTable(WORDS, dim=32, length=8)
 MADE = {"frames": 16, "height": 32, "width": 48, "fps": 8.0, "seed": 5, "reward": None, "vae": data.fingerprint(VAE)}
 
 
 def test_cache_holds_what_the_encoders_give(clips, tmp_path, capsys):
-    reward = lambda video, captions: video.mean((1, 2, 3, 4)) + len(captions[0])
+    reward = lambda video, captions: video.square().mean((1, 2, 3, 4)) + len(captions[0])
     made = MADE | {"reward": "mean"}
     assert cache(clips, tmp_path / "cache", VAE, TEXT, made, reward, shard=2) == 5
     lines = [line for line in capsys.readouterr().err.splitlines() if "skipped" in line]
@@ -267,7 +270,9 @@ def test_cache_holds_what_the_encoders_give(clips, tmp_path, capsys):
         assert batch["latents"].shape == latents.shape and got.shapes[i] == tuple(latents.shape[1:])
         assert torch.equal(batch["latents"], latents.half().float())
         assert torch.equal(batch["text"], TEXT.encode([caption]))
-        assert batch["reward"].item() == pytest.approx(video.mean().item() + len(caption), abs=1e-5)
+        pixels = VAE.decode(latents.half().float())  # not the file's own: the samples it is compared with are decoded
+        assert batch["reward"].item() == pytest.approx(pixels.square().mean().item() + len(caption), abs=1e-5)
+        assert abs(pixels.square().mean() - video.square().mean()) > 1e-4
     assert sorted(shape[1] for shape in got.shapes) == [1, 1, 4, 4, 4]  # images and videos, each with its own T
     pair = got.at(0, 0, 2)
     assert got.batch(pair)["latents"].shape[0] == 2 == got.batch(pair)["text"].shape[0]

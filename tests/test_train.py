@@ -13,8 +13,10 @@ from PIL import Image
 
 import checkpoint
 import dit
+import nets
 import train
 import vae3d
+from cli import UserError
 from distributed import World
 from judge import Judge, JudgeConfig
 
@@ -139,6 +141,38 @@ def test_resume_continues_to_the_bit(tiny, tmp_path, reward):
     assert [x["grad_norm"] for x in lines] == [x["grad_norm"] for x in more]
 
 
+def test_resume_refuses_another_student_and_names_other_flags(tiny, tmp_path, capsys):
+    fit(config(tiny, tmp_path, iterations=1, beta_vsd=0.0))
+    for other in ({"steps": 2}, {"prediction": "sample"}, {"transition": "ddim"}):
+        with pytest.raises(UserError, match="another student"):
+            fit(config(tiny, tmp_path, iterations=2, beta_vsd=0.0, resume=True, **other))
+    (tmp_path / "log.jsonl").write_text('{"step": 0, "cd": 1.0}\n{"step": 1, "c')  # killed while it wrote
+    *_, lines = fit(config(tiny, tmp_path, iterations=2, beta_vsd=0.0, lr=1e-5, resume=True))
+    assert "not as before: --iterations 2 (was 1), --lr 1e-05 (was 0.0001)" in capsys.readouterr().out
+    assert [line["step"] for line in lines] == [0, 1] and lines[0]["cd"] == 1.0
+
+
+def test_another_text_encoder_than_the_teachers_is_refused(tiny, tmp_path):
+    model, about = checkpoint.load_model(tiny / "teacher.safetensors", dit.DiT)
+    checkpoint.save_model(tmp_path / "t.safetensors", model, **about | {"text_fingerprint": "another"})
+    with pytest.raises(UserError, match="another text encoder"):
+        fit(config(tiny, tmp_path / "run", teacher=str(tmp_path / "t.safetensors")))
+
+
+def test_a_student_of_the_opposite_velocity_begins_where_its_teacher_stands(tiny, tmp_path):
+    """v = a eps - b x_0 and x_0 - eps point opposite ways: read as it is, the teacher's output would be noise added."""
+    teacher, about = checkpoint.load_model(tiny / "teacher.safetensors", dit.DiT)
+    teacher.config = replace(teacher.config, prediction="velocity")
+    checkpoint.save_model(tmp_path / "t.safetensors", teacher, **about)
+    cfg = config(tiny, tmp_path / "run", teacher=str(tmp_path / "t.safetensors"), prediction="conjugate")
+    made = nets.build(cfg, World(0, 1, torch.device("cpu")))
+    assert made.student.config.prediction == "conjugate" and made.teacher.config.prediction == "velocity"
+    x, t, text = torch.randn(2, 12, 5, 8, 8), torch.tensor([300, 900]), torch.randn(2, 32, 128)
+    with torch.no_grad():
+        assert torch.allclose(made.student(x, t, text), -made.teacher(x, t, text), atol=1e-5)
+        assert torch.allclose(made.ema(x, t, text), -made.teacher(x, t, text), atol=1e-5)
+
+
 def test_accumulation_equals_the_large_batch(tiny, tmp_path):
     *_, a = fit(config(tiny, tmp_path / "one", iterations=1, batch=4))
     *_, b = fit(config(tiny, tmp_path / "two", iterations=1, batch=1, global_batch=4))
@@ -181,6 +215,22 @@ def test_bad_input_is_one_line(tiny, tmp_path, words, said):
     done = run(*flags(config(tiny, tmp_path / "run")), *words)
     assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_what_cannot_be_meant_is_refused(tiny, tmp_path):
+    for changes, said in (
+        ({"m": 51}, "--m: at most 50"),
+        ({"save_every": 0, "batch": 0}, "--batch, --save-every: at least 1"),
+        ({"t_min": 500, "t_max": 100}, "t-min <= t-max"),
+        ({"t_max": 1000}, "<= 999"),
+        ({"batch": 2, "global_batch": 3}, "no multiple"),
+        ({"beta_vsd": 0.0, "beta_cd": 0.0}, "nothing to learn"),
+        ({"patience": 0}, "--patience: at least 1"),
+    ):
+        with pytest.raises(UserError, match=said):
+            fit(config(tiny, tmp_path / "run", **changes))
+    with pytest.raises(UserError, match="--device cuda cannot be used here"):
+        train.distributed.start("cuda") if not torch.cuda.is_available() else pytest.skip("there is a GPU")
 
 
 def test_tensorboard_gets_what_the_log_gets(tiny, tmp_path, monkeypatch):

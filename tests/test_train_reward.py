@@ -69,6 +69,14 @@ def test_kl_alone_moves_nothing(tiny, distilled, tmp_path):  # noqa: F811
     assert all(torch.equal(out[k], before[k]) for k in before)
 
 
+def test_an_lrm_that_learns_alone_leaves_the_student_as_it_is(tiny, distilled, tmp_path):  # noqa: F811
+    """Neither a gradient of zeros nor the optimizer's weight decay."""
+    alone = JPEG | {"beta_vsd": 0.0, "beta_cd": 0.0, "beta_ft": 0.0, "iterations": 2, "lr": 1e-2}
+    out, _, lines = fit(config(tiny, tmp_path, **alone, student=(began := str(distilled / "student.safetensors"))))
+    before, _ = checkpoint.load(began)
+    assert all(torch.equal(out[k], before[k]) for k in before) and lines[0]["lrm"] > 0 and "ft" not in lines[0]
+
+
 def test_the_teacher_is_tuned(tiny, tmp_path):  # noqa: F811
     train.train(cfg := config(tiny, tmp_path, tune="teacher", beta_kl=1.0, **JPEG), train.distributed.start("cpu"))
     model, about = checkpoint.load_model(tmp_path / "teacher.safetensors", DiT)
