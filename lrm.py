@@ -19,7 +19,8 @@ scales and shifts, is what gives the paper's total.
 
 Where the tables are silent: GroupNorm has 8 groups (small latents end as a map of one pixel, where each group is
 normalised over its channels alone: many small groups would leave little of the signal); every text token is attended
-to, padding included, as the encoder gives it; the attention has one head and is scaled by 1 / sqrt(width).
+to, padding included, as the encoder gives it; the attention has one head. Section 7.2 writes it without a scale; here
+it has the usual 1 / sqrt(width).
 """
 
 from dataclasses import dataclass

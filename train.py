@@ -56,7 +56,7 @@ class Config:
     # the objective, Eq. 16
     beta_vsd: float = opt(1.0, "weight of variational score distillation (Eq. 10-13); 0 leaves it out")
     beta_cd: float = opt(0.5, "weight of consistency distillation (Eq. 6-7); 0 leaves it out")
-    beta_ft: float = opt(1.0, "weight of the latent reward (Eq. 15), where there is a --reward")
+    beta_ft: float = opt(1.0, "weight of the latent reward, standardised (Eq. 15), where there is a --reward")
     beta_kl: float = opt(0.0, "weight of the distance to the student as it began (section 9); 0 leaves it out")
     # the student
     tune: Literal["student", "teacher"] = opt("student", "teacher: with Eq. 4 in place of VSD and CD (section 7.2)")

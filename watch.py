@@ -1,17 +1,17 @@
 """Watching a reward while it is optimised: what it says of fresh samples, and when it stops being what is learned.
 
 While tuning, the student is judged by a latent reward model that learns beside it (Eq. 14-15), on the samples it trains
-on. Whether that is worth anything shows elsewhere: on the samples a user would draw, in all steps, from prompts and
-noise that training never sees, decoded and scored by the true reward. They are drawn from the same prompts and noise
-each time, so that what changes is the student.
+on. Whether that is worth anything shows elsewhere: on the samples a user would draw, in all steps, from noise that
+training never sees and held-out prompts (a cache has none: sixteen of its captions), decoded and scored by the true
+reward. Prompts and noise are the same each time, so that what changes is the student.
 
 rank_correlation is Spearman's, of the LRM's estimates and the true rewards of these samples: 1 if it puts them in the
 right order. Its gradient needs more than that: a prompt's samples in the right order. An LRM that knows only which
 prompts are hard has a high correlation and nothing to teach, so rank_correlation_within is that of the deviations from
-each prompt's mean. Over-optimisation (section 4.5) has two signs here. What the LRM
-thinks of the samples rises while what is true of them falls: the student has found what the LRM is wrong about. Or,
-where the LRM keeps learning and so is not wrong for long, it no longer tells better samples from worse: the student has
-left what it knows, or has made its samples all alike, and follows noise.
+each prompt's mean. Over-optimisation (section 4.5) has two signs here. What the LRM thinks of the samples rises while
+what is true of them falls: the student has found what the LRM is wrong about. Or, where the LRM keeps learning and so
+is not wrong for long, it no longer tells better samples from worse: the student has left what it knows, or has made its
+samples all alike, and follows noise.
 """
 
 import html
