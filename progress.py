@@ -5,10 +5,9 @@ and in the small world the share of right readings by a judge that rewards nothi
 """
 
 import json
-import math
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ import distributed
 from cli import UserError
 from dit import DiT
 from generate import Generator, save_diffusers
-from metrics import frechet, jackknife, pm
+from metrics import frechet, jackknife, mean_error, pm
 from shapes import HELD_OUT, Clip, render_batch
 from video import write_grid, write_video_grid
 
@@ -152,7 +151,7 @@ def finish(cfg, world, nets, out):
             read = [nets.judge.score(v.to(nets.device), nets.prompts[32 * i :][: len(v)]) for i, v in parts]
             scores.append(torch.cat(read))
             sets = (features(nets, videos), rendered)
-            distances.append(pm({"mean": frechet(*sets), "error": jackknife(frechet, *sets)}, 1, 2))
+            distances.append({"mean": frechet(*sets), "error": jackknife(frechet, *sets)})
     if not world.main:
         return
     titles = [f"{ours if who == 'student' else who}, {k} step{'s' * (k > 1)}" for who, k in columns]
@@ -161,14 +160,20 @@ def finish(cfg, world, nets, out):
     write_grid(out / "compare.png", [video for row in rows for video in row], words)
     print(f"wrote {out}/compare.mp4 and compare.png: {'; '.join(titles)}")
     if scores:
-        gain = scores[1] - scores[0]
-        error = gain.std().item() / math.sqrt(len(gain))
+        gain = mean_error((scores[1] - scores[0]).tolist())
+        theirs, own = (mean_error(score.tolist()) for score in scores)
         print(
-            f"of what {len(gain)} prompts name, the judge reads {scores[1].mean():.1%} in the {ours}'s {n} steps and "
-            f"{scores[0].mean():.1%} in the teacher's {n}: {gain.mean():+.1%}, {gain.mean() / max(error, 1e-9):.1f} "
-            f"standard errors"
+            f"of what {gain['n']} prompts name, the judge reads {own['mean']:.1%} in the {ours}'s {n} steps and "
+            f"{theirs['mean']:.1%} in the teacher's {n}: {gain['mean']:+.1%}, "
+            f"{gain['mean'] / max(gain['error'], 1e-9):.1f} standard errors"
         )
         print(
-            f"Frechet distance from rendered clips, in the judge's features: {distances[1]} in the {ours}'s {n} steps, "
-            f"{distances[0]} in the teacher's {n}"
+            f"Frechet distance from rendered clips, in the judge's features: {pm(distances[1], 1, 2)} in the {ours}'s "
+            f"{n} steps, {pm(distances[0], 1, 2)} in the teacher's {n}"
         )
+        import results  # here, since training needs none of it
+
+        rows = [{"label": "teacher", "steps": n, "named": theirs, "frechet": distances[0]}]
+        rows += [{"label": ours, "steps": n, "named": own, "frechet": distances[1]}]
+        rows += [{"label": "difference", "steps": "", "named": gain}]
+        results.save(replace(cfg, out=str(out / "compare.json")), "compared", rows=rows)

@@ -88,6 +88,12 @@ def _world(results):
     return header, lines
 
 
+def _compared(results):
+    """What a run of train.py ends by saying."""
+    lines = [[r["label"], r["steps"], pm(r["named"], 100), pm(r.get("frechet"), 1, 2)] for r in _rows(results)]
+    return ["", "steps", "of what prompts name, %", "Frechet"], lines
+
+
 def _dimensions(results):
     """The sixteen, a column a model, in per cent; the totals below them."""
     rows = [row for row in _rows(results) if row.get("dimensions")]
@@ -259,8 +265,8 @@ def _vbench(results):
 
 
 TABLES = {
-    "world": _world, "dimensions": _dimensions, "validation": _validation, "time": _time, "memory": _memory,
-    "reward_memory": _reward_memory, "activations": _activations,
+    "world": _world, "compared": _compared, "dimensions": _dimensions, "validation": _validation, "time": _time,
+    "memory": _memory, "reward_memory": _reward_memory, "activations": _activations,
     "sharding": _sharding, "vendi": _vendi, "votes": _votes, "tuned": _tuned, "vbench": _vbench,
 }  # fmt: skip
 

@@ -14,6 +14,7 @@ from PIL import Image
 import checkpoint
 import dit
 import nets
+import results
 import train
 import vae3d
 from cli import UserError
@@ -69,6 +70,11 @@ def test_the_program_draws_compares_and_exports(tiny, tmp_path, capsys):
     done = run(*flags(config(tiny, tmp_path / "run"), judged=4, sample_every=2))
     assert done.returncode == 0, done.stderr
     assert "standard errors" in done.stdout and "compare.mp4" in done.stdout
+    made = json.loads((tmp_path / "run/compare.json").read_text())
+    teacher, student, difference = made["rows"]
+    change = student["named"]["mean"] - teacher["named"]["mean"]
+    assert difference["named"]["mean"] == pytest.approx(change, abs=1e-4) and difference["named"]["n"] == 4
+    assert results.table([made]).count("\n") == 4
     assert {p.name for p in (tmp_path / "run").iterdir()} >= {"student.safetensors", "compare.mp4", "compare.png"}
     model, about = checkpoint.load_model(tmp_path / "run/student.safetensors", dit.DiT)
     assert about["kind"] == "student" and about["timesteps"] == [999, 749, 499, 249] and "train.py" in about["command"]
