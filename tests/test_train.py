@@ -167,9 +167,9 @@ def test_another_text_encoder_than_the_teachers_is_refused(tiny, tmp_path):
 
 def test_a_student_of_the_opposite_velocity_begins_where_its_teacher_stands(tiny, tmp_path):
     """v = a eps - b x_0 and x_0 - eps point opposite ways: read as it is, the teacher's output would be noise added."""
-    teacher, about = checkpoint.load_model(tiny / "teacher.safetensors", dit.DiT)
+    teacher, _ = checkpoint.load_model(tiny / "teacher.safetensors", dit.DiT)
     teacher.config = replace(teacher.config, prediction="velocity")
-    checkpoint.save_model(tmp_path / "t.safetensors", teacher, **about)
+    checkpoint.save_model(tmp_path / "t.safetensors", teacher, kind="teacher", w=2.0)
     cfg = config(tiny, tmp_path / "run", teacher=str(tmp_path / "t.safetensors"), prediction="conjugate")
     made = nets.build(cfg, World(0, 1, torch.device("cpu")))
     assert made.student.config.prediction == "conjugate" and made.teacher.config.prediction == "velocity"
