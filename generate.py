@@ -41,6 +41,10 @@ class Generator:
         vae: file or folder (default: the one in the weights' folder); text: folder of a T5 encoder (default: likewise,
         or the word table of the small world). Raises UserError where a part is missing or they do not fit together.
         """
+        try:
+            torch.zeros(1, device=device)
+        except (RuntimeError, AssertionError) as e:
+            raise UserError(f"--device {device} cannot be used here: {str(e).splitlines()[0]}") from e
         folder = Path(weights) if Path(weights).is_dir() else None
         if folder:
             if not (folder / "transformer").is_dir():

@@ -213,8 +213,7 @@ def iterate(cfg: Config, world, nets: Nets, optimizers, step, accumulate):
     learns = lrm and not cfg.lrm_frozen
     for x_hat, x, text, batch, *_ in drawn if learns else []:
         with torch.no_grad(), autocast(cfg, world):
-            both = torch.cat([x, x_hat])  # x~ = x u x^
-            known = batch["reward"]
+            both, known = torch.cat([x, x_hat]), batch["reward"]  # x~ = x u x^
             parts = (x_hat if known is not None else both).split(cfg.batch)  # pixels are what is large
             video = torch.cat([nets.vae.decode(part).float().clamp(-1, 1) for part in parts])
         each = nets.reward.each(video, batch["captions"] * (len(video) // len(x)))  # (2 B or B, R)
@@ -309,8 +308,7 @@ def train(cfg: Config, world) -> None:
         last = time.time()
     if nets.lrm and world.main:
         about = {"reward": cfg.reward, "moments": asdict(nets.moments), "vae": fingerprint(nets.vae)}
-        about["text_fingerprint"] = nets.encoder.fingerprint
-        checkpoint.save_model(out / "lrm.safetensors", nets.lrm, **about)
+        checkpoint.save_model(out / "lrm.safetensors", nets.lrm, **about, text_fingerprint=nets.encoder.fingerprint)
     finish(cfg, world, nets, out)
 
 
@@ -356,10 +354,11 @@ def batch_of(cfg, world, nets, step, micro, total):
 
 
 def adam(cfg, nets):
-    """An optimizer for each network that learns; fused, since on sharded parameters PyTorch's other ways are slow."""
-    make = lambda model, lr: torch.optim.AdamW(model.parameters(), lr, (cfg.beta1, cfg.beta2), fused=True)
-    optimizers = {"student": make(nets.student, cfg.lr)} | ({"fake": make(nets.fake, cfg.fake_lr)} if nets.fake else {})
-    return optimizers | ({"lrm": torch.optim.AdamW(nets.lrm.parameters(), cfg.lrm_lr, fused=True)} if nets.lrm else {})
+    """An optimizer for each network that learns; fused where it can be: for sharded parameters all else is slow."""
+    fused, betas = nets.device.type in ("cpu", "cuda"), (cfg.beta1, cfg.beta2)
+    make = lambda name, lr, *betas: torch.optim.AdamW(nets.modules[name].parameters(), lr, *betas, fused=fused)
+    hows = {"student": (cfg.lr, betas), "fake": (cfg.fake_lr, betas), "lrm": (cfg.lrm_lr,)}
+    return {name: make(name, *how) for name, how in hows.items() if name in nets.modules}
 
 
 def denoiser(model, schedule, text, w=0.0, null=None):

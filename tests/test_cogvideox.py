@@ -234,7 +234,7 @@ class Stub:
     def at(self, seed, position, size):
         return list(range(size))
 
-    def batch(self, indices):
+    def batch(self, indices, step):
         c, n = self.config, len(indices)
         text = self.encode([""] * n)
         return {"latents": torch.zeros(n, c.channels, *c.latents), "text": text, "captions": [""] * n, "reward": None}
