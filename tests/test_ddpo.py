@@ -368,6 +368,9 @@ def test_resume_goes_on_to_the_bit(weights, call):
     assert all(math.isfinite(value) for line in a for value in line.values())
     assert a[0]["kl"] > 0 and a[0]["approx_kl"] > 0  # of the second update
     assert {"step000000.png", "step000005.png"} <= {file.name for file in Path("whole").iterdir()}
+    assert call(*flags, "--iterations", 1, "--out", "parts")[0] == 0  # begun anew: the old checkpoints are set aside
+    newest = [max(p.name for p in Path("parts", name).glob("step_*")) for name in ("checkpoints", "checkpoints.1")]
+    assert newest == ["step_00000001", "step_00000005"]
     # what sample.py takes
     student = Generator.load("whole/student.safetensors", weights / "vae.safetensors")
     assert student.student and student.steps(4) == STEPS and student.about["settings"] == {"lr": 1}
