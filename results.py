@@ -77,10 +77,11 @@ def _rows(results):
 
 
 def _world(results):
-    """Shares in per cent."""
+    """Shares in per cent; the rows of one model together, most steps first."""
     header = ["", "steps", "NFE", *MAIN, "mean of 4", "Frechet", "precision", "coverage", "Vendi - 1", "s/video"]
-    lines = []
-    for row in _rows(results):
+    lines, rows = [], _rows(results)
+    models = [row["label"] for row in rows]
+    for row in sorted(rows, key=lambda row: (models.index(row["label"]), -(row["steps"] or 0))):
         scores = [pm(row[f], 100) for f in (*MAIN, "main")] + [pm(row["frechet"], 1, 2)]
         scores += [f"{100 * row[k]:.1f}" for k in ("precision", "coverage")] + [pm(row.get("vendi"), 1, 3)]
         seconds = f"{row['seconds']:.2f}" if row.get("seconds") else ""
