@@ -382,6 +382,16 @@ def test_generator_steps_and_noise(tiny):
     assert torch.allclose(one[1], alone[0], atol=1e-5)  # whatever else is in the batch
 
 
+def test_world_table_keeps_a_models_rows_together_most_steps_first():
+    score = {"mean": 0.5, "error": 0.1, "n": 9}
+    same = dict.fromkeys((*results.MAIN, "main", "frechet", "vendi"), score) | {"precision": 1.0, "coverage": 1.0}
+    row = lambda label, steps: {"label": label, "steps": steps, "nfe": steps, "seconds": 1.0, **same}
+    files = [[row("world", None), row("teacher", 25)], [row("student", 4), row("teacher", 50), row("teacher", 4)]]
+    lines = results.table([{"kind": "world", "rows": rows} for rows in files]).splitlines()[2:]
+    first = [tuple(cell.strip() for cell in line.split("|")[1:3]) for line in lines]
+    assert first == [("world", ""), ("teacher", "50"), ("teacher", "25"), ("teacher", "4"), ("student", "4")]
+
+
 def test_world_repeats_itself_and_makes_its_table(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = flags(tiny, "--steps", 4, 1, "--prompts", 20, "--vendi-prompts", 2)
