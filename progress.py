@@ -126,9 +126,31 @@ def export(out):
 
 
 @torch.no_grad()
-def features(nets, videos):
-    """The judge's, (N, d) on the CPU."""
-    return torch.cat([nets.judge.features(v.to(nets.device)).float().cpu() for v in videos.split(32)])
+def compare(cfg, nets, n, ours):
+    """What the judge sees in n steps of the teacher, of what was trained (called `ours`), and the gain: three rows.
+
+    Both draw the same prompts from the same noise, so the errors of the gains are those of pairs: much of what makes a
+    score uncertain, which prompts and which rendered clips, is common to both. A gain in Frechet distance is a fall.
+    """
+    features = lambda videos: nets.judge.features(videos.to(nets.device)).float().cpu()
+    parts = [range(i, min(i + 32, cfg.judged)) for i in range(0, cfg.judged, 32)]  # videos are large
+    rendered = torch.cat([features(render_batch([Clip.make(HELD_OUT, i) for i in part])) for part in parts])
+    rows, reads, seen = [], [], []
+    for who, label in (("teacher", "teacher"), ("student", ours)):
+        found = []
+        for part in parts:
+            prompts = [nets.prompts[i] for i in part]
+            videos = draw_videos(cfg, nets, who, prompts, 1 + part[0], n)
+            found.append((nets.judge.score(videos.to(nets.device), prompts), features(videos)))
+        read, feature = (torch.cat(some) for some in zip(*found))
+        distance = {"mean": frechet(feature, rendered), "error": jackknife(frechet, feature, rendered)}
+        rows.append({"label": label, "steps": n, "named": mean_error(read.tolist()), "frechet": distance})
+        reads.append(read)
+        seen.append(feature)
+    gain = lambda theirs, own, rendered: frechet(theirs, rendered) - frechet(own, rendered)
+    distance = {"mean": gain(*seen, rendered), "error": jackknife(gain, *seen, rendered)}
+    named = mean_error((reads[1] - reads[0]).tolist())
+    return [*rows, {"label": "gain", "steps": "", "named": named, "frechet": distance}]
 
 
 def finish(cfg, world, nets, out):
@@ -142,16 +164,7 @@ def finish(cfg, world, nets, out):
     many = (4, 2, 1) if cfg.tune == "student" else (50, n)
     columns = [("teacher", 50), ("teacher", n), *(("student", k) for k in many if k <= n or k == 50)]
     drawn = [draw_videos(cfg, nets, who, shown, 0, k) for who, k in columns]
-    scores, distances = [], []
-    if nets.judge and cfg.judged:  # the same prompts, noise and number of steps
-        rendered = features(nets, render_batch([Clip.make(HELD_OUT, i) for i in range(cfg.judged)]))
-        for who in ("teacher", "student"):
-            videos = draw_videos(cfg, nets, who, nets.prompts[: cfg.judged], 1, n)
-            parts = enumerate(videos.split(32))
-            read = [nets.judge.score(v.to(nets.device), nets.prompts[32 * i :][: len(v)]) for i, v in parts]
-            scores.append(torch.cat(read))
-            sets = (features(nets, videos), rendered)
-            distances.append({"mean": frechet(*sets), "error": jackknife(frechet, *sets)})
+    compared = compare(cfg, nets, n, ours) if nets.judge and cfg.judged else None
     if not world.main:
         return
     titles = [f"{ours if who == 'student' else who}, {k} step{'s' * (k > 1)}" for who, k in columns]
@@ -159,21 +172,17 @@ def finish(cfg, world, nets, out):
     write_video_grid(out / "compare.mp4", [list(row) for row in zip(*drawn)], nets.about["fps"], titles=titles)
     write_grid(out / "compare.png", [video for row in rows for video in row], words)
     print(f"wrote {out}/compare.mp4 and compare.png: {'; '.join(titles)}")
-    if scores:
-        gain = mean_error((scores[1] - scores[0]).tolist())
-        theirs, own = (mean_error(score.tolist()) for score in scores)
+    if compared:
+        theirs, own, gain = compared
+        sigmas = lambda what: f"{gain[what]['mean'] / max(gain[what]['error'], 1e-9):+.1f} standard errors"
         print(
-            f"of what {gain['n']} prompts name, the judge reads {own['mean']:.1%} in the {ours}'s {n} steps and "
-            f"{theirs['mean']:.1%} in the teacher's {n}: {gain['mean']:+.1%}, "
-            f"{gain['mean'] / max(gain['error'], 1e-9):.1f} standard errors"
+            f"of what {own['named']['n']} prompts name, the judge reads {own['named']['mean']:.1%} in the {ours}'s {n} "
+            f"steps and {theirs['named']['mean']:.1%} in the teacher's {n}: {sigmas('named')}"
         )
         print(
-            f"Frechet distance from rendered clips, in the judge's features: {pm(distances[1], 1, 2)} in the {ours}'s "
-            f"{n} steps, {pm(distances[0], 1, 2)} in the teacher's {n}"
+            f"Frechet distance from rendered clips, in the judge's features: {pm(own['frechet'], 1, 2)} and "
+            f"{pm(theirs['frechet'], 1, 2)}: nearer by {sigmas('frechet')}"
         )
         import results  # here, since training needs none of it
 
-        rows = [{"label": "teacher", "steps": n, "named": theirs, "frechet": distances[0]}]
-        rows += [{"label": ours, "steps": n, "named": own, "frechet": distances[1]}]
-        rows += [{"label": "difference", "steps": "", "named": gain}]
-        results.save(replace(cfg, out=str(out / "compare.json")), "compared", rows=rows)
+        results.save(replace(cfg, out=str(out / "compare.json")), "compared", rows=compared)

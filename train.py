@@ -117,7 +117,7 @@ PRESETS = {  # the field defaults are the paper's (section 4.1); the small world
     "shapes": {
         "iterations": 130, "batch": 16, "lr": 1e-4, "fake_lr": 2e-4, "beta1": 0.0, "beta2": 0.99, "ema": 0.95,
         "fake_updates": 2, "w_vsd": 2.0, "w_cd": 2.0, "checkpoint_activations": False, "save_every": 50,
-        "sample_every": 50, "judged": 192, "reward_every": 25,
+        "sample_every": 50, "judged": 640, "reward_every": 25,
     },
     **{name: {"teacher": "", "vae": "", "text": "", "data": ""} for name in ("dollar", "cogvideox-2b", "cogvideox-5b")},
 }  # fmt: skip

@@ -71,9 +71,10 @@ def test_the_program_draws_compares_and_exports(tiny, tmp_path, capsys):
     assert done.returncode == 0, done.stderr
     assert "standard errors" in done.stdout and "compare.mp4" in done.stdout
     made = json.loads((tmp_path / "run/compare.json").read_text())
-    teacher, student, difference = made["rows"]
-    change = student["named"]["mean"] - teacher["named"]["mean"]
-    assert difference["named"]["mean"] == pytest.approx(change, abs=1e-4) and difference["named"]["n"] == 4
+    teacher, student, gain = made["rows"]
+    change = {what: student[what]["mean"] - teacher[what]["mean"] for what in ("named", "frechet")}
+    assert gain["named"]["mean"] == pytest.approx(change["named"], abs=1e-4) and gain["named"]["n"] == 4
+    assert gain["frechet"]["mean"] == pytest.approx(-change["frechet"], abs=1e-3)  # nearer is better
     assert results.table([made]).count("\n") == 4
     assert {p.name for p in (tmp_path / "run").iterdir()} >= {"student.safetensors", "compare.mp4", "compare.png"}
     model, about = checkpoint.load_model(tmp_path / "run/student.safetensors", dit.DiT)
