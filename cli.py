@@ -11,6 +11,7 @@ import contextlib
 import errno
 import json
 import os
+import secrets
 import sys
 import types
 import typing
@@ -106,7 +107,8 @@ def atomic(path):
     Missing folders are made. Raises UserError where nothing can be written, also on a full disk.
     """
     path = Path(path)
-    part = path.with_name(f".{path.stem}.tmp{os.getpid()}{path.suffix}")
+    # of several nodes that write the same file, two processes may have the same number
+    part = path.with_name(f".{path.stem}.tmp{os.getpid()}-{secrets.token_hex(4)}{path.suffix}")
     inside = False
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

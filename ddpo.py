@@ -241,16 +241,17 @@ def tune(cfg: Config, world) -> None:
         raise UserError(f"no move of {steps} by {how} has a density: DDPO needs two steps, and renoise or posterior")
     adam = torch.optim.AdamW(student.parameters(), cfg.lr, fused=True)
     saved = {"student": student}, {"adam": adam}
-    if not cfg.resume:
+    going_on = cfg.resume or distributed.restarted(world)
+    if not going_on:
         set_aside(out / "checkpoints", world)
     checkpoints, stopper = distributed.Checkpoints(out / "checkpoints"), distributed.Stopper(world)
     state = {"step": 0, "trained_s": 0.0, "reward_evaluations": 0, "skipped": 0, "memory": {}}
     moments, weights = rewards.Moments(reward.weights), list(reward.weights.values())
-    if cfg.resume:
-        if not (newest := checkpoints.newest()):
-            raise UserError(f"{out} holds no checkpoint: leave out --resume to start")
+    if going_on and (newest := checkpoints.newest()):
         state = checkpoints.load(newest, *saved)
         moments = rewards.Moments(**state["moments"])
+    elif cfg.resume:
+        raise UserError(f"{out} holds no checkpoint: leave out --resume to start")
 
     def call(network, *inputs):
         """Autocast is left after each call: within one context, weights cast without gradient might be taken again."""
@@ -375,10 +376,8 @@ def main():
         torch.set_num_threads(cfg.threads)
     torch.set_flush_denormal(True)  # a CPU is many times slower on numbers below 1e-38
     world = distributed.start(cfg.device)
-    try:
-        tune(cfg, world)
-    finally:
-        distributed.stop(world)
+    tune(cfg, world)
+    distributed.stop(world)
 
 
 if __name__ == "__main__":

@@ -392,7 +392,7 @@ def validate(eye, n=96, seed=0, wanted=tuple(DIMENSIONS)):
         truth = measure(eye, clips, named, dimension)
         for what, spoil, degrees in SPOIL[dimension]:
             scores = [truth, *(measure(eye, clips, named, dimension, spoil, d, seed) for d in degrees)]
-            falls = [mean_error(weak - strong) for weak, strong in itertools.pairwise(scores)]
+            falls = [mean_error(weak - strong) for weak, strong in itertools.combinations(scores, 2)]
             whole = mean_error(scores[0] - scores[-1])
             row = {"dimension": dimension, "corruption": what, "truth": mean_error(truth)}
             row |= {

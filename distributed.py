@@ -190,6 +190,11 @@ def any_rank(flag, world):
     return mean(bool(flag), world) > 0
 
 
+def restarted(world):
+    """Whether torchrun --max-restarts has started this run anew after a death, which its own node alone counts."""
+    return any_rank(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0, world)
+
+
 def _hash(key):
     return int.from_bytes(hashlib.blake2b("\0".join(map(str, key)).encode(), digest_size=8).digest(), "big")
 

@@ -93,6 +93,11 @@ def clips(cfg: Config, step: int) -> list[shapes.Clip]:
     return [shapes.Clip.make(cfg.seed, step * cfg.batch + i) for i in range(cfg.batch)]
 
 
+def noise_of(cfg: Config, step: int) -> torch.Generator:
+    """The source of one step's noise: like its clips it follows from (seed, step) alone."""
+    return torch.Generator().manual_seed(step + 1_000_000_000 * cfg.seed)
+
+
 def matrices(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The weights between layers, each as a matrix (out, in x kernel) that shares the memory of the parameter."""
     out = {}
@@ -171,12 +176,15 @@ def fit(cfg: Config, model: torch.nn.Module, loss_of, show, ema_decay: float = 0
     log, start = open_log(out / "log.jsonl", first), time.time()
     for step in bar:
         rate = min(1.0, (step + 1) / cfg.warmup) * 0.5 * (1 + math.cos(math.pi * step / cfg.iterations))
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         with torch.autocast(cfg.device, torch.bfloat16):
             loss, numbers = loss_of(step)
         model.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        if not torch.isfinite(norm):  # nothing has been changed by this step yet
+        if not torch.isfinite(norm):  # of this step nothing is kept, the running statistics of a judge's norms neither
+            for name, buffer in model.named_buffers():
+                buffer.copy_(buffers[name])
             save(step)
             raise UserError(f"loss or gradient is not finite at step {step}: saved {state_file}, try a lower --lr")
         optimizer.step(cfg.lr * rate)
@@ -195,7 +203,9 @@ def fit(cfg: Config, model: torch.nn.Module, loss_of, show, ema_decay: float = 0
             print(f"stopped at step {cfg.stop_at}: go on with --resume --out {out}")
             sys.exit(0)
         if (step + 1) % (5 * cfg.save_every) == 0:
+            model.eval()  # looking must leave no trace: a judge's norms would learn from what it is shown
             show(model, step + 1)
+            model.train()
     save(cfg.iterations)
     model.load_state_dict(average)
     model.eval()
@@ -233,7 +243,7 @@ def train_vae(cfg: VAEConfig) -> None:
         video = torch.stack([v for v, _ in pairs]).to(cfg.device, memory_format=torch.channels_last_3d)
         mask = torch.stack([m for _, m in pairs]).to(cfg.device)
         mean, logvar = model.moments(video)
-        noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(step)).to(cfg.device)
+        noise = torch.randn(mean.shape, generator=noise_of(cfg, step)).to(cfg.device)
         z = mean + (0.5 * logvar).exp() * noise
         error = model.decode(z * model.config.scaling_factor).float() - video
         weight = 1 + cfg.object_weight * (1 - step / cfg.iterations) * mask
@@ -304,12 +314,13 @@ def encode_world(cfg: TeacherConfig, vae: vae3d.VAE3D) -> tuple[torch.Tensor, to
 
 
 def noise_steps(n: int, generator: torch.Generator) -> torch.Tensor:
-    """Steps 0..999 of a batch (n,), each from an n-th of its distribution: so the losses of batches differ less.
+    """Steps 0..999 of a batch (n,): half of them uniform, half nearer to the middle, where shapes are decided.
 
-    Half of them are uniform, half lie nearer to the middle (logit-normal, Esser et al. 2024), where shapes are decided.
+    The middle is logit-normal (Esser et al. 2024). Each half takes one step from every equal part of its distribution:
+    so the losses of batches differ less.
     """
-    where = (torch.arange(n) + torch.rand(n, generator=generator)) / n
-    where[::2] = torch.sigmoid(torch.special.ndtri(where[::2]) - 0.4)
+    spread = lambda n: (torch.arange(n) + torch.rand(n, generator=generator)) / n
+    where = torch.cat([spread(n - n // 2), torch.sigmoid(torch.special.ndtri(spread(n // 2)) - 0.4)])
     return (1000 * where).long().clamp(max=999)
 
 
@@ -328,7 +339,7 @@ def train_teacher(cfg: TeacherConfig) -> None:
     forward = torch.compile(model) if cfg.compile else model
 
     def loss_of(step):
-        rng, noise = random.Random(f"caption {cfg.seed} {step}"), torch.Generator().manual_seed(step)
+        rng, noise = random.Random(f"caption {cfg.seed} {step}"), noise_of(cfg, step)
         index = torch.randint(len(latents), (cfg.batch,), generator=noise)
         prompts = [shapes.caption(shapes.Clip.make(cfg.seed, int(i)), "train", rng)[0] for i in index]
         prompts = ["" if rng.random() < cfg.drop_text else p for p in prompts]
@@ -366,7 +377,7 @@ def train_judge(cfg: JudgeRunConfig) -> None:
         batch = clips(cfg, step)
         video = shapes.render_batch(batch).to(cfg.device, memory_format=torch.channels_last_3d)
         # a trace of noise and of blur: what it will judge comes out of a decoder, not out of the renderer
-        noise = torch.Generator().manual_seed(step)
+        noise = noise_of(cfg, step)
         strength = 0.04 * torch.rand(len(video), 1, 1, 1, 1, generator=noise)
         video = video + strength.to(cfg.device) * torch.randn(video.shape, generator=noise).to(cfg.device)
         blurred = F.avg_pool3d(video, (1, 3, 3), 1, (0, 1, 1), count_include_pad=False)

@@ -4,6 +4,7 @@ VSD's loss is no measure of progress. What is: the same prompts drawn again and 
 and in the small world the share of right readings by a judge that rewards nothing.
 """
 
+import itertools
 import json
 import sys
 import time
@@ -25,7 +26,7 @@ from video import write_grid, write_video_grid
 def set_aside(folder, world):
     """Another run's checkpoints: a new run must neither go on from them nor, counting from 0 again, clean them up."""
     if world.main and any(folder.glob("step_*")):
-        old = folder.with_name(f"{folder.name}.{len(list(folder.parent.glob('checkpoints.*'))) + 1}")
+        old = next(old for n in itertools.count(1) if not (old := folder.with_name(f"{folder.name}.{n}")).exists())
         folder.rename(old)
         print(f"the checkpoints of an earlier run are now in {old} (--resume would have gone on)")
     distributed.any_rank(False, world)  # wait for it

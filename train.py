@@ -16,7 +16,6 @@ apart on the student's samples), at the pictures, and in the small world at what
 
 import json
 import math
-import os
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -239,8 +238,7 @@ def train(cfg: Config, world) -> None:
     each = cfg.batch * world.size
     accumulate = cfg.global_batch // each if cfg.global_batch else 7 if nets.reward and each < 16 else 1
     optimizers, modules = adam(cfg, nets), nets.modules
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun --max-restarts, after a death
-    restarted = distributed.any_rank(restarted, world)  # only the node of the death counts it
+    restarted = distributed.restarted(world)
     if not (cfg.resume or restarted):
         set_aside(out / "checkpoints", world)
     checkpoints = distributed.Checkpoints(out / "checkpoints", cfg.keep_last, cfg.keep_every)
@@ -250,7 +248,8 @@ def train(cfg: Config, world) -> None:
         if newest := checkpoints.newest():
             check_resumed(newest, cfg, nets, world)
             extra = checkpoints.load(newest, modules, optimizers)
-            first, trained, evaluated, watched = (extra[k] for k in ("step", "trained", "evaluated", "watched"))
+            first, trained, evaluated, skipped = (extra[k] for k in ("step", "trained", "evaluated", "skipped"))
+            watched = extra["watched"]
             nets.moments = nets.reward and Moments(**extra["moments"])
             if world.main:
                 print(f"going on from {newest}")
@@ -259,7 +258,7 @@ def train(cfg: Config, world) -> None:
 
     def save(step, wait=False):
         about = {"config": asdict(cfg), "student": asdict(nets.student.config), "about": nets.about}
-        about |= {"step": step, "trained": trained, "evaluated": evaluated, "watched": watched}
+        about |= {"step": step, "trained": trained, "evaluated": evaluated, "skipped": skipped, "watched": watched}
         about["moments"] = nets.moments and asdict(nets.moments)
         checkpoints.save(step, modules, optimizers, about, wait)
 
@@ -323,7 +322,7 @@ def look_at_reward(cfg, world, nets, out, step, watched):
     before = watch.overoptimised(heeded())
     found = watch.measure(who, nets.reward, *some, world, nets.lrm, nets.moments, cfg.reward_repeats)
     watched.append({"step": step} | found)
-    over, best = watch.overoptimised(heeded()), max(watched, key=lambda w: w["true_reward"])
+    over, best = watch.overoptimised(heeded()), max(watched, key=watch.worth)
     weights = distributed.gather(nets.ema) if best is watched[-1] else None
     if weights and world.main:
         write_student(out / "best", nets.student.config, weights, asdict(cfg), nets.about | {"step": step + 1})
@@ -391,10 +390,8 @@ def main():
         torch.set_num_threads(cfg.threads)
     torch.set_flush_denormal(True)  # a CPU is many times slower on numbers below 1e-38
     world = distributed.start(cfg.device)
-    try:
-        train(cfg, world)
-    finally:
-        distributed.stop(world)
+    train(cfg, world)
+    distributed.stop(world)
 
 
 if __name__ == "__main__":

@@ -445,10 +445,15 @@ def test_tuned_students_side_by_side(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(results, "ENOUGH", 1)
     base, ddpo = results.table([made]).splitlines()[2:]
     assert base.startswith("| vsd-cd | 2 | 8 | 32 | 2 | -") and "±0.0000" in base  # no factor: it is the baseline
-    assert "| 128 |" in ddpo and ddpo.endswith("| +0.0 (object) | yes |") and "±" not in ddpo.split("|")[6]
+    assert (
+        "| 128 |" in ddpo
+        and ddpo.endswith(" prompts) | yes |")
+        and "+0.0 (object, " in ddpo
+        and "±" not in ddpo.split("|")[6]
+    )
     assert ddpo.split("|")[7] == " 3.0000 at 60 "  # as it was when vsd-cd-1 had spent its 64
     made["rows"][2]["scene"]["mean"] -= 0.031
-    assert results.table([made]).endswith("| -3.1 (scene) | no |")
+    assert results.table([made]).split("| -3.1 (scene, ")[1].endswith(" prompts) | no |")
     call(monkeypatch, "curves", *runs, "--out", tmp_path / "curves.svg")
     drawn = (tmp_path / "curves.svg").read_text()
     assert "true reward of fresh samples" in drawn

@@ -1,6 +1,8 @@
 """Pretraining as a program: VAE, teacher on that VAE, judge; exact resume; weights that say how they were made."""
 
+import contextlib
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +12,9 @@ import torch
 
 import checkpoint
 import pretrain
+from cli import UserError
 from dit import DiT
-from judge import Judge
+from judge import Judge, JudgeConfig
 from vae3d import PRESETS, VAE3D
 
 ROOT = Path(__file__).parent.parent
@@ -84,6 +87,28 @@ def test_teacher_resumes_to_the_bit(vae, tmp_path):
     assert [x["loss"] for x in logs[0]] == [x["loss"] for x in logs[1]] and len(logs[0]) == 4
 
 
+def test_judge_resumes_to_the_bit_though_it_was_looked_at(tmp_path):
+    """Its norms keep running statistics, which the look after step 5 must not change."""
+    small = {"batch": 2, "held_out": 32, "iterations": 7, "save_every": 1, "log_every": 1, "warmup": 1, "width": 8}
+    for out, more in (("whole", {}), ("parts", {"stop_at": 5}), ("parts", {"resume": True})):
+        cfg = pretrain.JudgeRunConfig(out=str(tmp_path / out), **small, **more)
+        with pytest.raises(SystemExit) if "stop_at" in more else contextlib.nullcontext():
+            pretrain.train_judge(cfg)
+    whole, parts = (checkpoint.load(tmp_path / out / "judge.safetensors")[0] for out in ("whole", "parts"))
+    assert all(torch.equal(whole[k], parts[k]) for k in whole)
+
+
+def test_a_step_that_is_not_finite_leaves_no_trace(tmp_path):
+    model = Judge(JudgeConfig("conv", 8))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    cfg = pretrain.Config(out=str(tmp_path), iterations=1, lr=0.1, device="cpu")
+    video, truth = torch.full((2, 3, 16, 64, 64), math.nan), torch.zeros(2, len(pretrain.shapes.FACTORS)).long()
+    with pytest.raises(UserError, match="not finite at step 0"):
+        pretrain.fit(cfg, model, lambda step: (model.loss(video, truth), {}), None)
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["model"]
+    assert all(torch.equal(saved[k], before[k]) for k in before)
+
+
 def test_latent_mask_is_where_a_latent_cell_shows_the_object():
     mask = torch.zeros(1, 1, 16, 64, 64)
     mask[0, 0, 0, 8, 15] = 0.5  # the first frame is a latent by itself, and one of the next one's four
@@ -99,14 +124,27 @@ def test_latent_mask_is_where_a_latent_cell_shows_the_object():
 
 def test_noise_steps_are_half_uniform_and_half_around_the_middle():
     t = pretrain.noise_steps(40000, torch.Generator().manual_seed(0)).double()
-    middle, uniform = t[::2], t[1::2]
+    uniform, middle = t.chunk(2)
     share = torch.tensor([0.16, 0.5, 0.84], dtype=torch.float64)
     torch.testing.assert_close(uniform.quantile(share), 1000 * share, atol=2, rtol=0)
     normal = torch.distributions.Normal(-0.4, 1.0).icdf(share)
     torch.testing.assert_close(middle.quantile(share), 1000 * torch.sigmoid(normal), atol=2, rtol=0)
     assert t.min() >= 0 and t.max() <= 999
-    few = pretrain.noise_steps(4, torch.Generator().manual_seed(0))
-    assert few.dtype == torch.int64 and 250 <= few[1] < 500 and 750 <= few[3] < 1000
+    few = pretrain.noise_steps(5, torch.Generator().manual_seed(0))
+    assert few.dtype == torch.int64 and [int(t) * 3 // 1000 for t in few[:3]] == [0, 1, 2] and few[3] < 402 < few[4]
+
+
+@pytest.mark.parametrize("n", [2, 5, 32])
+def test_small_batches_leave_out_no_noise_step(n):
+    """Many small batches have the distribution of a large one: no step between the parts is never drawn."""
+    source = torch.Generator().manual_seed(0)
+    drawn = torch.cat([pretrain.noise_steps(n, source) for _ in range(200_000 // n)]).double()
+    uniform = 1 - n // 2 / n
+    edges = torch.linspace(0, 1, 51, dtype=torch.float64)  # bins of 20 steps, one around each of 50 DDIM steps
+    normal = torch.distributions.Normal(-0.4, 1.0).cdf(torch.logit(edges))
+    want = uniform * edges.diff() + (1 - uniform) * normal.diff()
+    got = torch.histogram(drawn, bins=50, range=(0.0, 1000.0)).hist / len(drawn)
+    torch.testing.assert_close(got, want, rtol=0.12, atol=0)
 
 
 def test_the_objects_weigh_more_and_fade(vae, tmp_path):

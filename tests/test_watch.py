@@ -106,7 +106,8 @@ def test_overoptimised_is_when_the_lrm_goes_blind():
     assert "no longer tells" in said(0.8, 0.7, 0.6, 0.3, 0.0, -0.3)
     assert not said(0.8, 0.7, 0.6, 0.6, 0.1, 0.0)  # 0.23 on average: still something
     assert not said(0.1, 0.2, 0.0, 0.1, 0.0, 0.1)  # it has never known anything
-    assert not said(0.8, 0.7, 0.6, 0.0, 0.0, math.nan)  # samples of one and the same reward have no order
+    assert said(0.8, 0.7, 0.6, 0.0, 0.0, math.nan)  # samples of one and the same reward have no order
+    assert said(0.8, 0.7, 0.6, math.nan, math.nan, math.nan) and not said(0.8, 0.7, 0.6, 0.9, 0.9, math.nan)
 
 
 def test_panels_are_made_of_logs(tmp_path):
