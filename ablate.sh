@@ -1,7 +1,7 @@
 #!/bin/sh
 # The paper's Table 3 in the small world: what VSD and CD bring alone and together, and who gives CD's target (Eq. 6).
 #
-#   sh ablate.sh OUT          # 8 trainings of 130 updates each; about an hour and a half of one core with what is measured
+#   sh ablate.sh OUT          # 8 trainings of 130 updates each; 70 minutes of one core
 #
 # SEEDS (default "0 1"; the other two targets get the first alone), PYTHON, and FLAGS for train.py, EVAL_FLAGS for eval.py
 # can be set in the environment. Writes OUT/NAME-SEED and results/ablation-NAME-SEED.json, results/ablation-teacher.json.
@@ -18,7 +18,7 @@ ablate() {  # NAME SEED, and the flags that make it
     $world --weights "$out/$run/student.safetensors" --steps 4 2 1 --label "$name" --out "results/ablation-$run.json"
 }
 
-$world --weights weights/teacher.safetensors --steps 50 4 2 1 --label teacher --out results/ablation-teacher.json
+$world --weights weights/teacher.safetensors --steps 4 2 1 --label teacher --out results/ablation-teacher.json
 for seed in ${SEEDS:-0 1}; do
     ablate vsd-cd "$seed"
     ablate vsd "$seed" --beta-cd 0

@@ -9,6 +9,7 @@ another view of the same files. A score is {"mean", "error", "n"}, its error one
 import json
 import math
 import re
+import shlex
 import sys
 import time
 from dataclasses import MISSING, fields
@@ -23,7 +24,7 @@ from shapes import FACTORS
 
 def save(cfg, kind, **content):
     """Write a result to cfg.out, if it names a file. -> the result, as it would be read again"""
-    command = " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
     value = lambda f: f.default if f.default is not MISSING else f.default_factory()
     said = {f.name: getattr(cfg, f.name) for f in fields(cfg) if getattr(cfg, f.name) != value(f)}
     result = {"kind": kind, "command": command, "date": time.strftime("%Y-%m-%d"), "settings": said}
