@@ -10,7 +10,9 @@ import argparse
 import contextlib
 import errno
 import json
+import math
 import os
+import re
 import secrets
 import sys
 import types
@@ -21,6 +23,36 @@ from pathlib import Path
 
 class UserError(Exception):
     """Something the user can mend. The text is one line: what is wrong, and what to do about it."""
+
+
+LIMITS = (  # flags mean the same in every script, and so does what they may be: (names, least, most)
+    ("batch iterations m fake_updates save_every log_every keep_last patience warmup clips copies pairs", 1, math.inf),
+    ("frames height width shard text_length reward_repeats truncate updates repeats every", 1, math.inf),
+    ("threads global_batch fake_warmup lrm_warmup max_seconds max_evaluations keep_every sample_every", 0, math.inf),
+    ("reward_every judged prompt_count images stop_at held_out vendi_prompts fps", 0, math.inf),
+    ("lr fake_lr lrm_lr beta_vsd beta_cd beta_ft beta_kl kl object_weight", 0, math.inf),
+    ("reward_samples", 2, math.inf),
+    ("w w_vsd w_cd", -1, math.inf),
+    ("ema drop_text", 0, 1),
+    ("beta1 beta2", 0, 0.9999),
+    ("clip", 1e-6, math.inf),
+)
+
+
+def check(config):
+    """UserError for a number that is not finite or beyond its LIMITS, and for a device that is not here."""
+    limits = {name: limit for names, *limit in LIMITS for name in names.split()}
+    for name, value in ((f.name, getattr(config, f.name)) for f in fields(config)):
+        least, most = limits.get(name, (-math.inf, math.inf))
+        for x in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(x, (int, float)) and not (least <= x <= most and math.isfinite(x)):
+                what = f"at least {least}" if x < least else f"at most {most}" if x > most else "a finite number"
+                raise UserError(f"--{name.replace('_', '-')}: {what}, not {x}")
+    if device := getattr(config, "device", None):
+        import torch  # here, since only who computes has a device
+
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", device) or (device != "cpu" and not torch.cuda.is_available()):
+            raise UserError(f"--device {device} cannot be used here: cpu, or on a machine with an NVIDIA GPU cuda")
 
 
 def opt(default, help):
@@ -40,7 +72,7 @@ def parse(config, argv, description, presets=None):
     Fields are int, float, str, bool (`--flag`, `--no-flag`), Literal, Optional of these (the word `none` is None), and
     list or tuple of int, float, str (`--steps 999 749` or, for numbers, `--steps 999,749`).
     `presets` maps a name to field values: those of the field `preset` replace the defaults, and explicit flags win.
-    Raises UserError for an unknown flag or a value of the wrong type.
+    Raises UserError for an unknown flag, a value of the wrong type or beyond its limits, and a device that is not here.
     """
     hints = typing.get_type_hints(config)
     parser = _Parser(description=description, allow_abbrev=False)
@@ -54,7 +86,9 @@ def parse(config, argv, description, presets=None):
         parser.add_argument("--" + f.name.replace("_", "-"), **how)
     said = vars(parser.parse_args(argv))
     preset = presets[said.get("preset", defaults["preset"])] if presets else {}
-    return config(**(defaults | preset | said))
+    made = config(**(defaults | preset | said))
+    check(made)
+    return made
 
 
 def _argument(hint):
@@ -126,6 +160,16 @@ def atomic(path):
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
+
+
+class _Enough(Exception):
+    pass
+
+
+def writable(path):
+    """UserError now, not after the work, where `path` could not be written. What is there already stays."""
+    with contextlib.suppress(_Enough), atomic(path):
+        raise _Enough
 
 
 def open_log(file, first):

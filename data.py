@@ -377,6 +377,8 @@ def main():
     cfg = parse(Config, sys.argv[2:], "Encode a folder of captioned clips once, for training.", PRESETS)
     if not cfg.data or not cfg.out:
         raise UserError("--data and --out are required")
+    if cfg.height % 8 or cfg.width % 8 or not cfg.fps:  # found now: a cache that has begun remembers how it was made
+        raise UserError("--height and --width are multiples of 8 (a latent's pixels), and --fps is above 0")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cfg.device == "cuda" else cfg.device
     # here, since whoever only reads a cache or a folder needs none of these

@@ -249,6 +249,8 @@ def tune(cfg: Config, world) -> None:
     moments, weights = rewards.Moments(reward.weights), list(reward.weights.values())
     if going_on and (newest := checkpoints.newest()):
         state = checkpoints.load(newest, *saved)
+        if not state.keys() >= {"moments", "memory"}:
+            raise UserError(f"{newest} is not of ddpo.py: take another --out")
         moments = rewards.Moments(**state["moments"])
     elif cfg.resume:
         raise UserError(f"{out} holds no checkpoint: leave out --resume to start")

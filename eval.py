@@ -42,7 +42,7 @@ import rewards
 import shapes
 import watch
 from benchmark import vbench_scores
-from cli import UserError, atomic, opt, parse, run
+from cli import UserError, atomic, opt, parse, run, writable
 from distributed import World
 from generate import Generator
 from metrics import Inception, pixel_features, vendi, vendi_kernel, video_diversity
@@ -464,6 +464,8 @@ def report_(cfg):
     student = cfg.load()
     steps = [n for n in cfg.steps if not student.student or n <= len(student.about.get("timesteps") or [0] * 4)]
     cfg = replace(cfg, steps=tuple(steps or cfg.steps))
+    for n in cfg.steps:
+        student.steps(n)  # refuse before the work, not after it
     keep = lambda name, **more: replace(cfg, out=str(out / f"{name}.json"), **more)
     pages = [world(keep("world-1-reference", reference=True))]
     if teacher:
@@ -510,6 +512,9 @@ COMMANDS = {
     "report": (ReportConfig, report_),
 }  # fmt: skip
 
+MEASUREMENTS = {  # what --out NAME.json keeps
+    "world", "validate", "time", "memory", "activations", "reward-memory", "vbench", "vendi", "tuned", "votes",
+}  # fmt: skip
 POSITIONAL = {"votes": "--files", "tuned": "--runs", "curves": "--runs"}  # what words without a flag are
 
 
@@ -531,6 +536,10 @@ def main():
         cfg = parse(config, words, __doc__ if command == "report" else work.__doc__)
         if cfg.threads:
             torch.set_num_threads(cfg.threads)
+        if cfg.out and command in MEASUREMENTS:  # find out now, not after the work
+            if not cfg.out.endswith(".json"):
+                raise UserError(f"--out {cfg.out}: a measurement is kept in a file NAME.json")
+            writable(cfg.out)
         work(cfg)
     else:
         raise UserError(f"unknown command {command!r}: one of {', '.join([*COMMANDS, 'table', 'readme'])}")

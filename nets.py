@@ -86,6 +86,8 @@ def check(cfg, world):
         (cfg.m >= len(GRID), f"--m: at most {len(GRID) - 1}, the steps of CD's grid"),
         (not 0 <= cfg.t_min <= cfg.t_max <= 999, "--t-min and --t-max: 0 <= t-min <= t-max <= 999"),
         (cfg.global_batch % (cfg.batch * world.size or 1), "--global-batch is no multiple of --batch times the ranks"),
+        (cfg.reward_samples % cfg.reward_repeats, "--reward-samples: a multiple of --reward-repeats"),
+        (0 < cfg.judged < 20, "--judged: 0 or at least 20, of which an error can be told"),
         (cfg.lrm_frozen and not cfg.lrm, "--lrm-frozen needs an --lrm that has learned something"),
         (not learns, "nothing to learn: --beta-vsd and --beta-cd are 0, and there is no --reward"),
     ):
@@ -122,6 +124,8 @@ def build(cfg, world) -> Nets:
         own, texts[cfg.student] = DiT.Config(**said["config"]), said.get("text_fingerprint")
         if replace(own, prediction=config.prediction) != config:
             raise UserError(f"{cfg.student} is of another size or schedule than its teacher {cfg.teacher}")
+        if said.get("kind") != "student":
+            raise UserError(f"--student {cfg.student} is no student's file but a {said.get('kind', 'unknown')}'s")
         if (said.get("timesteps"), own.prediction) != (timesteps(cfg.steps), cfg.prediction or own.prediction):
             want = f"--steps {len(said.get('timesteps') or [])} --prediction {own.prediction}"
             raise UserError(f"{cfg.student} was made with {want}: say so, and begin with a student")

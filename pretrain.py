@@ -16,6 +16,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -80,7 +81,9 @@ class TeacherConfig(Config):
 
 @dataclass
 class JudgeRunConfig(Config):
-    kind: str = opt("conv", "conv (the one that evaluates) or attention (the one that rewards)")
+    kind: Literal["conv", "attention"] = opt(
+        "conv", "conv (the one that evaluates) or attention (the one that rewards)"
+    )
     width: int = opt(16, "channels after the stem")
     iterations: int = opt(2400, "optimizer steps")
     batch: int = opt(32, "clips a step")
@@ -162,10 +165,13 @@ def fit(cfg: Config, model: torch.nn.Module, loss_of, show, ema_decay: float = 0
     if cfg.resume:
         if not state_file.exists():
             raise UserError(f"{state_file} does not exist: leave out --resume to start, or name the folder of a run")
-        state = torch.load(state_file, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        average, first = state["average"], state["step"]
+        try:
+            state = torch.load(state_file, weights_only=True)
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            average, first = state["average"], state["step"]
+        except Exception as e:  # whatever half a file, or another network's, may bring about
+            raise UserError(f"{state_file} is damaged or of another network ({str(e).splitlines()[0]})") from e
 
     def save(step):
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average, "step": step}

@@ -145,7 +145,8 @@ def make(name: str, weights: str | None = None, frames: int | None = None, devic
         build, differentiable, text, moving, needs, scale = REWARDS[n]
         file = files.get(n) or (needs if needs == JUDGE else "")
         if needs and not (file and Path(file).exists()):
-            raise UserError(f"the reward {n} needs weights ({needs}); there is nothing at {file or 'no path given'}")
+            there = f"there is nothing at {file}" if file else "name them with --reward-weights"
+            raise UserError(f"the reward {n} needs weights ({needs}); {there}")
         score, many = build(n, file, device), None if moving else frames
         parts.append((weight, Reward(n, score, differentiable, text, scale, many, device)))
     if list(spec.values()) == [1.0]:

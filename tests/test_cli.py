@@ -1,5 +1,6 @@
 """cli.py: flags from a dataclass, one-line errors with exit code 2, files that are whole or absent."""
 
+import importlib
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from typing import Literal
 
 import pytest
 
-from cli import UserError, atomic, opt, parse
+from cli import UserError, atomic, opt, parse, writable
 
 
 @dataclass
@@ -152,3 +153,47 @@ def test_atomic_full_disk(tmp_path):
         assert part
         full.write("x" * 100_000)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("train.Config --batch 0", "--batch: at least 1, not 0"),
+        ("train.Config --lr -1", "--lr: at least 0"),
+        ("train.Config --beta1 1", "--beta1: at most 0.9999"),
+        ("train.Config --ema 1.5", "--ema: at most 1"),
+        ("train.Config --w-vsd nan", "--w-vsd: a finite number"),
+        ("train.Config --iterations 0", "--iterations: at least 1"),
+        ("train.Config --threads -1", "--threads: at least 0"),
+        ("train.Config --device banana", "--device banana cannot be used here"),
+        ("ddpo.Config --reward-samples 1", "--reward-samples: at least 2"),
+        ("pretrain.TeacherConfig --drop-text 2", "--drop-text: at most 1"),
+        ("pretrain.JudgeRunConfig --kind banana", "banana"),
+        ("data.Config --frames 0", "--frames: at least 1"),
+        ("eval.WorldConfig --batch 0", "--batch: at least 1"),
+        ("eval.RewardMemoryConfig --frames 4 0", "--frames: at least 1, not 0"),
+        ("sample.Config --device meta", "--device meta cannot be used here"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_the_work(flags, said):
+    config, *words = flags.split()
+    module, name = config.split(".")
+    module = importlib.import_module(module)
+    with pytest.raises(UserError) as e:
+        parse(getattr(module, name), words, "", getattr(module, "PRESETS", None))
+    assert said in str(e.value)
+
+
+def test_limits_let_pass_what_may_be():
+    import train
+
+    cfg = parse(train.Config, ["--w-cd", "-1", "--ema", "0", "--global-batch", "0"], "", train.PRESETS)
+    assert (cfg.w_cd, cfg.ema, cfg.global_batch) == (-1, 0, 0)
+
+
+def test_writable_leaves_what_is_there(tmp_path):
+    (tmp_path / "a.json").write_text("kept")
+    writable(tmp_path / "a.json"), writable(tmp_path / "new/b.json")
+    assert (tmp_path / "a.json").read_text() == "kept" and not list((tmp_path / "new").iterdir())
+    with pytest.raises(UserError, match="cannot write"):
+        writable("/proc/nothing/a.json")

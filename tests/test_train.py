@@ -67,13 +67,13 @@ def flags(cfg, **more):
 
 
 def test_the_program_draws_compares_and_exports(tiny, tmp_path, capsys):
-    done = run(*flags(config(tiny, tmp_path / "run"), judged=4, sample_every=2))
+    done = run(*flags(config(tiny, tmp_path / "run"), judged=20, sample_every=2))
     assert done.returncode == 0, done.stderr
     assert "standard errors" in done.stdout and "compare.mp4" in done.stdout
     made = json.loads((tmp_path / "run/compare.json").read_text())
     teacher, student, gain = made["rows"]
     change = {what: student[what]["mean"] - teacher[what]["mean"] for what in ("named", "frechet")}
-    assert gain["named"]["mean"] == pytest.approx(change["named"], abs=1e-4) and gain["named"]["n"] == 4
+    assert gain["named"]["mean"] == pytest.approx(change["named"], abs=1e-4) and gain["named"]["n"] == 20
     assert gain["frechet"]["mean"] == pytest.approx(-change["frechet"], abs=1e-3)  # nearer is better
     assert results.table([made]).count("\n") == 4
     assert {p.name for p in (tmp_path / "run").iterdir()} >= {"student.safetensors", "compare.mp4", "compare.png"}
