@@ -70,7 +70,7 @@ class Config:
     seed: int = opt(0, "seed of prompts and noise")
     resume: bool = opt(False, "go on from the newest checkpoint in --out")
     reward: str = opt("none", "a reward of rewards.py, or several: hpsv2=1,agreement=2")
-    reward_weights: str | None = opt(None, "file or folder of the reward's weights")
+    reward_weights: str | None = opt(None, "file or folder of the reward's weights; of several NAME=PATH,NAME=PATH")
     reward_frames: int | None = opt(None, "frames an image reward looks at (none: all)")
     reward_every: int = opt(50, "iterations between measurements of the reward on fresh samples (see watch.py)")
     reward_samples: int = opt(64, "samples of a measurement")

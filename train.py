@@ -85,7 +85,7 @@ class Config:
     cd_loss: Literal["huber", "mse"] = opt("huber", "CD's distance")
     # reward
     reward: str = opt("none", "a reward of rewards.py, or several: hpsv2=1,agreement=2")
-    reward_weights: str | None = opt(None, "file or folder of the reward's weights")
+    reward_weights: str | None = opt(None, "file or folder of the reward's weights; of several NAME=PATH,NAME=PATH")
     reward_frames: int | None = opt(None, "frames an image reward looks at (none: all)")
     lrm_warmup: int = opt(0, "iterations in which the LRM learns before the student listens to it")
     lrm: str = opt("", "begin with this LRM, the lrm.safetensors of a run with the same reward")
