@@ -128,7 +128,7 @@ def build(cfg, world) -> Nets:
             raise UserError(f"--student {cfg.student} is no student's file but a {said.get('kind', 'unknown')}'s")
         if (said.get("timesteps"), own.prediction) != (timesteps(cfg.steps), cfg.prediction or own.prediction):
             want = f"--steps {len(said.get('timesteps') or [])} --prediction {own.prediction}"
-            raise UserError(f"{cfg.student} was made with {want}: say so, and begin with a student")
+            raise UserError(f"{cfg.student} was made with {want}: say so")
     if own.prediction == "epsilon" and Schedule(config.schedule, config.snr_shift).a[-1] == 0:
         raise UserError("--prediction epsilon cannot start from pure noise, where this teacher's schedule starts")
 

@@ -141,7 +141,7 @@ def test_what_does_not_fit_is_refused(tiny, distilled, tmp_path):  # noqa: F811
     for changes, said in (
         ({"student": student, "steps": 2}, "--steps 4"),
         ({"student": student, "prediction": "velocity"}, "--prediction conjugate"),
-        ({"student": f"{tiny}/teacher.safetensors"}, "begin with a student"),
+        ({"student": f"{tiny}/teacher.safetensors"}, "is no student's file but a teacher's"),
         ({"reward": "jpeg_incompressibility", "lrm": lrm}, "learned"),
         ({"reward": "jpeg_compressibility=2", "lrm": lrm}, "learned"),
         ({"reward": "jpeg_compressibility", "lrm": student}, "VideoLRM is needed"),
