@@ -39,6 +39,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import checkpoint
+import cli
 import distributed
 import rewards
 import shapes
@@ -213,14 +214,12 @@ def captions(cfg):
 
 
 def tune(cfg: Config, world) -> None:
-    ddpo, out, each = cfg.method == "ddpo", Path(cfg.out), max(1, cfg.batch) * world.size
+    cli.check(cfg)
+    ddpo, out, each = cfg.method == "ddpo", Path(cfg.out), cfg.batch * world.size
     accumulate = cfg.global_batch // each if cfg.global_batch else 7 if each < 16 else 1
     total = each * accumulate
-    whole = ("batch", "truncate", "updates", "save_every", "reward_every", "reward_samples", "patience")
-    small = ", ".join("--" + name.replace("_", "-") for name in whole if getattr(cfg, name) < 1)
     for wrong, what in (
-        (small, f"{small}: at least 1"),
-        (cfg.prompt_count < 0, "--prompt-count: at least 0"),
+        (cfg.reward_every < 1, "--reward-every: at least 1"),
         (cfg.global_batch not in (0, total), f"--global-batch is no multiple of {each}, --batch times the ranks"),
         (cfg.updates > 1 and (not ddpo or cfg.variant == "sf"), "several --updates need --method ddpo --variant is"),
         (ddpo and cfg.advantage == "batch" and total < 2, "--advantage batch needs a --global-batch of 2 or more"),

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 import checkpoint
+import cli
 import distributed
 import lrm as latent_rewards
 import rewards
@@ -78,14 +79,12 @@ class Kept:
 
 def check(cfg, world):
     """What can be wrong with a command before anything is read. cfg: train.py's Config."""
-    whole = ("batch", "m", "fake_updates", "save_every", "keep_last", "patience")
-    small = ", ".join("--" + name.replace("_", "-") for name in whole if getattr(cfg, name) < 1)
+    cli.check(cfg)
     learns = cfg.beta_vsd or cfg.beta_cd or cfg.reward != "none"
     for wrong, what in (
-        (small, f"{small}: at least 1"),
         (cfg.m >= len(GRID), f"--m: at most {len(GRID) - 1}, the steps of CD's grid"),
         (not 0 <= cfg.t_min <= cfg.t_max <= 999, "--t-min and --t-max: 0 <= t-min <= t-max <= 999"),
-        (cfg.global_batch % (cfg.batch * world.size or 1), "--global-batch is no multiple of --batch times the ranks"),
+        (cfg.global_batch % (cfg.batch * world.size), "--global-batch is no multiple of --batch times the ranks"),
         (cfg.reward_samples % cfg.reward_repeats, "--reward-samples: a multiple of --reward-repeats"),
         (0 < cfg.judged < 20, "--judged: 0 or at least 20, of which an error can be told"),
         (cfg.lrm_frozen and not cfg.lrm, "--lrm-frozen needs an --lrm that has learned something"),

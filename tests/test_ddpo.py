@@ -353,7 +353,7 @@ def test_ddpo_on_two_ranks_is_ddpo_on_one(weights, tmp_path, call):
     assert one["reward_std"] > 0 and one["grad_norm"] > 0
 
 
-def test_resume_goes_on_to_the_bit(weights, call):
+def test_resume_goes_on_to_the_bit(weights, call, monkeypatch):
     flags = ["--reward", "jpeg_compressibility", "--variant", "is", "--updates", 2, "--beta-kl", 1, "--lr", 1e-3]
     flags += ["--advantage", "prompt", "--prompt-count", 1, "--global-batch", 4, "--clip-range", 0.1]
     flags += ["--reward-every", 1]
@@ -371,6 +371,9 @@ def test_resume_goes_on_to_the_bit(weights, call):
     assert call(*flags, "--iterations", 1, "--out", "parts")[0] == 0  # begun anew: the old checkpoints are set aside
     newest = [max(p.name for p in Path("parts", name).glob("step_*")) for name in ("checkpoints", "checkpoints.1")]
     assert newest == ["step_00000001", "step_00000005"]
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # torchrun has started it again: it goes on
+    assert call(*flags, "--iterations", 2, "--out", "parts")[0] == 0
+    assert not Path("parts/checkpoints.2").exists() and len(lines("parts")) == 2
     # what sample.py takes
     student = Generator.load("whole/student.safetensors", weights / "vae.safetensors")
     assert student.student and student.steps(4) == STEPS and student.about["settings"] == {"lr": 1}

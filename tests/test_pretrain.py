@@ -195,3 +195,9 @@ def test_judge(tmp_path):
 def test_bad_input_is_one_line(args, said):
     done = run(*args)
     assert done.returncode == 2 and said in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_noise_follows_from_seed_and_step():
+    draw = lambda seed, step: torch.randn(4, generator=pretrain.noise_of(pretrain.Config(seed=seed), step))
+    assert torch.equal(draw(1, 2), draw(1, 2))
+    assert not torch.equal(draw(1, 2), draw(0, 2)) and not torch.equal(draw(1, 2), draw(1, 3))

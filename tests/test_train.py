@@ -106,6 +106,10 @@ def test_a_new_run_in_the_same_folder_sets_the_old_checkpoints_aside(tiny, tmp_p
     *_, lines = fit(config(tiny, tmp_path, iterations=2))
     assert not (tmp_path / "checkpoints.2").exists() and len(lines) == 2
     assert names("checkpoints") == ["step_00000001", "step_00000002"]
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
+    (tmp_path / "checkpoints.1").rename(tmp_path / "checkpoints.2")  # the first was deleted: no other is overwritten
+    fit(config(tiny, tmp_path, iterations=1))
+    assert names("checkpoints.1") == names("checkpoints.2") == ["step_00000001", "step_00000002"]
 
 
 @pytest.mark.parametrize(
@@ -227,7 +231,8 @@ def test_bad_input_is_one_line(tiny, tmp_path, words, said):
 def test_what_cannot_be_meant_is_refused(tiny, tmp_path):
     for changes, said in (
         ({"m": 51}, "--m: at most 50"),
-        ({"save_every": 0, "batch": 0}, "--batch, --save-every: at least 1"),
+        ({"save_every": 0}, "--save-every: at least 1, not 0"),
+        ({"batch": 0}, "--batch: at least 1"),
         ({"t_min": 500, "t_max": 100}, "t-min <= t-max"),
         ({"t_max": 1000}, "<= 999"),
         ({"batch": 2, "global_batch": 3}, "no multiple"),
