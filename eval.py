@@ -28,6 +28,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from tqdm import tqdm
@@ -90,6 +91,9 @@ class WorldConfig(ModelConfig):
     judge: str = opt(str(HERE / "judge.safetensors"), "the judge that evaluates (never the one that rewards)")
     steps: tuple[int, ...] = opt((4,), "one or more numbers of steps, on the same prompts and noise")
     prompts: int = opt(2000, "held-out prompts")
+    captions: Literal["train", "long", "short", "object"] = opt(
+        "train", "what prompts name: a random few factors, all, the objects and what they do, or one object alone"
+    )
     vendi_prompts: int = opt(100, "prompts of these that are drawn with 5 seeds each, for diversity (0: none)")
     reference: bool = opt(False, "measure rendered clips and the VAE's copies of them: what can be reached at all")
     dimensions: bool = opt(False, "measure VBench's sixteen dimensions too")
@@ -103,7 +107,7 @@ def world(cfg):
     for steps in [] if cfg.reference else cfg.steps:
         generator.steps(steps)  # refuse before the work, not after it
     eye = Eye(cfg.judge, cfg.device, cfg.batch)
-    clips, prompts, named = held_out(cfg.prompts)
+    clips, prompts, named = held_out(cfg.prompts, style=cfg.captions)
     reference = eye.over(lambda some: shapes.render_batch([clips[i] for i in some]), cfg.prompts, "reference")
     if cfg.reference:
         rows = reference_rows(cfg, eye, reference["features"])
@@ -134,7 +138,7 @@ def tuned(cfg):
         raise UserError("name the folders of finished runs: eval.py tuned RUNS...")
     reward = rewards.make(cfg.reward, cfg.reward_weights, device=cfg.device)
     eye, unseen = Eye(cfg.judge, cfg.device, cfg.batch), shapes.held_out_prompts(cfg.reward_samples)
-    clips, prompts, named = held_out(cfg.prompts)
+    clips, prompts, named = held_out(cfg.prompts, style=cfg.captions)
     reference = eye.over(lambda some: shapes.render_batch([clips[i] for i in some]), cfg.prompts, "reference")
     rows, alone = [], World(0, 1, torch.device(cfg.device))
     spent = [log[-1].get("reward_evaluations") for log in logs if log]

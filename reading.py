@@ -26,10 +26,10 @@ MAIN = ("object", "colour", "action", "scene")  # the factors that the headline 
 ELSEWHERE = shapes.HELD_OUT + 1  # seed of further clips that nothing is trained on
 
 
-def held_out(n, seed=shapes.HELD_OUT):
-    """n clips that nothing is trained on, a prompt for each, and the factors that it names."""
+def held_out(n, seed=shapes.HELD_OUT, style="train"):
+    """n clips that nothing is trained on, a prompt for each (style: of shapes.caption), and the factors it names."""
     clips = [shapes.Clip.make(seed, i) for i in range(n)]
-    words = [shapes.caption(clip, "train", random.Random(f"held out {i}")) for i, clip in enumerate(clips)]
+    words = [shapes.caption(clip, style, random.Random(f"held out {i}")) for i, clip in enumerate(clips)]
     return clips, [prompt for prompt, _ in words], [named for _, named in words]
 
 
@@ -140,7 +140,7 @@ def model_rows(cfg, label, eye, reference, generator, prompts, named):
 def reference_rows(cfg, eye, reference):
     """Other rendered clips, and what the VAE makes of them: two rows."""
     vae = checkpoint.load_model(cfg.vae, VAE3D, cfg.device)[0].to(memory_format=torch.channels_last_3d)
-    clips, _, named = held_out(cfg.prompts, ELSEWHERE)  # a clip must not be compared with itself
+    clips, _, named = held_out(cfg.prompts, ELSEWHERE, cfg.captions)  # a clip must not be compared with itself
     groups = {}  # further clips that the same prompt describes
     for i, fixed in enumerate(named[: cfg.vendi_prompts]):
         with contextlib.suppress(ValueError):  # a prompt that names very much has too few clips to be found

@@ -350,14 +350,17 @@ def render_batch(clips: list[Clip]) -> torch.Tensor:
 def caption(clip: Clip, style: str, rng: random.Random | None = None) -> tuple[str, dict[str, str]]:
     """Words for a clip, and the factors that they name.
 
-    style "short": subject and at most what a terse writer adds; "long": every visible factor in a full sentence (the
-    two lengths of the paper's Table 9); "train": a random few factors in either wording, drawn from `rng`.
+    style "long": every visible factor in a full sentence, and "short": the objects and what they do (the two lengths of
+    the paper's Table 9); "object": the first object alone, all else left open; "train": a random few factors in either
+    wording, drawn from `rng`.
     """
     seen = clip.visible()
     if style == "long":
         named, words = set(seen), 1
     elif style == "short":
         named, words = {"object", "colour", "relation", "object2", "colour2", "action"}, 0
+    elif style == "object":
+        named, words = {"object"}, 0
     elif style == "train":
         often = {"object": 0.92, "colour": 0.5, "size": 0.3, "action": 0.55, "relation": 0.7, "colour2": 0.5}
         often |= {"scene": 0.45, "camera": 0.3, "look": 0.35}

@@ -229,6 +229,11 @@ def beliefs_of(clips, sure=0.9):
     return out
 
 
+def test_held_out_prompts_name_what_they_are_asked_to():
+    clips, prompts, named = reading.held_out(40, style="object")
+    assert prompts == [f"a {clip.object}" for clip in clips] and named == [{"object": c.object} for c in clips]
+
+
 def test_accuracy_asks_only_what_is_named():
     clips, prompts, named = reading.held_out(40)
     assert prompts == shapes.held_out_prompts(40) and named == [shapes.parse(p) for p in prompts]

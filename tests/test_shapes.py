@@ -94,13 +94,19 @@ def test_camera_moves_the_scene_behind_the_object():
         assert torch.equal(first[:, -1], first[:, 0])
 
 
-@pytest.mark.parametrize("style", ["short", "long", "train"])
+@pytest.mark.parametrize("style", ["short", "long", "object", "train"])
 def test_captions_parse_back_and_fit_the_word_table(style):
     for i, clip in enumerate(CLIPS):
         words, names = caption(clip, style, random.Random(i))
         assert parse(words) == names and len(words.split()) <= 32
         assert set(words.split()) <= set(shapes.WORDS)
         assert all(clip.visible()[factor] == value for factor, value in names.items())
+
+
+def test_what_each_style_names():
+    for clip in CLIPS:
+        names = {style: set(caption(clip, style)[1]) for style in ("object", "short", "long")}
+        assert names["object"] == {"object"} < names["short"] < names["long"] == set(clip.visible())
 
 
 def test_parse_keeps_the_two_objects_apart():
