@@ -426,6 +426,9 @@ def test_world_repeats_itself_and_makes_its_table(tiny, tmp_path, monkeypatch, c
     call(monkeypatch, "world", *words, "--captions", "object", "--vendi-prompts", 0, "--out", "results/open.json")
     (row, _) = json.loads(Path("results/open.json").read_text())["rows"]
     assert row["object"]["n"] == 20 and row["main"]["mean"] == row["object"]["mean"] and row["scene"]["n"] == 0
+    call(monkeypatch, "world", *words, "--captions", "object", "--reference", "--out", "results/open-0.json")
+    for row in json.loads(Path("results/open-0.json").read_text())["rows"]:
+        assert row["object"]["n"] == 20 and row["scene"]["n"] == 0
     for bad in (["table", "nothing"], ["world", *words, "--steps", 3], ["world", *words, "--prompts", 5], ["dance"]):
         with pytest.raises(UserError):
             call(monkeypatch, *bad)
