@@ -34,7 +34,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import shapes
-from cli import UserError, atomic, opt, parse, run
+from cli import Machine, UserError, atomic, opt, parse, run, start, uses_bfloat16
 from video import IMAGES, VIDEOS, frames, timeline
 
 PRESETS = {
@@ -352,7 +352,7 @@ class LatentCache(_Samples):
 
 
 @dataclass
-class Config:
+class Config(Machine):
     preset: Literal["shapes", "dollar", "cogvideox-2b", "cogvideox-5b"] = opt("shapes", "size of the clips")
     data: str = opt("", "folder of videos and images with captions")
     vae: str = opt("weights/vae.safetensors", "the VAE: a file of ours, or a pipeline's folder (or its vae/)")
@@ -362,13 +362,12 @@ class Config:
     height: int = opt(64, "pixels")
     width: int = opt(64, "pixels")
     fps: float = opt(8.0, "frames a second")
-    text_length: int = opt(32, "tokens of a prompt")
+    text_length: int = opt(20, "tokens of a prompt")
     reward: str | None = opt(None, "also keep this reward of the decoded clips (see rewards.py)")
     reward_weights: str | None = opt(None, "the reward's weights, file or folder")
     reward_frames: int | None = opt(None, "frames an image reward looks at (none: all)")
     shard: int = opt(64, "clips a shard")
     seed: int = opt(0, "which section of a longer video is taken")
-    device: str = opt("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
 
 
 def main():
@@ -386,7 +385,10 @@ def main():
     from text import load_encoder
     from vae3d import VAE3D
 
-    vae, text = VAE3D.load(cfg.vae), load_encoder(cfg.text, length=cfg.text_length, device=device)
+    start(cfg)
+    text = load_encoder(cfg.text, length=cfg.text_length, device=device, precision=cfg.precision)
+    vae = VAE3D.load(cfg.vae)
+    vae = vae if uses_bfloat16(cfg.precision, device) else vae.float()  # published ones may be in half precision
     reward = rewards.make(cfg.reward, cfg.reward_weights, cfg.reward_frames, device) if cfg.reward else None
     made = {k: getattr(cfg, k) for k in ("frames", "height", "width", "fps", "seed", "reward", "reward_frames")}
     made |= {"vae": fingerprint(vae), "reward_weights": Path(cfg.reward_weights or "").name}

@@ -44,7 +44,7 @@ import distributed
 import rewards
 import shapes
 import watch
-from cli import UserError, open_log, opt, parse, run
+from cli import Machine, UserError, autocast, open_log, opt, parse, run, uses_bfloat16
 from dit import DiT
 from generate import Generator
 from progress import set_aside
@@ -58,7 +58,7 @@ BUFFER, LEAST, LARGEST = 16, 16, 5.0
 
 
 @dataclass
-class Config:
+class Config(Machine):
     weights: str = opt("weights/student.safetensors", "the student to tune, as train.py writes it")
     vae: str = opt("weights/vae.safetensors", "its VAE: a .safetensors file or a CogVideoX folder")
     text: str = opt("words", "its text encoder: words (the small world's table) or a T5 folder")
@@ -89,13 +89,10 @@ class Config:
     lr: float = opt(2e-5, "learning rate (AdamW)")
     clip: float = opt(1.0, "largest gradient norm")
     shard: Literal["full", "hybrid", "none"] = opt("full", "of the networks over the ranks (see distributed.py)")
-    precision: Literal["bf16", "fp32"] = opt("bf16", "of computation; weights, sums and losses are float32")
     checkpoint_activations: bool = opt(False, "compute activations again in the backward, to save memory")
     cpu_offload: bool = opt(False, "keep weights and optimizer in CPU memory")
     save_every: int = opt(50, "iterations between checkpoints, and between pictures")
     patience: int = opt(5, "iterations in a row that may be skipped because they are not finite")
-    threads: int = opt(0, "CPU threads (0: all)")
-    device: str | None = opt(None, "cpu or cuda (none: a GPU if there is one)")
 
 
 def transition(schedule, x_t, x0, t, t_next, how):
@@ -179,7 +176,8 @@ def load(cfg, world):
     if about.get("kind") != "student":
         raise UserError(f"{cfg.weights} is no few-step student (its kind: {about.get('kind')}): make one with train.py")
     config = DiT.Config(**about["config"])
-    dtype = torch.bfloat16 if cfg.precision == "bf16" and world.device.type == "cuda" else None
+    half = world.device.type == "cuda" and uses_bfloat16(cfg.precision, world.device)
+    dtype = torch.bfloat16 if half else None
 
     def network(trainable):
         with torch.device("meta"):
@@ -192,7 +190,7 @@ def load(cfg, world):
     if vae.config.latent_channels != config.channels:
         raise UserError(f"{cfg.vae} decodes {vae.config.latent_channels} channels, {cfg.weights} has {config.channels}")
     vae = vae.to(world.device, memory_format=torch.channels_last_3d).eval().requires_grad_(False)
-    encoder = load_encoder(cfg.text, config.text_dim, config.text_length, world.device)
+    encoder = load_encoder(cfg.text, config.text_dim, config.text_length, world.device, cfg.precision)
     if about.get("text_fingerprint", encoder.fingerprint) != encoder.fingerprint:
         raise UserError(f"{cfg.weights} was trained with another text encoder: name it with --text FOLDER")
     return network(True), network(False) if cfg.beta_kl else None, vae, encoder, about
@@ -251,12 +249,13 @@ def tune(cfg: Config, world) -> None:
         if not state.keys() >= {"moments", "memory"}:
             raise UserError(f"{newest} is not of ddpo.py: take another --out")
         moments = rewards.Moments(**state["moments"])
+        if world.main:
+            cli.warn_of_precision(state.get("precision"), cfg.precision)
     elif cfg.resume:
         raise UserError(f"{out} holds no checkpoint: leave out --resume to start")
 
     def call(network, *inputs):
-        """Autocast is left after each call: within one context, weights cast without gradient might be taken again."""
-        with torch.autocast(world.device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
+        with autocast(cfg.precision, world.device):
             return network(*inputs)
 
     denoiser = lambda model, text: lambda x, t: call(denoise, model, schedule, x, t, text, config.prediction)
@@ -287,7 +286,7 @@ def tune(cfg: Config, world) -> None:
             write_grid(out / f"step{step:06d}.png", list(shown), texts)
 
     unseen = shapes.held_out_prompts(cfg.reward_samples) if isinstance(encoder, WordTable) else prompts
-    sampler = Generator(student, vae, about, encoder, world.device, cfg.precision == "bf16")
+    sampler = Generator(student, vae, about, encoder, world.device, cfg.precision)
     first, in_a_row = state["step"], 0
     bar = tqdm(range(first, cfg.iterations), initial=first, total=cfg.iterations, disable=not world.main)
     log = open_log(out / "log.jsonl", first) if world.main else None
@@ -337,6 +336,7 @@ def tune(cfg: Config, world) -> None:
         trained, evaluated = state["trained_s"] + time.time() - begun, state["reward_evaluations"] + total
         counts = {"trained_s": round(trained, 3), "reward_evaluations": evaluated}
         state |= {"step": step + 1, "skipped": state["skipped"] + (not fine), **counts, "moments": asdict(moments)}
+        state["precision"] = cfg.precision
         spent = 0 < cfg.max_seconds <= trained or 0 < cfg.max_evaluations <= evaluated
         final = step + 1 == cfg.iterations or distributed.any_rank(spent, world)
         if step % cfg.reward_every == 0 or final:
@@ -373,9 +373,7 @@ def tune(cfg: Config, world) -> None:
 
 def main():
     cfg = parse(Config, None, __doc__.splitlines()[0])
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
-    torch.set_flush_denormal(True)  # a CPU is many times slower on numbers below 1e-38
+    cli.start(cfg)
     world = distributed.start(cfg.device)
     tune(cfg, world)
     distributed.stop(world)

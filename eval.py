@@ -43,7 +43,7 @@ import rewards
 import shapes
 import watch
 from benchmark import vbench_scores
-from cli import UserError, atomic, opt, parse, run, writable
+from cli import Machine, UserError, atomic, opt, parse, run, start, writable
 from distributed import World
 from generate import Generator
 from metrics import Inception, pixel_features, vendi, vendi_kernel, video_diversity
@@ -56,12 +56,10 @@ HERE = Path(__file__).parent / "weights"
 
 
 @dataclass
-class Config:
+class Config(Machine):
     out: str = opt("", "where to write: NAME.json for a measurement, else a file or folder")
     seed: int = opt(0, "seed of all noise")
     batch: int = opt(64, "videos at a time")
-    threads: int = opt(0, "CPU threads (0: all)")
-    device: str = opt("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
 
 
 @dataclass
@@ -76,7 +74,7 @@ class ModelConfig(Config):
         weights, vae = weights or self.weights, self.vae
         if Path(weights).is_dir() and vae == ModelConfig.vae:
             vae = ""  # such a folder has its own
-        return Generator.load(weights, vae, self.device, self.text)
+        return Generator.load(weights, vae, self.device, self.text, self.precision)
 
     def name(self):
         return self.label or Path(self.weights).stem
@@ -106,7 +104,7 @@ def world(cfg):
     generator = None if cfg.reference else cfg.load()
     for steps in [] if cfg.reference else cfg.steps:
         generator.steps(steps)  # refuse before the work, not after it
-    eye = Eye(cfg.judge, cfg.device, cfg.batch)
+    eye = Eye(cfg.judge, cfg.device, cfg.batch, cfg.precision)
     clips, prompts, named = held_out(cfg.prompts, style=cfg.captions)
     reference = eye.over(lambda some: shapes.render_batch([clips[i] for i in some]), cfg.prompts, "reference")
     if cfg.reference:
@@ -137,7 +135,7 @@ def tuned(cfg):
     if not cfg.runs or not all(log is None or log for log in logs):
         raise UserError("name the folders of finished runs: eval.py tuned RUNS...")
     reward = rewards.make(cfg.reward, cfg.reward_weights, device=cfg.device)
-    eye, unseen = Eye(cfg.judge, cfg.device, cfg.batch), shapes.held_out_prompts(cfg.reward_samples)
+    eye, unseen = Eye(cfg.judge, cfg.device, cfg.batch, cfg.precision), shapes.held_out_prompts(cfg.reward_samples)
     clips, prompts, named = held_out(cfg.prompts, style=cfg.captions)
     reference = eye.over(lambda some: shapes.render_batch([clips[i] for i in some]), cfg.prompts, "reference")
     rows, alone = [], World(0, 1, torch.device(cfg.device))
@@ -185,7 +183,7 @@ class ValidateConfig(Config):
 
 def validate(cfg):
     """Rendered clips, spoilt on purpose: does each dimension of the small world see it, and the more the worse?"""
-    eye = Eye(cfg.judge, cfg.device, cfg.batch)
+    eye = Eye(cfg.judge, cfg.device, cfg.batch, cfg.precision)
     return results.show(cfg, "validation", rows=dimensions.validate(eye, cfg.clips, cfg.seed))
 
 
@@ -322,7 +320,7 @@ def videos(cfg):
         mine.append(job)
     done = len(jobs[rank::ranks]) - len(mine)
     print(f"{len(jobs)} videos of {len(entries)} prompts; {len(mine)} to draw here, {done} there, {broken} broken")
-    start = time.perf_counter()
+    begun = time.perf_counter()
     for i in tqdm(range(0, len(mine), cfg.batch), desc="videos", dynamic_ncols=True, disable=rank > 0):
         some = mine[i : i + cfg.batch]
         text = generator.encoder.encode([job["prompt"] for job in some])
@@ -336,7 +334,7 @@ def videos(cfg):
                 write_video(out / job["file"], video, fps)
             else:
                 print(f"{job['file']} is not finite and was not written")
-    print(f"drew {len(mine)} videos in {time.perf_counter() - start:.0f} s")
+    print(f"drew {len(mine)} videos in {time.perf_counter() - begun:.0f} s")
 
 
 @dataclass
@@ -477,7 +475,8 @@ def report_(cfg):
         pages.append(world(keep("world-2-teacher", weights=cfg.teacher, steps=few, label="teacher")))
     pages.append(world(keep("world-3-model", label=cfg.name())))
     shared = {
-        k: getattr(cfg, k) for k in ("weights", "vae", "text", "teacher", "teacher_steps", "steps", "threads", "device")
+        k: getattr(cfg, k)
+        for k in ("weights", "vae", "text", "teacher", "teacher_steps", "steps", "threads", "device", "precision")
     }
     costs = CostConfig(**shared, seconds=cfg.seconds, repeats=100)
     clock, peaks = (
@@ -525,7 +524,6 @@ POSITIONAL = {"votes": "--files", "tuned": "--runs", "curves": "--runs"}  # what
 def main():
     words = sys.argv[1:]
     command = words.pop(0) if words and not words[0].startswith("-") else "report"
-    torch.set_flush_denormal(True)  # a CPU is many times slower on numbers below 1e-38
     if command == "table":
         names = words or sorted(f.stem for f in Path("results").glob("*.json") if not f.stem.startswith("curves"))
         print("\n\n".join(results.block(name) for name in names))
@@ -538,8 +536,7 @@ def main():
         if command in POSITIONAL and words and not words[0].startswith("-"):
             words = [POSITIONAL[command], *words]
         cfg = parse(config, words, __doc__ if command == "report" else work.__doc__)
-        if cfg.threads:
-            torch.set_num_threads(cfg.threads)
+        start(cfg)
         if cfg.out and command in MEASUREMENTS:  # find out now, not after the work
             if not cfg.out.endswith(".json"):
                 raise UserError(f"--out {cfg.out}: a measurement is kept in a file NAME.json")

@@ -13,7 +13,7 @@ import torch
 
 import checkpoint
 import shapes
-from cli import UserError, atomic
+from cli import UserError, atomic, autocast, uses_bfloat16
 from dit import DiT
 from schedule import Schedule, ddim, denoise, few_step, timesteps
 from text import WordTable, load_encoder
@@ -24,22 +24,23 @@ class Generator:
     """A text-to-video model: transformer, its schedule, its text encoder and its VAE.
 
     model: a DiT; vae: a VAE3D, both on `device`; about: the metadata of the model's file; encoder: of text.py (default:
-    the word table); autocast: whether to compute in bfloat16.
+    the word table); precision: of cli.py.
     """
 
-    def __init__(self, model, vae, about, encoder=None, device="cpu", autocast=True):
-        self.config, self.about, self.device, self.autocast = model.config, about, device, autocast
+    def __init__(self, model, vae, about, encoder=None, device="cpu", precision="auto"):
+        self.config, self.about, self.device, self.precision = model.config, about, device, precision
         self.model, self.vae = model, vae
         self.schedule = Schedule(self.config.schedule, self.config.snr_shift)
         self.encoder = encoder or WordTable(shapes.WORDS, self.config.text_dim, self.config.text_length)
         self.null = self.encoder.encode([""]).to(device)  # (1, L, D)
 
     @classmethod
-    def load(cls, weights, vae="", device="cpu", text=""):
+    def load(cls, weights, vae="", device="cpu", text="", precision="auto"):
         """The model in a file of weights, or in a CogVideoX folder of diffusers with its own VAE and T5.
 
         vae: file or folder (default: the one in the weights' folder); text: folder of a T5 encoder (default: likewise,
-        or the word table of the small world). Raises UserError where a part is missing or they do not fit together.
+        or the word table of the small world); precision: of cli.py; published half-precision weights are kept as they
+        are where the device computes in bfloat16. Raises UserError where a part is missing or they do not fit together.
         """
         try:
             torch.zeros(1, device=device)
@@ -62,11 +63,13 @@ class Generator:
                 f"{weights} draws {c.latents[0]} latent frames of {c.channels} channels, {place} decodes multiples of "
                 f"{size} of {coder.config.latent_channels}: name the weights' own autoencoder with --vae"
             )
-        encoder = load_encoder(text or folder or "words", c.text_dim, c.text_length, device)
+        encoder = load_encoder(text or folder or "words", c.text_dim, c.text_length, device, precision)
         if encoder.dim != c.text_dim or about.get("text_fingerprint", encoder.fingerprint) != encoder.fingerprint:
             raise UserError(f"{weights} was trained with another text encoder: name it with --text FOLDER")
+        if not uses_bfloat16(precision, device):
+            model, coder = model.float(), coder.float()
         coder = coder.to(device, memory_format=torch.channels_last_3d)
-        return cls(model.to(device).eval(), coder.eval(), about, encoder, device)
+        return cls(model.to(device).eval(), coder.eval(), about, encoder, device, precision)
 
     @property
     def student(self):
@@ -103,7 +106,7 @@ class Generator:
         text = text.to(self.device)
 
         def predict(x, t):
-            with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.autocast):
+            with autocast(self.precision, self.device):
                 return denoise(self.model, self.schedule, x, t, text, self.config.prediction, w, self.null)
 
         if self.student:
@@ -114,7 +117,7 @@ class Generator:
     @torch.no_grad()
     def decode(self, latents):
         """Latents (B, C, T, h, w) -> video (B, 3, F, H, W), float32, clamped to [-1, 1]."""
-        with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.autocast):
+        with autocast(self.precision, self.device):
             return self.vae.decode(latents).float().clamp(-1, 1)
 
 

@@ -137,7 +137,8 @@ def build(cfg, world) -> Nets:
         raise UserError(f"{cfg.vae} makes {there} latent channels, {cfg.teacher} takes {config.channels}")
     encoder = None
     if cfg.text == "words" or (cfg.text and (world.main or not cached)):
-        encoder = load_encoder(cfg.text, config.text_dim, config.text_length, "cpu" if cached else world.device)
+        where = "cpu" if cached else world.device
+        encoder = load_encoder(cfg.text, config.text_dim, config.text_length, where, cfg.precision)
     latents, fps = SIZES[cfg.preset].latents, CLIPS[cfg.preset]["fps"]
     prompts = held_out_prompts(max(4, cfg.judged, cfg.reward_samples)) if cfg.text == "words" else PROMPTS
     if cached:
@@ -165,7 +166,8 @@ def build(cfg, world) -> Nets:
     if world.main:
         print(memory(cfg, own, world, latents))
 
-    dtype = torch.bfloat16 if cfg.precision == "bf16" and world.device.type == "cuda" else None
+    half = world.device.type == "cuda" and cli.uses_bfloat16(cfg.precision, world.device)
+    dtype = torch.bfloat16 if half else None
 
     def network(trainable, config=config, weights=weights):
         with torch.device("meta"):
@@ -209,7 +211,8 @@ def build(cfg, world) -> Nets:
 
 def held(cfg, config, ranks, latents, half=True):
     """Bytes that each of `ranks` ranks holds of networks shared by all of them: ({network: (of parameters, gradients,
-    optimizer)}, of activations, estimated). config: a DiTConfig; latents: (T, h, w); half: frozen weights in bfloat16.
+    optimizer)}, of activations, estimated). config: a DiTConfig; latents: (T, h, w); half: frozen weights and
+    activations in bfloat16.
     """
     with torch.device("meta"):
         n = sum(math.ceil(len(p) / ranks) * p[0].numel() for p in DiT(config).parameters())  # as FSDP cuts them
@@ -221,13 +224,13 @@ def held(cfg, config, ranks, latents, half=True):
     tokens = cfg.batch * (config.text_length + math.prod(latents) // config.patch**2)
     blocks = config.depth + 20 if cfg.checkpoint_activations else 20 * config.depth
     passes = bool(cfg.beta_vsd or cfg.reward != "none") + bool(cfg.beta_cd)  # of the student, until the backward
-    return networks, passes * blocks * tokens * config.width * (2 if cfg.precision == "bf16" else 4)
+    return networks, passes * blocks * tokens * config.width * (2 if half else 4)
 
 
 def memory(cfg, config, world, latents):
     """One line: GiB that each GPU (or process) will hold. config: a DiTConfig; latents: (T, h, w)."""
     parts = {"full": world.size, "hybrid": int(os.environ.get("LOCAL_WORLD_SIZE", world.size)), "none": 1}[cfg.shard]
-    half = cfg.precision == "bf16" and world.device.type == "cuda"
+    half = world.device.type == "cuda" and cli.uses_bfloat16(cfg.precision, world.device)
     networks, activations = held(cfg, config, parts, latents, half)
     sizes = {name: sum(kinds) for name, kinds in networks.items()} | {"activations (estimated)": activations}
     said = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in sizes.items())

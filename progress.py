@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 import checkpoint
+import cli
 import distributed
 from cli import UserError
 from dit import DiT
@@ -49,9 +50,15 @@ def check_resumed(newest, cfg, nets, world):
         same = "--tune, --steps, --prediction and --transition"
         raise UserError(f"{newest} is of another student: repeat its {same}, or leave out --resume")
     now, old = asdict(cfg), said["config"]
-    other = [f"--{k.replace('_', '-')} {now[k]} (was {old[k]})" for k in now if k != "resume" and old.get(k) != now[k]]
-    if other and world.main:
-        print(f"not as before: {', '.join(other)}")
+    other = [
+        f"--{k.replace('_', '-')} {now[k]} (was {old[k]})"
+        for k in now
+        if k not in ("resume", "precision") and old.get(k) != now[k]
+    ]
+    if world.main:
+        cli.warn_of_precision(old.get("precision"), cfg.precision)
+        if other:
+            print(f"not as before: {', '.join(other)}")
 
 
 def tensorboard(out):
@@ -87,7 +94,7 @@ def few(cfg):
 def sampler(cfg, nets, who):
     """What draws as "teacher", or as "student": what is trained, its average, whatever cfg.tune says it is."""
     model, kind = (nets.ema, cfg.tune) if who == "student" else (nets.teacher, "teacher")
-    return Generator(model, nets.vae, nets.about | {"kind": kind}, nets.encoder, nets.device, cfg.precision == "bf16")
+    return Generator(model, nets.vae, nets.about | {"kind": kind}, nets.encoder, nets.device, cfg.precision)
 
 
 def draw_videos(cfg, nets, who, prompts, seed, n):

@@ -17,7 +17,7 @@ import benchmark
 import checkpoint
 import dimensions
 import shapes
-from cli import UserError
+from cli import UserError, autocast
 from judge import Judge
 from metrics import frechet, jackknife, mean_error, neighbours, pm, vendi
 from vae3d import VAE3D
@@ -36,16 +36,16 @@ def held_out(n, seed=shapes.HELD_OUT, style="train"):
 class Eye:
     """The evaluating judge. `about` is the metadata of its file: how it was made, and how well it reads."""
 
-    def __init__(self, path, device="cpu", batch=64):
+    def __init__(self, path, device="cpu", batch=64, precision="auto"):
         self.judge, self.about = checkpoint.load_model(path, Judge, device)
         self.judge.to(memory_format=torch.channels_last_3d)
-        self.device, self.batch = device, batch
+        self.device, self.batch, self.precision = device, batch, precision
 
     @torch.no_grad()
     def __call__(self, video):
         """video (B, 3, F, H, W) -> {factor: probabilities (B, values)}, features (B, d), on the CPU."""
         video = video.to(self.device, memory_format=torch.channels_last_3d)
-        with torch.autocast(torch.device(self.device).type, torch.bfloat16):
+        with autocast(self.precision, self.device):
             logits, features = self.judge(video), self.judge.features(video)
         return {name: x.float().softmax(1).cpu() for name, x in logits.items()}, features.float().cpu()
 
@@ -150,7 +150,7 @@ def reference_rows(cfg, eye, reference):
     @torch.no_grad()
     def copied(video):
         video = video.to(cfg.device, memory_format=torch.channels_last_3d)
-        with torch.autocast(torch.device(cfg.device).type, torch.bfloat16):
+        with autocast(cfg.precision, cfg.device):
             drawn = vae.decode(vae.encode(video)).float().clamp(-1, 1)
         psnrs.append(-10 * ((drawn - video) / 2).square().mean((1, 2, 3, 4)).log10().cpu())
         return drawn

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 import shapes
-from cli import UserError
+from cli import UserError, uses_bfloat16
 
 
 class WordTable:
@@ -31,7 +31,7 @@ class WordTable:
     A token is (its word dim/2 | the word before dim/4 | its position dim/4), each of about unit variance.
     """
 
-    def __init__(self, words, dim=128, length=32, seed=0, device="cpu"):
+    def __init__(self, words, dim=128, length=20, seed=0, device="cpu"):
         if dim % 8:
             raise ValueError(f"dim must be a multiple of 8, got {dim}")
         words = [w.lower() for w in words]
@@ -149,6 +149,8 @@ def _sha(identity):
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
 
-def load_encoder(name, dim=128, length=32, device="cpu"):
+def load_encoder(name, dim=128, length=20, device="cpu", precision="auto"):
     """The encoder a flag names: "words", the small world's table with vectors of `dim`, or a T5 folder."""
-    return WordTable(shapes.WORDS, dim, length) if name == "words" else T5(name, length, device=device)
+    if name == "words":
+        return WordTable(shapes.WORDS, dim, length)
+    return T5(name, length, torch.bfloat16 if uses_bfloat16(precision, device) else torch.float32, device)

@@ -26,9 +26,10 @@ import torch
 from tqdm import tqdm
 
 import checkpoint
+import cli
 import distributed
 import watch
-from cli import UserError, open_log, opt, parse, run
+from cli import Machine, UserError, open_log, opt, parse, run
 from cost import so_far
 from data import fingerprint
 from dit import Prediction
@@ -40,7 +41,7 @@ from schedule import denoise, simulate, timesteps
 
 
 @dataclass
-class Config:
+class Config(Machine):
     preset: str = opt("shapes", "the values of one world")
     data: str = opt("shapes", "shapes (rendered), a folder of captioned videos and images, or a cache made by data.py")
     teacher: str = opt("weights/teacher.safetensors", "the teacher: a .safetensors file or a CogVideoX folder")
@@ -99,7 +100,6 @@ class Config:
     max_seconds: int = opt(0, "end after so many seconds of training, measurements left out (0: --iterations alone)")
     max_evaluations: int = opt(0, "end after so many evaluations of the reward (0: --iterations alone)")
     shard: Literal["full", "hybrid", "none"] = opt("full", "of the networks over the ranks (see distributed.py)")
-    precision: Literal["bf16", "fp32"] = opt("bf16", "of computation; weights, sums and losses are float32")
     checkpoint_activations: bool = opt(True, "compute activations again in the backward, to save memory")
     cpu_offload: bool = opt(False, "keep weights and optimizers in CPU memory")
     save_every: int = opt(500, "iterations between checkpoints")
@@ -108,8 +108,6 @@ class Config:
     sample_every: int = opt(500, "iterations between pictures (0: no pictures, not even at the end)")
     patience: int = opt(5, "updates in a row that may be skipped because they are not finite")
     judged: int = opt(0, "prompts on which the end compares student and teacher (the small world)")
-    threads: int = opt(0, "CPU threads (0: all)")
-    device: str | None = opt(None, "cpu or cuda (none: a GPU if there is one)")
 
 
 PRESETS = {  # the field defaults are the paper's (section 4.1); the small world's were measured, see README
@@ -159,7 +157,7 @@ def iterate(cfg: Config, world, nets: Nets, optimizers, step, accumulate):
     for micro in range(accumulate):
         x, text, batch, draw, whole = batch_of(cfg, world, nets, step, micro, total)  # line 6
         loss = {}
-        with autocast(cfg, world):
+        with cli.autocast(cfg.precision, world.device):
             drawing = cfg.beta_vsd or lrm or nets.frozen
             x_hat, x_t, t = generate(x, text, draw, whole, 0) if drawing else (x, x, 0)  # line 8
             if cfg.tune == "teacher":  # what it was trained with, Eq. 4
@@ -196,7 +194,7 @@ def iterate(cfg: Config, world, nets: Nets, optimizers, step, accumulate):
     # Update the fake score on the student's samples (lines 13-14, Eq. 4), section 4.1: five times
     for j in range(cfg.fake_updates if cfg.beta_vsd else 0):
         for x_hat, x, text, _, draw, whole in drawn:
-            with autocast(cfg, world):
+            with cli.autocast(cfg.precision, world.device):
                 if j:  # the first update takes the generator's own samples, the others fresh ones
                     with torch.no_grad():
                         x_hat = generate(x, text, draw, whole, j)[0]
@@ -211,7 +209,7 @@ def iterate(cfg: Config, world, nets: Nets, optimizers, step, accumulate):
     # Train the latent reward model on real and generated latents (lines 16-17, Eq. 14)
     learns = lrm and not cfg.lrm_frozen
     for x_hat, x, text, batch, *_ in drawn if learns else []:
-        with torch.no_grad(), autocast(cfg, world):
+        with torch.no_grad(), cli.autocast(cfg.precision, world.device):
             both, known = torch.cat([x, x_hat]), batch["reward"]  # x~ = x u x^
             parts = (x_hat if known is not None else both).split(cfg.batch)  # pixels are what is large
             video = torch.cat([nets.vae.decode(part).float().clamp(-1, 1) for part in parts])
@@ -341,7 +339,7 @@ def batch_of(cfg, world, nets, step, micro, total):
     batch = nets.data.batch([chosen[i] for i in numbers], step)
     if isinstance(batch, tuple):  # not from a cache
         video, captions = batch
-        with torch.no_grad(), autocast(cfg, world):
+        with torch.no_grad(), cli.autocast(cfg.precision, world.device):
             x = nets.vae.encode(video.to(world.device))
         batch = {"latents": x, "text": nets.encoder.encode(captions), "captions": captions, "reward": None}
     shape = batch["latents"].shape[1:]  # of this batch: a cache has images too
@@ -365,11 +363,6 @@ def denoiser(model, schedule, text, w=0.0, null=None):
     return lambda x, t: denoise(model, schedule, x, t, text, model.config.prediction, w, null)
 
 
-def autocast(cfg, world):
-    # without its cache: a weight first cast where nothing needs gradients would stay without them
-    return torch.autocast(world.device.type, torch.bfloat16, cfg.precision == "bf16", cache_enabled=False)
-
-
 def add(numbers, parts, **values):
     for name, value in values.items():
         numbers[name] = numbers.get(name, 0.0) + torch.as_tensor(value).detach().item() / parts
@@ -386,9 +379,7 @@ def main():
     cfg = parse(Config, sys.argv[1 + bool(word) :], __doc__.splitlines()[0], PRESETS)
     if word:
         return export(Path(cfg.out)) if word == "export" else print(memory_table(cfg))
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
-    torch.set_flush_denormal(True)  # a CPU is many times slower on numbers below 1e-38
+    cli.start(cfg)
     world = distributed.start(cfg.device)
     train(cfg, world)
     distributed.stop(world)
