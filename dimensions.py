@@ -44,7 +44,6 @@ RANGES |= {  # total, about what the worst corruption of `validate` reaches, 1, 
     "Imaging Quality": ("quality", 0.15, 1.0, 1.0),
 }
 STILLS = (1, 6, 10, 14)  # frames that are looked at one by one
-MIRROR = {"left": "right", "right": "left", "above": "below", "below": "above"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -198,7 +197,7 @@ def semantic(beliefs, named):
         answers = {d: read[f] == asked[f] for d, f in ASKED.items() if f in asked}
         answers |= {d: p[f] for d, f in STYLES.items() if f in p}
         if "relation" in asked:
-            answers["Spatial Relationship"] = related(read, asked)
+            answers["Spatial Relationship"] = all(read[f] == asked[f] for f in PLACED if f in asked)
             if "object" in asked and "object2" in asked:
                 both = {"object", "object2"}
                 answers["Multiple Objects"] = {read[f] for f in both} == {asked[f] for f in both}
@@ -210,14 +209,8 @@ def semantic(beliefs, named):
 
 
 ASKED = {"Object Class": "object", "Human Action": "action", "Color": "colour", "Scene": "scene"}
+PLACED = ("object", "relation", "object2")
 STYLES = {"Appearance Style": "look", "Temporal Style": "camera"}
-
-
-def related(read, asked):
-    """Is the relation read as asked, between the objects that are asked for? "a left of b" is "b right of a" too."""
-    turned = {"object": read["object2"], "relation": MIRROR[read["relation"]], "object2": read["object"]}
-    parts = [f for f in ("object", "relation", "object2") if f in asked]
-    return any(all(way[f] == asked[f] for f in parts) for way in (read, turned))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -231,30 +224,27 @@ def render(clips):
 def other(clip, factor, rng):
     """The clip with another value of one factor, such as can be seen."""
     values = [v for v in shapes.FACTORS[factor] if v != getattr(clip, factor)]
-    hidden = lambda scene, look: shapes.SCENE_COLOURS[scene] | shapes.LOOK_COLOURS.get(look, set())
+    still_turns = lambda name: not (name in shapes.ROUND and clip.action == "spins")
     if factor == "colour":
-        values = [v for v in values if v not in hidden(clip.scene, clip.look) and v != clip.colour2]
+        values = [v for v in values if v not in shapes.SCENE_COLOURS[clip.scene] and v != clip.colour2]
     elif factor == "scene":
-        values = [v for v in values if not {clip.colour, clip.colour2} & hidden(v, clip.look)] or values
-    elif factor == "look":
-        values = [v for v in values if not {clip.colour, clip.colour2} & hidden(clip.scene, v)] or values
-        values = [v for v in values if v != "pixel art" or not clip.relation] or values
+        values = [v for v in values if not {clip.colour, clip.colour2} & shapes.SCENE_COLOURS[v]] or values
     elif factor == "object":
-        values = [v for v in values if v != clip.object2 and not (v in ("circle", "ring") and clip.action == "spins")]
+        values = [v for v in values if v != clip.object2 and still_turns(v)]
     elif factor == "action":
-        round_ = clip.object in ("circle", "ring")
-        values = [
-            v for v in values if not (v == "spins" and round_) and (not clip.relation or v in ("grows", "shrinks"))
-        ]
-    return replace(clip, **{factor: rng.choice(values)}) if values else clip
+        values = [v for v in values if v != "spins" or not {clip.object, clip.object2} & shapes.ROUND]
+        values = [v for v in values if not clip.relation or v in ("grows", "shrinks", "still")]
+    changed = replace(clip, **{factor: rng.choice(values)}) if values else clip
+    if changed.look == "monochrome":  # in which no colour may melt into its scene
+        grey = shapes.MONOCHROME.get(changed.scene, "white")
+        changed = replace(changed, colour=grey, colour2=clip.colour2 and grey)
+    return changed
 
 
-def mirrored(clip, _):
-    """The clip of a pair with its objects on the other side of each other."""
-    if not clip.relation:
-        return clip
-    axes = ("x", "x2") if clip.relation in ("left", "right") else ("y", "y2")
-    return replace(clip, relation=MIRROR[clip.relation], **{a: -getattr(clip, a) for a in axes})
+def exchanged(clip, _):
+    """The clip of a pair with its objects in each other's place."""
+    first = {"object": clip.object2, "colour": clip.colour2, "object2": clip.object, "colour2": clip.colour}
+    return replace(clip, **first) if clip.relation else clip
 
 
 def alone(clip, _):
@@ -356,7 +346,7 @@ SPOIL = {  # dimension: [(what is done, how, degrees)]
     ],
     "Dynamic Degree": [("slowed down, frozen", filtered(slow), (0.8, 0.9, 1.0))],
     "Multiple Objects": [("second object missing", wrong(alone), (1 / 3, 2 / 3, 1.0))],
-    "Spatial Relationship": [("sides swapped", wrong(mirrored), (1 / 3, 2 / 3, 1.0))],
+    "Spatial Relationship": [("sides swapped", wrong(exchanged), (1 / 3, 2 / 3, 1.0))],
     "Overall Consistency": [("another prompt's clip", ghost, (0.3, 0.6, 1.0))],
 }
 for _dimension, _factor in (ASKED | STYLES).items():

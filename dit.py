@@ -46,7 +46,7 @@ class DiTConfig:
     heads: int = 3  # of width / heads each
     patch: int = 2  # in space; a latent frame is never merged with its neighbour
     text_dim: int = 128  # of a text token as the encoder gives it
-    text_length: int = 32  # tokens a caption is padded to; padding is attended, as in the published models
+    text_length: int = 20  # tokens a caption is padded to; padding is attended, as in the published models
     time_dim: int = 64  # of the embedding of t
     latents: tuple[int, int, int] = (5, 8, 8)  # frames, height, width in training; others work (see rotary_table)
     rotary: bool = False  # positions by rotation (5B) or by an added sine-cosine table (2B)

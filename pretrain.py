@@ -26,7 +26,7 @@ import checkpoint
 import dit
 import shapes
 import vae3d
-from cli import UserError, atomic, open_log, opt, parse, run
+from cli import Machine, UserError, atomic, autocast, open_log, opt, parse, run, start, uses_bfloat16, warn_of_precision
 from data import fingerprint
 from judge import Judge, JudgeConfig
 from losses import conjugate_velocity_loss
@@ -36,7 +36,7 @@ from video import write_grid
 
 
 @dataclass
-class Config:
+class Config(Machine):
     out: str = opt("", "folder for checkpoints, logs and the final weights (default runs/NAME)")
     iterations: int = opt(0, "optimizer steps")
     batch: int = opt(0, "clips a step")
@@ -49,18 +49,16 @@ class Config:
     held_out: int = opt(0, "clips on which the result is measured")
     save_every: int = opt(200, "steps between checkpoints")
     log_every: int = opt(20, "steps between lines of log.jsonl")
-    threads: int = opt(0, "CPU threads (0: all)")
-    device: str = opt("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
 
 
 @dataclass
 class VAEConfig(Config):
-    iterations: int = opt(2000, "optimizer steps")
+    iterations: int = opt(3600, "optimizer steps")
     batch: int = opt(8, "clips a step")
     held_out: int = opt(256, "clips on which the result is measured")
     lr: float = opt(2e-3, "peak learning rate")
-    images: int = opt(300, "first steps, on single frames alone: what is drawn before how it moves")
-    kl: float = opt(3e-8, "weight of the KL term, summed over a clip, against the mean error of a pixel")
+    images: int = opt(400, "first steps, on single frames alone: what is drawn before how it moves")
+    kl: float = opt(0.01, "weight of the KL term in nats a pixel value, against the mean error of one")
     decoder_only: bool = opt(False, "leave the encoder of --init as it is: what was trained on its latents stays valid")
     object_weight: float = opt(4.0, "additional weight of the objects' pixels, fading to zero over the run")
 
@@ -72,7 +70,9 @@ class TeacherConfig(Config):
     iterations: int = opt(8000, "optimizer steps")
     batch: int = opt(32, "clips a step")
     lr: float = opt(2e-3, "peak learning rate")
-    clips: int = opt(20000, "clips encoded before training; their captions are drawn anew at every step")
+    clips: int = opt(16000, "clips encoded before training; their captions are drawn anew at every step")
+    images: int = opt(8000, "first steps, on the middle frames of clips alone: what is drawn before how it moves")
+    stills: int = opt(32000, "middle frames encoded before training")
     drop_text: float = opt(0.1, "share of captions left empty, for classifier-free guidance")
     ema: float = opt(0.999, "decay of the averaged weights, which are the ones kept")
     object_weight: float = opt(4.0, "additional weight of the objects' latents, fading to zero over the run")
@@ -119,33 +119,53 @@ def as_matrix(x: torch.Tensor) -> torch.Tensor:
     return (x if x.is_contiguous() else x.movedim(1, -1)).flatten(1)  # channels_last_3d has its channels in the end
 
 
+def orthogonal(m: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """About U V^T where m = U S V^T: its singular values become 0.7 to 1.2, by five steps of Newton-Schulz in `dtype`.
+
+    The coefficients are Keller Jordan's (Muon, 2024), made to lift small singular values as fast as can be.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = m.to(dtype)
+    x = x.T if m.shape[0] > m.shape[1] else x
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.T if m.shape[0] > m.shape[1] else x
+
+
 class Optimizer:
     """Muon on the matrices, AdamW on all else.
 
     Muon steps along the nearest orthogonal matrix to the momentum, so that all directions of a weight learn alike, not
     just the strongest few. In its first 300 steps the small world's teacher needs about half as many as by AdamW alone.
+    `torch.optim.Muon` does the same in bfloat16 alone, which is slow where there are no instructions for it. dtype: of
+    the orthogonalisation.
     """
 
-    def __init__(self, model: torch.nn.Module, lr: float):
-        self.named, self.matrices = trainable(model), matrices(model)
+    def __init__(self, model: torch.nn.Module, lr: float, dtype: torch.dtype = torch.float32):
+        self.named, self.matrices, self.dtype = trainable(model), matrices(model), dtype
+        self.momentum = {name: torch.zeros_like(matrix) for name, matrix in self.matrices.items()}
         others = [p for name, p in self.named.items() if name not in self.matrices]
-        muon = torch.optim.Muon(self.matrices.values(), lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
-        self.both = [muon, torch.optim.AdamW(others, lr, betas=(0.9, 0.99), weight_decay=0.01)]
+        self.adamw = torch.optim.AdamW(others, lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
 
+    @torch.no_grad()
     def step(self, lr: float) -> None:
         for name, matrix in self.matrices.items():
-            matrix.grad = as_matrix(self.named[name].grad)
-        for optimizer in self.both:
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.step()
+            gradient, momentum = as_matrix(self.named[name].grad), self.momentum[name]
+            momentum.lerp_(gradient, 0.05)
+            direction = orthogonal(gradient.lerp(momentum, 0.95), self.dtype)  # Nesterov's
+            matrix.mul_(1 - 0.01 * lr).add_(direction, alpha=-0.2 * lr * max(matrix.shape) ** 0.5)  # steps as AdamW's
+        self.adamw.param_groups[0]["lr"] = lr
+        self.adamw.step()
 
-    def state_dict(self) -> list[dict]:
-        return [optimizer.state_dict() for optimizer in self.both]
+    def state_dict(self) -> dict:
+        return {"momentum": self.momentum, "adamw": self.adamw.state_dict()}
 
-    def load_state_dict(self, states: list[dict]) -> None:
-        for optimizer, state in zip(self.both, states):
-            optimizer.load_state_dict(state)
+    def load_state_dict(self, state: dict) -> None:
+        for name, momentum in self.momentum.items():
+            momentum.copy_(state["momentum"][name])
+        self.adamw.load_state_dict(state["adamw"])
 
 
 def fit(cfg: Config, model: torch.nn.Module, loss_of, show, ema_decay: float = 0.0) -> torch.nn.Module:
@@ -158,7 +178,7 @@ def fit(cfg: Config, model: torch.nn.Module, loss_of, show, ema_decay: float = 0
         begun, _ = checkpoint.load_model(cfg.init, type(model))
         model.load_state_dict(begun.state_dict())
         model.config = begun.config
-    optimizer = Optimizer(model, cfg.lr)
+    optimizer = Optimizer(model, cfg.lr, torch.bfloat16 if uses_bfloat16(cfg.precision, cfg.device) else torch.float32)
     average = {k: v.detach().clone() for k, v in model.state_dict().items()}
     first = 0
     state_file = out / "checkpoint.pt"
@@ -170,20 +190,22 @@ def fit(cfg: Config, model: torch.nn.Module, loss_of, show, ema_decay: float = 0
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
             average, first = state["average"], state["step"]
+            warn_of_precision(state["precision"], cfg.precision)
         except Exception as e:  # whatever half a file, or another network's, may bring about
             raise UserError(f"{state_file} is damaged or of another network ({str(e).splitlines()[0]})") from e
 
     def save(step):
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average, "step": step}
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average}
+        state |= {"step": step, "precision": cfg.precision}
         with atomic(state_file) as part:
             torch.save(state, part)
 
     bar = tqdm(range(first, cfg.iterations), initial=first, total=cfg.iterations, desc=out.name, dynamic_ncols=True)
-    log, start = open_log(out / "log.jsonl", first), time.time()
+    log, begun = open_log(out / "log.jsonl", first), time.time()
     for step in bar:
         rate = min(1.0, (step + 1) / cfg.warmup) * 0.5 * (1 + math.cos(math.pi * step / cfg.iterations))
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        with torch.autocast(cfg.device, torch.bfloat16):
+        with autocast(cfg.precision, cfg.device):
             loss, numbers = loss_of(step)
         model.zero_grad(set_to_none=True)
         loss.backward()
@@ -201,7 +223,7 @@ def fit(cfg: Config, model: torch.nn.Module, loss_of, show, ema_decay: float = 0
         if step % cfg.log_every == 0 or step == cfg.iterations - 1:
             numbers = {"loss": loss.item(), **numbers, "grad_norm": norm.item()}
             bar.set_postfix({k: f"{v:.3g}" for k, v in numbers.items()})
-            log.write(json.dumps({"step": step, "seconds": round(time.time() - start, 1), **numbers}) + "\n")
+            log.write(json.dumps({"step": step, "seconds": round(time.time() - begun, 1), **numbers}) + "\n")
             log.flush()
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.stop_at:
             save(step + 1)
@@ -241,19 +263,17 @@ def train_vae(cfg: VAEConfig) -> None:
 
     def loss_of(step):
         if step < cfg.images or step % 8 == 0:  # many frames of as many clips cost what a few clips do
-            frames = random.Random(f"frame {cfg.seed} {step}")
-            batch = clips(replace(cfg, batch=6 * cfg.batch), step)
-            pairs = [shapes.render(c, frames.randrange(shapes.FRAMES)) for c in batch]
+            frame = random.Random(f"frame {cfg.seed} {step}").randrange(shapes.FRAMES)
+            video, mask = shapes.render(clips(replace(cfg, batch=6 * cfg.batch), step), frame, cfg.device)
         else:
-            pairs = [shapes.render(c) for c in clips(cfg, step)]
-        video = torch.stack([v for v, _ in pairs]).to(cfg.device, memory_format=torch.channels_last_3d)
-        mask = torch.stack([m for _, m in pairs]).to(cfg.device)
+            video, mask = shapes.render(clips(cfg, step), None, cfg.device)
+        video = video.to(memory_format=torch.channels_last_3d)
         mean, logvar = model.moments(video)
         noise = torch.randn(mean.shape, generator=noise_of(cfg, step)).to(cfg.device)
         z = mean + (0.5 * logvar).exp() * noise
         error = model.decode(z * model.config.scaling_factor).float() - video
         weight = 1 + cfg.object_weight * (1 - step / cfg.iterations) * mask
-        kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).float().sum((1, 2, 3, 4)).mean()
+        kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).float().sum() / video.numel()  # nats a pixel value
         loss = (weight * (error**2 + 0.1 * error.abs())).mean() + cfg.kl * kl
         return loss, {"psnr": psnr(error).mean().item(), "kl": kl.item()}
 
@@ -291,32 +311,36 @@ def latent_mask(mask: torch.Tensor) -> torch.Tensor:
 
     The VAE's first latent frame is the first frame alone, each of the others stands for four frames.
     """
+    if mask.shape[2] == 1:
+        return F.max_pool3d(mask, (1, 8, 8))
     return torch.cat([F.max_pool3d(mask[:, :, :1], (1, 8, 8)), F.max_pool3d(mask, (4, 8, 8))], 2)
 
 
 @torch.no_grad()
-def encode_world(cfg: TeacherConfig, vae: vae3d.VAE3D) -> tuple[torch.Tensor, torch.Tensor]:
-    """Latents of the clips 0..cfg.clips-1 (N, C, T, h, w) and the masks of their objects (N, 1, T, h, w), both bf16.
+def encode_world(cfg: TeacherConfig, vae: vae3d.VAE3D) -> dict[str, torch.Tensor]:
+    """What the teacher learns from, in bfloat16: "clips" (N, C, T, h, w) and "stills", middle frames (M, C, 1, h, w),
+    of the clips 0..N-1 and 0..M-1, and "clips_mask", "stills_mask", those of their objects (., 1, T, h, w).
 
     They are kept beside the run, so that a resume has them.
     """
     file = Path(cfg.out) / "latents.safetensors"
-    identity = {"vae": fingerprint(vae), "clips": cfg.clips, "seed": cfg.seed}
+    identity = {"vae": fingerprint(vae), "clips": cfg.clips, "stills": cfg.stills, "seed": cfg.seed}
     if file.exists():
         tensors, metadata = checkpoint.load(file)
-        if metadata == identity and "objects" in tensors:
-            return tensors["latents"], tensors["objects"]
-    latents, objects = [], []
-    for i in tqdm(range(0, cfg.clips, 16), desc="encoding", dynamic_ncols=True):
-        pairs = [shapes.render(shapes.Clip.make(cfg.seed, j)) for j in range(i, min(i + 16, cfg.clips))]
-        video, mask = (torch.stack(some) for some in zip(*pairs))
-        with torch.autocast(cfg.device, torch.bfloat16):
-            video = video.to(cfg.device, memory_format=torch.channels_last_3d)
-            latents.append(vae.encode(video).to("cpu", torch.bfloat16))
-        objects.append(latent_mask(mask).bfloat16())
-    latents, objects = torch.cat(latents), torch.cat(objects)
-    checkpoint.save(file, {"latents": latents, "objects": objects}, identity)
-    return latents, objects
+        if metadata == identity:
+            return tensors
+    tensors = {}
+    for name, n, frame, batch in (("clips", cfg.clips, None, 16), ("stills", cfg.stills, shapes.MIDDLE, 128)):
+        latents, masks = [], []
+        for i in tqdm(range(0, n, batch), desc=f"encoding {name}", dynamic_ncols=True):
+            some = [shapes.Clip.make(cfg.seed, j) for j in range(i, min(i + batch, n))]
+            video, mask = shapes.render(some, frame, cfg.device)
+            with autocast(cfg.precision, cfg.device):
+                latents.append(vae.encode(video.to(memory_format=torch.channels_last_3d)).to("cpu", torch.bfloat16))
+            masks.append(latent_mask(mask).to("cpu", torch.bfloat16))
+        tensors |= {name: torch.cat(latents), f"{name}_mask": torch.cat(masks)}
+    checkpoint.save(file, tensors, identity)
+    return tensors
 
 
 def noise_steps(n: int, generator: torch.Generator) -> torch.Tensor:
@@ -335,25 +359,29 @@ def train_teacher(cfg: TeacherConfig) -> None:
         raise UserError(f"unknown --preset {cfg.preset!r}: choose from {', '.join(dit.PRESETS)}")
     vae, _ = checkpoint.load_model(cfg.vae, vae3d.VAE3D, cfg.device)
     vae = vae.to(memory_format=torch.channels_last_3d)
-    latents, objects = encode_world(cfg, vae)
+    world = {name: tensor.to(cfg.device) for name, tensor in encode_world(cfg, vae).items()}
+    truth = [shapes.Clip.make(cfg.seed, i) for i in range(max(cfg.clips, cfg.stills))]
     model = dit.DiT(dit.PRESETS[cfg.preset])
     model.init_weights(cfg.seed)
     model.to(cfg.device)
-    print(f"teacher: {sum(p.numel() for p in model.parameters()):,} parameters, {len(latents)} encoded clips")
+    print(f"teacher: {sum(p.numel() for p in model.parameters()):,} parameters")
     words = WordTable(shapes.WORDS, model.config.text_dim, model.config.text_length)
     schedule, prediction = Schedule(model.config.schedule, model.config.snr_shift), model.config.prediction
-    forward = torch.compile(model) if cfg.compile else model
+    forward = torch.compile(model, dynamic=False) if cfg.compile else model
 
     def loss_of(step):
         rng, noise = random.Random(f"caption {cfg.seed} {step}"), noise_of(cfg, step)
-        index = torch.randint(len(latents), (cfg.batch,), generator=noise)
-        prompts = [shapes.caption(shapes.Clip.make(cfg.seed, int(i)), "train", rng)[0] for i in index]
+        still = step < cfg.images or step % 4 == 0  # pictures stay in the mixture to the end
+        name, batch = ("stills", 4 * cfg.batch) if still else ("clips", cfg.batch)
+        index = torch.randint(len(world[name]), (batch,), generator=noise)
+        prompts = [shapes.caption(truth[i], "train", rng, still)[0] for i in index]
         prompts = ["" if rng.random() < cfg.drop_text else p for p in prompts]
-        x0 = latents[index].float().to(cfg.device)
-        t = noise_steps(cfg.batch, noise).to(cfg.device)
+        index = index.to(cfg.device)
+        x0 = world[name][index].float()
+        t = noise_steps(batch, noise).to(cfg.device)
         eps = torch.randn(x0.shape, generator=noise).to(cfg.device)
         text = words.encode(prompts).to(cfg.device)
-        weight = 1 + cfg.object_weight * (1 - step / cfg.iterations) * objects[index].float().to(cfg.device)
+        weight = 1 + cfg.object_weight * (1 - step / cfg.iterations) * world[f"{name}_mask"][index].float()
         predict = lambda x, t: forward(x, t, text)
         return conjugate_velocity_loss(predict, schedule, x0, t, eps, prediction, weight), {}
 
@@ -362,14 +390,16 @@ def train_teacher(cfg: TeacherConfig) -> None:
 
     def show(model, step):
         text, null = words.encode(prompts).to(cfg.device), words.encode([""]).to(cfg.device)
-        x = torch.randn(len(prompts), *latents.shape[1:], generator=torch.Generator().manual_seed(0)).to(cfg.device)
-        with torch.no_grad(), torch.autocast(cfg.device, torch.bfloat16):
+        x = torch.randn(len(prompts), *world["clips"].shape[1:], generator=torch.Generator().manual_seed(0)).to(
+            cfg.device
+        )
+        with torch.no_grad(), autocast(cfg.precision, cfg.device):
             predict = lambda x, t: denoise(model, schedule, x, t, text, prediction, w=2.0, null=null)
             video = vae.decode(ddim(predict, schedule, x, timesteps(25))).float().cpu()
         write_grid(Path(cfg.out) / f"step{step:06d}.png", list(video), prompts, frames=8)
 
     model = fit(cfg, model, loss_of, show, cfg.ema)
-    about = {"kind": "teacher", "w": 2.0, "fps": shapes.FPS, "latents": list(latents.shape[2:])}
+    about = {"kind": "teacher", "w": 2.0, "fps": shapes.FPS, "latents": list(world["clips"].shape[2:])}
     about |= {"text_fingerprint": words.fingerprint} | made(cfg)
     checkpoint.save_model(Path(cfg.out) / "teacher.safetensors", model, torch.float16, **about)
 
@@ -397,7 +427,7 @@ def train_judge(cfg: JudgeRunConfig) -> None:
         for i in range(0, n, 32):
             batch = [shapes.Clip.make(shapes.HELD_OUT, j) for j in range(i, i + 32)]
             truth = torch.tensor([c.truth() for c in batch])
-            with torch.autocast(cfg.device, torch.bfloat16):
+            with autocast(cfg.precision, cfg.device):
                 read = model.read(shapes.render_batch(batch).to(cfg.device)).cpu()
             right += (read == truth).sum(0)
             asked += (truth >= 0).sum(0)
@@ -422,9 +452,7 @@ def main():
     config, job = jobs[sys.argv[1]]
     cfg = parse(config, sys.argv[2:], __doc__)
     cfg.out = cfg.out or f"runs/{sys.argv[1]}"
-    torch.set_flush_denormal(True)  # a CPU is many times slower on numbers below 1e-38, and training makes many
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
+    start(cfg)
     job(cfg)
 
 
