@@ -39,7 +39,7 @@ PROMPTS = [  # every scene and every object once, and most of the other things t
     "a purple triangle moves up in a desert zoom in",
     "a pink moon in neon style",
     "a green square left of an orange circle on a checkerboard",
-    "a large circle shrinks monochrome",
+    "a small circle moves right monochrome",
 ]
 ON_GRID = 16  # videos on the sheet of a folder; a sheet of hundreds shows nothing
 
@@ -136,7 +136,6 @@ def main(argv=None):
     cfg = parse(Config, argv, __doc__.splitlines()[0])
     prompts = read_prompts(cfg)
     out, one_file = check_out(cfg.out)
-    start(cfg)
     weights = cfg.weights or WEIGHTS / "student.safetensors"
     vae = cfg.vae or ("" if Path(weights).is_dir() else WEIGHTS / "vae.safetensors")
     generator = Generator.load(weights, vae, cfg.device, cfg.text, cfg.precision)
@@ -148,6 +147,7 @@ def main(argv=None):
     if cfg.transition:
         generator.about["transition"] = cfg.transition
     text = torch.cat([generator.encoder.encode(prompts[i : i + 16]).cpu() for i in range(0, len(prompts), 16)])
+    start(cfg)
     if isinstance(generator.encoder, T5):
         generator.encoder.close()  # it is larger than all that follows
     name = f"{kind}{len(steps)}-seed{cfg.seed}"  # runs that one would compare do not overwrite each other

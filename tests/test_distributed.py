@@ -10,12 +10,9 @@ import errno
 import hashlib
 import json
 import math
-import multiprocessing
 import os
 import resource
 import signal
-import socket
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -23,11 +20,10 @@ from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from conftest import difference, equal, launch, ranks, whole
 from safetensors.torch import save_file
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 import distributed
 import nets
@@ -42,54 +38,6 @@ SIZED = DiTConfig(width=192, depth=1, text_dim=64, text_length=8, latents=(2, 4,
 ALONE = World(0, 1, torch.device("cpu"))
 TOTAL = 8  # samples in a global batch
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # DCP, of one process
-
-# The processes
-
-
-CONTEXT = multiprocessing.get_context("forkserver")  # a clean process that has imported torch once and forks
-CONTEXT.set_forkserver_preload(
-    [  # the last two: what an optimizer imports, and train.py, for its own tests
-        "torch.distributed.fsdp",
-        "torch.distributed.checkpoint.state_dict",
-        "torch.distributed.tensor.experimental",
-        "pytest",
-        "torch._dynamo",
-        "train",
-    ]
-)
-
-
-def enter(env, file, work, args):
-    os.environ.update(env)
-    torch.set_num_threads(1)
-    torch.save(work(*args), file)
-
-
-def launch(size, work, *args, seconds=3600, **env):
-    """Exit codes and answers (None of the dead) of `size` processes that call work(*args); none outlives `seconds`."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1]), "WORLD_SIZE": str(size)}
-    with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder) / f"{rank}.pt" for rank in range(size)]
-        whoami = [env | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
-        processes = [CONTEXT.Process(target=enter, args=(*who, work, args)) for who in zip(whoami, files)]
-        for process in processes:
-            process.start()
-        end = time.monotonic() + seconds
-        for process in processes:
-            process.join(max(0, end - time.monotonic()))
-            if process.exitcode is None:
-                process.kill()
-        answers = [torch.load(f, weights_only=False) if f.exists() else None for f in files]
-    return [process.exitcode for process in processes], answers
-
-
-def ranks(size, work, *args, **env):
-    codes, answers = launch(size, work, *args, **env)
-    assert codes == [0] * size
-    return answers
-
 
 # Algorithm 1 in small
 
@@ -149,20 +97,6 @@ def backward(modules, world, step, accumulate=1):
     return losses
 
 
-def whole(tensors):
-    """Put the ranks' rows of a dict of tensors together, on every rank, in one message (full_tensor() is one each)."""
-    cut = [t for t in tensors.values() if isinstance(t, DTensor)]
-    if cut:
-        mine = torch.cat([local(t).flatten() for t in cut])
-        everybody = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-        dist.all_gather(everybody, mine)
-        mesh = cut[0].device_mesh.mesh
-        copy = mesh.reshape(-1, mesh.shape[-1])[0].tolist()  # ranks that hold one whole copy
-        rows = [everybody[rank].split([local(t).numel() for t in cut]) for rank in copy]
-        cut = iter([torch.cat(parts).view(t.shape) for t, parts in zip(cut, zip(*rows))])
-    return {k: next(cut) if isinstance(t, DTensor) else t.detach().clone() for k, t in tensors.items()}
-
-
 def gradients(modules):
     named = [(f"{m}.{name}", p) for m, module in modules.items() for name, p in module.named_parameters()]
     return whole({name: p.grad for name, p in named if p.grad is not None})
@@ -186,17 +120,6 @@ def update(modules, optimizers, world, step):
 
 def saved(modules):
     return {name: module for name, module in modules.items() if name != "teacher"}
-
-
-def difference(ours, theirs):
-    """The largest relative difference of two dicts of tensors; a tensor that is nearly zero counts as its module's."""
-    assert ours.keys() == theirs.keys()
-    size = max(t.norm() for t in theirs.values())
-    return max(((ours[k] - t).norm() / max(t.norm(), 1e-2 * size)).item() for k, t in theirs.items())
-
-
-def equal(ours, theirs):
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[k], t) for k, t in theirs.items())
 
 
 # What the processes do

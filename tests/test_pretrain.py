@@ -68,13 +68,47 @@ def test_matrices_are_the_weights_themselves(layout):
     assert all(not torch.equal(p, old) for p, old in zip(model.parameters(), before))
 
 
+def test_muon_is_that_of_torch():
+    """The same weights as `torch.optim.Muon`, which computes in bfloat16, to its rounding; in float32 nearly so."""
+    start = [
+        torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i, shape in enumerate([(48, 96), (96, 40)])
+    ]
+    ours = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        model = torch.nn.Module()
+        model.blocks = torch.nn.ParameterList(p.clone() for p in start)
+        optimizer = pretrain.Optimizer(model, 0.0, dtype)
+        for step in range(3):
+            for i, p in enumerate(model.blocks):
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * step + i))
+            optimizer.step(0.02)
+        ours[dtype] = [p.detach() for p in model.blocks]
+    theirs = [torch.nn.Parameter(p.clone()) for p in start]
+    muon = torch.optim.Muon(theirs, 0.02, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    for step in range(3):
+        for i, p in enumerate(theirs):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * step + i))
+        muon.step()
+    for i, p in enumerate(theirs):
+        moved = (p - start[i]).norm()
+        assert (ours[torch.bfloat16][i] - p).norm() < 0.01 * moved
+        assert (ours[torch.float32][i] - p).norm() < 0.02 * moved
+
+
+def test_orthogonal_has_singular_values_about_one():
+    for shape in ((48, 96), (96, 40)):
+        m = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        s = torch.linalg.svdvals(pretrain.orthogonal(m, torch.float32))
+        assert s.min() > 0.6 and s.max() < 1.25
+
+
 def test_psnr_is_that_of_its_definition():
     error = torch.full((2, 3, 1, 4, 4), 0.2)  # 0.1 of the range of pixels in [0, 1]
     torch.testing.assert_close(pretrain.psnr(error), torch.tensor([20.0, 20.0]))
 
 
 def test_teacher_resumes_to_the_bit(vae, tmp_path):
-    flags = ["--vae", vae / "vae.safetensors", "--batch", 2, "--clips", 6, *SMALL]
+    flags = ["--vae", vae / "vae.safetensors", "--batch", 2, "--clips", 6, "--stills", 6, "--images", 1, *SMALL]
     for out, iterations, more in (("whole", 4, []), ("parts", 2, []), ("parts", 4, ["--resume"])):
         # the learning rate falls to zero at --iterations, so the first part must know of the whole
         stop = ["--stop-at", iterations] if iterations == 2 else []
@@ -117,8 +151,8 @@ def test_latent_mask_is_where_a_latent_cell_shows_the_object():
     assert small.shape == (1, 1, 5, 8, 8) and small.sum() == 2.0
     assert small[0, 0, 0, 1, 1] == small[0, 0, 1, 1, 1] == 0.5 and small[0, 0, 2, 7, 0] == 1.0
     clip = next(c for i in range(100) if (c := pretrain.shapes.Clip.make(0, i)).action == "left")
-    mask = pretrain.shapes.render(clip)[1]
-    cells, covered = pretrain.latent_mask(mask[None]) > 0, mask[:, 0].amax(0) > 0
+    mask = pretrain.shapes.render([clip])[1]
+    cells, covered = pretrain.latent_mask(mask) > 0, mask[0, :, 0].amax(0) > 0
     assert torch.equal(cells[0, 0, 0], covered.unfold(0, 8, 8).unfold(1, 8, 8).flatten(2).any(2))
 
 
@@ -151,14 +185,15 @@ def test_the_objects_weigh_more_and_fade(vae, tmp_path):
     """The loss is linear in --object-weight; at the second of two steps the weight has fallen to half."""
     losses = []
     for weight in (0.0, 1.0, 2.0):
-        small = {"vae": f"{vae}/vae.safetensors", "iterations": 2, "batch": 2, "clips": 2, "lr": 0.0, "log_every": 1}
+        small = {"vae": f"{vae}/vae.safetensors", "iterations": 2, "batch": 2, "clips": 2, "lr": 0.0}
+        small |= {"log_every": 1, "stills": 2, "images": 0}
         pretrain.train_teacher(pretrain.TeacherConfig(out=str(tmp_path / str(weight)), object_weight=weight, **small))
         log = (tmp_path / str(weight) / "log.jsonl").read_text().splitlines()
         losses.append([json.loads(line)["loss"] for line in log])
     plain, once, twice = torch.tensor(losses)
     torch.testing.assert_close(twice - plain, 2 * (once - plain), rtol=1e-3, atol=1e-5)
     assert (once > plain).all()
-    covered = checkpoint.load(tmp_path / "1.0/latents.safetensors")[0]["objects"].float()
+    covered = checkpoint.load(tmp_path / "1.0/latents.safetensors")[0]["clips_mask"].float()
     assert covered.amax() == 1 and 0 < covered.mean() < 1  # with random weights the error is about alike everywhere
     share = (once - plain) / plain / covered.mean()
     assert 0.5 < share[0] < 2 and 0.25 < share[1] < 0.75, share
@@ -166,8 +201,8 @@ def test_the_objects_weigh_more_and_fade(vae, tmp_path):
 
 def test_what_learns_is_what_is_compiled(vae, tmp_path, monkeypatch):
     compiled = []
-    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
-    small = {"vae": f"{vae}/vae.safetensors", "iterations": 1, "batch": 2, "clips": 2}
+    monkeypatch.setattr(torch, "compile", lambda model, dynamic: compiled.append(model) or model)
+    small = {"vae": f"{vae}/vae.safetensors", "iterations": 1, "batch": 2, "clips": 2, "stills": 2}
     pretrain.train_teacher(pretrain.TeacherConfig(out=str(tmp_path), **small))
     assert not compiled
     pretrain.train_teacher(pretrain.TeacherConfig(out=str(tmp_path), **small, compile=True))

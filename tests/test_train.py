@@ -4,11 +4,11 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ROOT, config, fit
 from PIL import Image
 
 import checkpoint
@@ -16,43 +16,10 @@ import dit
 import nets
 import results
 import train
-import vae3d
 from cli import UserError
 from distributed import World
-from judge import Judge, JudgeConfig
 
-ROOT = Path(__file__).parent.parent
 SPEED = {"seconds", "trained_s", "iteration_s", "samples_s", "peak_gib"}  # in the log, and never the same twice
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """Random weights, as small as they go: teacher, VAE and judge."""
-    folder = tmp_path_factory.mktemp("weights")
-    torch.manual_seed(0)
-    teacher = dit.DiT(replace(dit.PRESETS["shapes"], width=32, depth=1, heads=2))
-    teacher.init_weights(0)
-    with torch.no_grad():  # no zero-initialised layer, or all predictions are zero
-        for p in teacher.parameters():
-            p += 0.05 * torch.randn(p.shape)
-    vae = vae3d.VAE3D(replace(vae3d.PRESETS["shapes"], channels=(8, 8, 8)))
-    checkpoint.save_model(folder / "teacher.safetensors", teacher, kind="teacher", w=2.0)
-    checkpoint.save_model(folder / "vae.safetensors", vae)
-    checkpoint.save_model(folder / "judge.safetensors", Judge(JudgeConfig(width=8)))
-    return folder
-
-
-def config(tiny, out, **changes):
-    small = {"teacher": f"{tiny}/teacher.safetensors", "vae": f"{tiny}/vae.safetensors", "out": str(out)}
-    small |= {"iterations": 3, "batch": 2, "fake_updates": 2, "m": 2, "judged": 0, "precision": "fp32", "save_every": 1}
-    return train.Config(**train.PRESETS["shapes"] | small | {"sample_every": 100} | changes)
-
-
-def fit(cfg):
-    train.train(cfg, World(0, 1, torch.device("cpu")))
-    tensors, about = checkpoint.load(Path(cfg.out) / "student.safetensors")
-    lines = [json.loads(line) for line in (Path(cfg.out) / "log.jsonl").read_text().splitlines()]
-    return tensors, about, lines
 
 
 def run(*args):

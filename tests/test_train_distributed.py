@@ -23,7 +23,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from test_distributed import difference, equal, launch, ranks, whole
+from conftest import difference, equal, launch, ranks, whole
 
 import checkpoint
 import distributed
