@@ -22,7 +22,7 @@ from judge import Judge
 from metrics import frechet, jackknife, mean_error, neighbours, pm, vendi
 from vae3d import VAE3D
 
-MAIN = ("object", "colour", "action", "scene")  # the factors that the headline averages
+MAIN = ("object", "object2", "colour", "action", "scene", "camera", "look")  # the factors that the headline averages
 ELSEWHERE = shapes.HELD_OUT + 1  # seed of further clips that nothing is trained on
 
 
@@ -169,14 +169,23 @@ def reference_rows(cfg, eye, reference):
     return rows
 
 
+def identity(eye, video):
+    """Whether the object read in the first four frames, shown slowly, is that of the last four: {"identity": (B,)}."""
+    parts = (video[:, :, :4], video[:, :, -4:])
+    first, last = (eye(part.repeat_interleave(4, 2))[0]["object"].argmax(1) for part in parts)
+    return {"identity": (first == last).double()}
+
+
 def look(cfg, eye, reference, first, named, more, numbers):
     """All that is measured of videos 0..n-1, one a prompt, and of further videos `numbers` (5 * prompt + copy)."""
-    measure = (lambda video: dimensions.quality(eye, video)) if cfg.dimensions else None
+    measure = lambda video: identity(eye, video) | (dimensions.quality(eye, video) if cfg.dimensions else {})
     looked = eye.over(first, cfg.prompts, "drawing and looking", measure)
     index, seen = looked["index"], [named[i] for i in looked["index"]]
     if len(index) < 20:
         raise UserError(f"{looked['broken']} of {cfg.prompts} videos are not finite: these weights are broken")
     row = {"seconds": looked["seconds"], "broken": looked["broken"]}
+    kept = looked["measured"].pop("identity")
+    row["identity"] = mean_error(kept[[i for i, asked in enumerate(seen) if "relation" not in asked]])
     row |= accuracy(looked["beliefs"], seen) | compare(looked["features"], reference)
     if numbers:
         others = eye.over(more, len(numbers), "diversity")

@@ -75,7 +75,7 @@ def write(out, cfg, worlds, clock, peaks, about, films):
         page += [f"<h2>{heading}</h2><p>{html.escape(words)}</p>", as_html(*table)]
         text += [f"## {heading}", "", words, "", results.markdown(*table), ""]
         if kind == "world":
-            page += [curves(rows, "main", 100, "mean of 4, per cent"), curves(rows, "frechet", 1, "Frechet distance")]
+            page += [curves(rows, "main", 100, "mean of what prompts name, per cent"), curves(rows, "frechet", 1, "Frechet distance")]
     page += ["<h2>The paper's Table 2</h2>", as_html(*theirs)]
     page += ["<h2>Made by</h2>", f"<pre>{html.escape(chr(10).join(commands))}\n\n{html.escape(made)}</pre>"]
     text += ["## The paper's Table 2", "", results.markdown(*theirs), ""]

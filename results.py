@@ -79,11 +79,12 @@ def _rows(results):
 
 def _world(results):
     """Shares in per cent; the rows of one model together, most steps first."""
-    header = ["", "steps", "NFE", *MAIN, "mean of 4", "Frechet", "precision", "coverage", "Vendi - 1", "s/video"]
+    header = ["", "steps", "NFE", *MAIN, f"mean of {len(MAIN)}", "identity", "Frechet"]
+    header += ["precision", "coverage", "Vendi - 1", "s/video"]
     lines, rows = [], _rows(results)
     models = [row["label"] for row in rows]
     for row in sorted(rows, key=lambda row: (models.index(row["label"]), -(row["steps"] or 0))):
-        scores = [pm(row[f], 100) for f in (*MAIN, "main")] + [pm(row["frechet"], 1, 2)]
+        scores = [pm(row[f], 100) for f in (*MAIN, "main", "identity")] + [pm(row["frechet"], 1, 2)]
         scores += [f"{100 * row[k]:.1f}" for k in ("precision", "coverage")] + [pm(row.get("vendi"), 1, 3)]
         seconds = f"{row['seconds']:.2f}" if row.get("seconds") else ""
         lines.append([row["label"], row["steps"] or "", row["nfe"] or "", *scores, seconds])
@@ -209,7 +210,7 @@ def _tuned(results):
     "at equal evaluations": the reward on fresh samples, as logged nearest to what the thriftiest run took of them.
     """
     header = ["", "seeds", "iterations", "reward evaluations", "training, s", "true reward", "at equal evaluations"]
-    header += [*MAIN, "mean of 4"]
+    header += [*MAIN, f"mean of {len(MAIN)}"]
     header += ["Vendi - 1", "Frechet", "largest fall of a factor", "within 3"]
     over = lambda rows, name: mean_error([row[name] for row in rows if row.get(name) is not None])
     means = lambda rows, name: [(row.get(name) or {}).get("mean") for row in rows]

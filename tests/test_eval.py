@@ -245,8 +245,8 @@ def test_accuracy_asks_only_what_is_named():
     beliefs["scene"][asked[: len(asked) // 2]] = beliefs["scene"][asked[: len(asked) // 2]].roll(1, 1)
     scores, share = reading.accuracy(beliefs, named), 1 - (len(asked) // 2) / len(asked)
     assert scores["scene"]["mean"] == pytest.approx(share) and scores["object"]["mean"] == 1
-    assert scores["main"]["mean"] == pytest.approx((3 + share) / 4)
-    assert scores["main"]["error"] == pytest.approx(scores["scene"]["error"] / 4, rel=0.05)
+    assert scores["main"]["mean"] == pytest.approx((6 + share) / 7)
+    assert scores["main"]["error"] == pytest.approx(scores["scene"]["error"] / 7, rel=0.05)
 
 
 def test_diversity_leaves_out_a_prompt_with_a_broken_video():
@@ -397,7 +397,7 @@ def test_generator_steps_and_noise(tiny):
 
 def test_world_table_keeps_a_models_rows_together_most_steps_first():
     score = {"mean": 0.5, "error": 0.1, "n": 9}
-    same = dict.fromkeys((*results.MAIN, "main", "frechet", "vendi"), score) | {"precision": 1.0, "coverage": 1.0}
+    same = dict.fromkeys((*results.MAIN, "main", "identity", "frechet", "vendi"), score) | {"precision": 1.0, "coverage": 1.0}
     row = lambda label, steps: {"label": label, "steps": steps, "nfe": steps, "seconds": 1.0, **same}
     files = [[row("world", None), row("teacher", 25)], [row("student", 4), row("teacher", 50), row("teacher", 4)]]
     lines = results.table([{"kind": "world", "rows": rows} for rows in files]).splitlines()[2:]
