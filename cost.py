@@ -12,19 +12,15 @@ no memory to count), and what is alive at the same time is added up. A GPU's ker
 
 import contextlib
 import gc
-import itertools
 import statistics
 import time
 import weakref
 from pathlib import Path
-from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import dit
 import lrm
 
 PHASES = ("text", "diffusion", "decoding", "total")
@@ -193,54 +189,6 @@ def footprint(model, x, *others):
     for p in weights:
         p.grad = None
     return found | {"saved": sum(saved.values())}
-
-
-class Flash(torch.autograd.Function):
-    """What attention on a GPU keeps: its arguments, its result and a number a query; no square of the tokens."""
-
-    @staticmethod
-    def forward(ctx, q, k, v):
-        out, number = torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
-        ctx.save_for_backward(q, k, v, out, number)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
-
-
-def seconds_of(model, *inputs, repeats):
-    """Mean and deviation of forward and backward, after a first one that does not count."""
-    work = {"both": lambda: model(*inputs).sum().backward()}
-    return spread([clock(work, inputs[0].device, True)["total"] for _ in range(repeats + 1)][1:])
-
-
-def activation_memory(device, presets=("shapes", "dollar", "cogvideox-2b", "cogvideox-5b"), repeats=10):
-    """One sample forward and backward, its blocks' activations stored or computed again: rows {"label", "recomputed",
-    "saved", "backward", "seconds"}, in bytes as in `footprint`.
-
-    device: "cuda" measures; else all but the seconds is counted, and the small world alone, in a batch of 16, is timed.
-    Weights and computation are in bfloat16; at most one network is held at a time.
-    """
-    rows, gpu = [], device == "cuda"
-    for preset, stored in itertools.product(presets, (True, False)):
-        config, n = dit.PRESETS[preset], 16 if preset == "shapes" else 1
-
-        def sample(device, config=config, n=n, stored=stored):
-            with torch.device(device):
-                model = dit.DiT(config).bfloat16()
-                model.checkpoint_activations = not stored
-                empty = lambda *shape: torch.zeros(n, *shape, dtype=torch.bfloat16)
-                inputs = (empty(config.channels, *config.latents), torch.zeros(n, dtype=torch.int64))
-                return model, *inputs, empty(config.text_length, config.text_dim)
-
-        with contextlib.nullcontext() if gpu else mock.patch.object(F, "scaled_dot_product_attention", Flash.apply):
-            found = footprint(*sample("cuda" if gpu else "meta"))
-        if gpu or preset == "shapes":
-            found["seconds"] = seconds_of(*sample(device), repeats=repeats)
-        row = {"label": preset, "recomputed": not stored, "batch": n, "seconds": None}
-        rows.append(row | {k: found[k] for k in ("saved", "backward", "seconds") if k in found})
-    return rows
 
 
 class Clip(torch.nn.Module):

@@ -1,15 +1,13 @@
-"""How good is it? Every number and every page that this repository makes about a model comes out of this script.
+"""How good is it? Every number that this repository tells of a model comes out of this script.
 
-    python eval.py --weights W [--teacher T] --out report/   # everything below that fits, as one page to read
+    python eval.py compare --out FILE.gif                    # teacher and student side by side
     python eval.py world --weights W --steps 4 2 1           # accuracy, Frechet distance, coverage, diversity
     python eval.py world --reference                         # the same of rendered clips and the VAE's copies of them
     python eval.py validate                                  # does each of the sixteen dimensions see what it should?
     python eval.py time --weights W --teacher T              # Table 4; memory: the same for peak memory
     python eval.py reward-memory                             # of latent and pixel rewards, Tables 1 and 10
-    python eval.py activations                               # of the transformer's, stored or computed again
     python eval.py tuned RUNS...                             # students tuned to a reward, side by side (Table 5)
     python eval.py curves RUNS... --out FILE                 # rewards and LRM over the iterations (Fig. 8, 10, 11)
-    python eval.py grid --weights W                          # one subject in every look and camera move (Fig. 28, 29)
     python eval.py videos --weights W --out DIR              # VBench's 4,730 videos; torchrun shares them out
     python eval.py vbench --videos DIR --results DIR         # VBench's sixteen dimensions and totals
     python eval.py vendi --videos DIR --inception FILE       # diversity of video files (Eq. 17, Table 3)
@@ -37,7 +35,6 @@ import benchmark
 import cost
 import dimensions
 import people
-import report
 import results
 import rewards
 import shapes
@@ -48,7 +45,7 @@ from distributed import World
 from generate import Generator
 from metrics import Inception, pixel_features, vendi, vendi_kernel, video_diversity
 from reading import Eye, held_out, model_rows, reference_rows
-from video import VIDEOS, read_video, write_grid, write_video, write_video_grid
+from video import VIDEOS, read_video, write_video, write_video_grid
 
 __all__ = ["vbench_scores", "vendi", "vendi_kernel"]  # the names under which others look for them
 
@@ -187,31 +184,6 @@ def validate(cfg):
     return results.show(cfg, "validation", rows=dimensions.validate(eye, cfg.clips, cfg.seed))
 
 
-@dataclass
-class GridConfig(ModelConfig):
-    subject: str = opt("a red star", "what is drawn")
-    steps: int = opt(4, "steps a video")
-    looks: tuple[str, ...] = opt(tuple(shapes.LOOKS), "the rows")
-    cameras: tuple[str, ...] = opt(tuple(shapes.CAMERAS), "the columns")
-
-
-def grid(cfg):
-    """One subject in every look (rows) and camera move (columns): a moving sheet, and one of five frames of each."""
-    generator, out = cfg.load(), Path(cfg.out or "samples/grid.mp4")
-    camera = lambda c: "static camera" if c == "static" else c
-    prompts = [f"{cfg.subject} {camera(c)} {look}" for look in cfg.looks for c in cfg.cameras]
-    videos = []
-    for i in tqdm(range(0, len(prompts), cfg.batch), desc="grid", dynamic_ncols=True, leave=False):
-        text = generator.encoder.encode(prompts[i : i + cfg.batch])
-        videos += list(generator.decode(generator.latents(text, [cfg.seed] * len(text), cfg.steps, cfg.w)).cpu())
-    fps, n = generator.about.get("fps", shapes.FPS), len(cfg.cameras)
-    rows = [videos[i : i + n] for i in range(0, len(videos), n)]
-    write_video_grid(out, rows, fps, captions=list(cfg.looks), titles=list(cfg.cameras))
-    write_grid(out.with_suffix(".png"), videos, prompts, frames=5)
-    print(f"wrote {out} and {out.with_suffix('.png')}")
-    return out
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # time and memory
 
@@ -244,14 +216,6 @@ def time_(cfg):
 def memory(cfg):
     """Peak memory of each phase."""
     return results.show(cfg, "memory", rows=cost.memory(models(cfg), cfg.prompt), device=device_name(cfg.device))
-
-
-def activations(cfg):
-    """Memory and time of one forward and backward with activations stored, and computed again."""
-    gpu = torch.device(cfg.device).type == "cuda"
-    return results.show(
-        cfg, "activations", rows=cost.activation_memory(cfg.device), counted=not gpu, device=device_name(cfg.device)
-    )
 
 
 @dataclass
@@ -444,86 +408,53 @@ def votes(cfg):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the report
+# side by side
 
 
 @dataclass
-class ReportConfig(WorldConfig):
-    out: str = opt("report", "folder of the page, the tables, and the results behind them")
-    teacher: str = opt(str(HERE / "teacher.safetensors"), "what the model is compared with (none: nothing)")
-    teacher_steps: int = opt(50, "its steps")
-    steps: tuple[int, ...] = opt((4, 2, 1), "the model's")
-    prompts: int = opt(128, "held-out prompts")
-    vendi_prompts: int = opt(16, "prompts drawn with 5 seeds each, for diversity (0: none)")
-    seconds: float = opt(60.0, "time spent on timing")
-    subject: str = opt("a red star", "what is shown in every look and camera move")
-    dimensions: bool = opt(True, "measure VBench's sixteen dimensions too")
+class CompareConfig(ModelConfig):
+    out: str = opt("samples/compare.gif", "a moving sheet, FILE.gif or FILE.mp4")
+    teacher: str = opt(str(HERE / "teacher.safetensors"), "what the student is compared with")
+    teacher_steps: tuple[int, ...] = opt((50, 4), "its steps")
+    steps: tuple[int, ...] = opt((4, 1), "the student's steps")
+    prompts: int = opt(3, "the first so many held-out prompts")
+    captions: Literal["train", "long", "short", "object"] = opt("train", "what they name, as in `world`")
 
 
-def report_(cfg):
-    """Judge a model as the paper does, and write one page about it: OUT/index.html, OUT/report.md."""
-    out, teacher = Path(cfg.out), cfg.teacher.lower() != "none"
-    student = cfg.load()
-    steps = [n for n in cfg.steps if not student.student or n <= len(student.about.get("timesteps") or [0] * 4)]
-    cfg = replace(cfg, steps=tuple(steps or cfg.steps))
-    for n in cfg.steps:
-        student.steps(n)  # refuse before the work, not after it
-    keep = lambda name, **more: replace(cfg, out=str(out / f"{name}.json"), **more)
-    pages = [world(keep("world-1-reference", reference=True))]
-    if teacher:
-        few = (cfg.teacher_steps, max(steps))  # what the student replaces, and what it must beat
-        pages.append(world(keep("world-2-teacher", weights=cfg.teacher, steps=few, label="teacher")))
-    pages.append(world(keep("world-3-model", label=cfg.name())))
-    shared = {
-        k: getattr(cfg, k)
-        for k in ("weights", "vae", "text", "teacher", "teacher_steps", "steps", "threads", "device", "precision")
-    }
-    costs = CostConfig(**shared, seconds=cfg.seconds, repeats=100)
-    clock, peaks = (
-        time_(replace(costs, out=str(out / "time.json"))),
-        memory(replace(costs, out=str(out / "memory.json"))),
-    )
-    film = grid(GridConfig(weights=cfg.weights, vae=cfg.vae, text=cfg.text, subject=cfg.subject, steps=max(steps),
-                           out=str(out / "styles.mp4"), device=cfg.device))  # fmt: skip
-    samples(cfg, student, out / "samples.mp4", max(steps))
-    report.write(out, cfg, pages, clock, peaks, student.about, [out / "samples.mp4", film])
-    print(f"wrote {out / 'index.html'} and {out / 'report.md'}")
-
-
-def samples(cfg, student, file, n, prompts=6):
-    """The same prompts and noise by the teacher (many and few steps) and by the model, side by side."""
-    columns = [(f"model, {k}", student, k) for k in cfg.steps]
-    if cfg.teacher.lower() != "none":
-        teacher = cfg.load(cfg.teacher)
-        columns = [(f"teacher, {k}", teacher, k) for k in (cfg.teacher_steps, n)] + columns
-    words = held_out(prompts)[1]
-    drawn = []
-    for _, generator, k in columns:
-        text = generator.encoder.encode(words)
-        drawn.append(generator.decode(generator.latents(text, range(cfg.seed, cfg.seed + prompts), k, cfg.w)).cpu())
-    fps = student.about.get("fps", shapes.FPS)
-    write_video_grid(file, [list(row) for row in zip(*drawn)], fps, words, [title for title, *_ in columns])
+def compare(cfg):
+    """The same prompts and noise by the teacher and by the student, side by side."""
+    models = [("teacher", cfg.load(cfg.teacher), n) for n in cfg.teacher_steps]
+    models += [("student", cfg.load(), n) for n in cfg.steps]
+    words = held_out(cfg.prompts, style=cfg.captions)[1]
+    columns = []
+    for _, generator, n in models:
+        text, seeds = generator.encoder.encode(words), range(cfg.seed, cfg.seed + cfg.prompts)
+        columns.append(generator.decode(generator.latents(text, seeds, n, cfg.w)).cpu())
+    titles = [f"{name}, {n} step{'s' * (n > 1)}" for name, _, n in models]
+    fps = models[-1][1].about.get("fps", shapes.FPS)
+    write_video_grid(cfg.out, [list(row) for row in zip(*columns)], fps, words, titles)
+    print(f"wrote {cfg.out}: {'; '.join(titles)}")
 
 
 COMMANDS = {
-    "world": (WorldConfig, world), "validate": (ValidateConfig, validate), "grid": (GridConfig, grid),
+    "world": (WorldConfig, world), "validate": (ValidateConfig, validate),
     "time": (CostConfig, time_), "memory": (CostConfig, memory),
-    "activations": (Config, activations), "reward-memory": (RewardMemoryConfig, reward_memory),
+    "reward-memory": (RewardMemoryConfig, reward_memory),
     "videos": (VideosConfig, videos),
     "vbench": (VBenchConfig, vbench), "vendi": (VendiConfig, diversity_of_files), "people": (PeopleConfig, people_),
     "votes": (VotesConfig, votes), "tuned": (TunedConfig, tuned), "curves": (CurvesConfig, curves),
-    "report": (ReportConfig, report_),
+    "compare": (CompareConfig, compare),
 }  # fmt: skip
 
 MEASUREMENTS = {  # what --out NAME.json keeps
-    "world", "validate", "time", "memory", "activations", "reward-memory", "vbench", "vendi", "tuned", "votes",
+    "world", "validate", "time", "memory", "reward-memory", "vbench", "vendi", "tuned", "votes",
 }  # fmt: skip
 POSITIONAL = {"votes": "--files", "tuned": "--runs", "curves": "--runs"}  # what words without a flag are
 
 
 def main():
     words = sys.argv[1:]
-    command = words.pop(0) if words and not words[0].startswith("-") else "report"
+    command = words.pop(0) if words else ""
     if command == "table":
         names = words or sorted(f.stem for f in Path("results").glob("*.json") if not f.stem.startswith("curves"))
         print("\n\n".join(results.block(name) for name in names))
@@ -535,7 +466,7 @@ def main():
         config, work = COMMANDS[command]
         if command in POSITIONAL and words and not words[0].startswith("-"):
             words = [POSITIONAL[command], *words]
-        cfg = parse(config, words, __doc__ if command == "report" else work.__doc__)
+        cfg = parse(config, words, work.__doc__)
         start(cfg)
         if cfg.out and command in MEASUREMENTS:  # find out now, not after the work
             if not cfg.out.endswith(".json"):

@@ -156,18 +156,6 @@ def _sharding(results):
     return header, lines
 
 
-def _activations(results):
-    """What --checkpoint-activations saves and costs."""
-    lines = []
-    for result in results:
-        for row in result["rows"]:
-            seconds = f"{row['seconds']['mean']:.3f} ± {row['seconds']['std']:.3f}" if row["seconds"] else "not timed"
-            sizes = [f"{row[kind] / 2**30:.2f}" for kind in ("saved", "backward")]
-            how = "computed again" if row["recomputed"] else "stored"
-            lines.append([row["label"], row["batch"], how, *sizes, seconds])
-    return ["", "batch", "activations", "kept, GiB", "peak, GiB", "seconds"], lines
-
-
 PAPER = {  # Tables 1 and 10: forward at 128 frames, backward at so many; in bytes
     "image LRM": (8.998e6, {128: 17.772e6}),
     "text-image LRM": (15.5e6, {128: 26.277e6}),
@@ -264,7 +252,7 @@ def _vbench(results):
 
 TABLES = {
     "world": _world, "compared": _compared, "dimensions": _dimensions, "validation": _validation, "time": _time,
-    "memory": _memory, "reward_memory": _reward_memory, "activations": _activations,
+    "memory": _memory, "reward_memory": _reward_memory,
     "sharding": _sharding, "vendi": _vendi, "votes": _votes, "tuned": _tuned, "vbench": _vbench,
 }  # fmt: skip
 

@@ -14,12 +14,12 @@ import sys
 import time
 import types
 import urllib.request
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import benchmark
 import checkpoint
@@ -397,7 +397,10 @@ def test_generator_steps_and_noise(tiny):
 
 def test_world_table_keeps_a_models_rows_together_most_steps_first():
     score = {"mean": 0.5, "error": 0.1, "n": 9}
-    same = dict.fromkeys((*results.MAIN, "main", "identity", "frechet", "vendi"), score) | {"precision": 1.0, "coverage": 1.0}
+    same = dict.fromkeys((*results.MAIN, "main", "identity", "frechet", "vendi"), score) | {
+        "precision": 1.0,
+        "coverage": 1.0,
+    }
     row = lambda label, steps: {"label": label, "steps": steps, "nfe": steps, "seconds": 1.0, **same}
     files = [[row("world", None), row("teacher", 25)], [row("student", 4), row("teacher", 50), row("teacher", 4)]]
     lines = results.table([{"kind": "world", "rows": rows} for rows in files]).splitlines()[2:]
@@ -506,17 +509,11 @@ def test_a_broken_video_is_left_out(tiny):
     assert len(looked["features"]) == len(looked["measured"]["number"]) == 5
 
 
-def test_report(tiny, tmp_path, monkeypatch):
-    """The whole page by one command; the tables of time in it add up."""
-    out = tmp_path / "report"
-    words = ["--teacher", tiny / "teacher.safetensors", "--teacher-steps", 2, "--steps", 1, "--out", out]
-    monkeypatch.setattr(evaluation, "GridConfig", partial(evaluation.GridConfig, looks=("plain", "neon")))
-    call(monkeypatch, *flags(tiny, *words, "--prompts", 20, "--vendi-prompts", 1, "--seconds", 0))
-    page, text = (out / "index.html").read_text(), (out / "report.md").read_text()
-    assert "http" not in page.replace("http://www.w3.org", "") and page.count("<video") == 2 and page.count("<svg") == 2
-    assert all(d in text and d in page for d in DIMENSIONS) and "82.5" in text  # the paper's total, up to rounding
-    clock = json.loads((out / "time.json").read_text())
-    assert [row["nfe"] for row in clock["rows"]] == [4, 1] and (out / "styles.mp4").exists()
+def test_times_add_up(tiny, tmp_path, monkeypatch):
+    words = ["--teacher", tiny / "teacher.safetensors", "--teacher-steps", 2, "--steps", 1, "--seconds", 0]
+    call(monkeypatch, "time", *flags(tiny, *words, judge=False), "--out", tmp_path / "time.json")
+    clock = json.loads((tmp_path / "time.json").read_text())
+    assert [row["nfe"] for row in clock["rows"]] == [4, 1]
     for row in clock["rows"]:
         for kind in ("synchronised", "launched"):
             parts = sum(row[kind][p]["mean"] for p in ("text", "diffusion", "decoding"))
@@ -524,6 +521,14 @@ def test_report(tiny, tmp_path, monkeypatch):
     lines = results.table([clock]).splitlines()[2:]
     share = [[float(cell.split("±")[0]) for cell in line.split("|")[4:8]] for line in lines]
     assert share[0][3] == 100 and all(sum(s[:3]) == pytest.approx(s[3], abs=0.03) for s in share)
+
+
+def test_teacher_and_student_side_by_side(tiny, tmp_path, monkeypatch, capsys):
+    words = ["--teacher", tiny / "teacher.safetensors", "--teacher-steps", 2, 1, "--steps", 1, "--prompts", 2]
+    call(monkeypatch, "compare", *flags(tiny, *words, judge=False), "--out", tmp_path / "c.gif")
+    assert "teacher, 2 steps; teacher, 1 step; student, 1 step" in capsys.readouterr().out
+    with Image.open(tmp_path / "c.gif") as film:
+        assert film.n_frames == 16 and film.width > 3 * 64
 
 
 # ---------------------------------------------------------------------------------------------------------------------
