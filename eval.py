@@ -13,7 +13,8 @@
     python eval.py vendi --videos DIR --inception FILE       # diversity of video files (Eq. 17, Table 3)
     python eval.py people --a DIR --b DIR --out PAGE.html    # pairs of videos for people to compare (section 8.1)
     python eval.py votes FILES...                            # what they said (Fig. 6)
-    python eval.py table NAME ... | readme                   # results/*.json as Markdown, there or in README.md
+    python eval.py table NAME ...                            # results/*.json as Markdown
+    python eval.py tables                                    # the same into README.md and docs/
 
 --out NAME.json keeps a measurement (results.py); every score has its sampling error beside it. Each command has --help.
 """
@@ -458,10 +459,8 @@ def main():
     if command == "table":
         names = words or sorted(f.stem for f in Path("results").glob("*.json") if not f.stem.startswith("curves"))
         print("\n\n".join(results.block(name) for name in names))
-    elif command == "readme":
-        text = results.readme()
-        with atomic("README.md") as part:
-            part.write_text(text, encoding="utf-8")
+    elif command == "tables":
+        print(*(f"wrote {path}" for path in results.write_pages()), sep="\n")
     elif command in COMMANDS:
         config, work = COMMANDS[command]
         if command in POSITIONAL and words and not words[0].startswith("-"):
@@ -474,7 +473,7 @@ def main():
             writable(cfg.out)
         work(cfg)
     else:
-        raise UserError(f"unknown command {command!r}: one of {', '.join([*COMMANDS, 'table', 'readme'])}")
+        raise UserError(f"unknown command {command!r}: one of {', '.join([*COMMANDS, 'table', 'tables'])}")
 
 
 if __name__ == "__main__":

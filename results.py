@@ -2,7 +2,7 @@
 
 A result is a small JSON file in results/: its kind, its rows, and the command, date and settings (where they are not
 the defaults) that made it. The table NAME is made of results/NAME.json and results/NAME-*.json, one under the other;
-README.md has the place of each between `<!-- table:NAME -->` and `<!-- /table -->`, and `<!-- table:NAME/KIND -->` is
+README.md and docs/ have its place between `<!-- table:NAME -->` and `<!-- /table -->`; `<!-- table:NAME/KIND -->` is
 another view of the same files. A score is {"mean", "error", "n"}, its error one standard error.
 """
 
@@ -89,6 +89,18 @@ def _world(results):
         seconds = f"{row['seconds']:.2f}" if row.get("seconds") else ""
         lines.append([row["label"], row["steps"] or "", row["nfe"] or "", *scores, seconds])
     return header, lines
+
+
+def _main(results):
+    """The five rows that matter most, of a result of kind "world"."""
+    rows = {(row["label"], row["steps"]): row for row in _rows(results)}
+    wanted = [("teacher", 50), ("teacher", 4), ("student", 4), ("student", 2), ("student", 1)]
+    lines = []
+    for row in (rows[key] for key in wanted if key in rows):
+        scores = [pm(row["main"], 100), pm(row["object"], 100), pm(row["frechet"], 1, 2), pm(row.get("vendi"), 1, 2)]
+        lines.append([f"{row['label']}, {row['steps']} steps", row["nfe"], *scores, f"{row['seconds']:.2f}"])
+    header = ["", "network evaluations", f"right, mean of {len(MAIN)} factors, %", "the object, %"]
+    return [*header, "Frechet distance", "Vendi - 1", "seconds a video"], lines
 
 
 def _compared(results):
@@ -251,8 +263,8 @@ def _vbench(results):
 
 
 TABLES = {
-    "world": _world, "compared": _compared, "dimensions": _dimensions, "validation": _validation, "time": _time,
-    "memory": _memory, "reward_memory": _reward_memory,
+    "world": _world, "main": _main, "compared": _compared, "dimensions": _dimensions, "validation": _validation,
+    "time": _time, "memory": _memory, "reward_memory": _reward_memory,
     "sharding": _sharding, "vendi": _vendi, "votes": _votes, "tuned": _tuned, "vbench": _vbench,
 }  # fmt: skip
 
@@ -273,13 +285,21 @@ def block(name, folder="results"):
     return f"{table(results, kind)}\n\n{commands}"
 
 
-def readme(path="README.md", folder="results"):
-    """The text of README.md with every block between `<!-- table:NAME -->` and `<!-- /table -->` made anew."""
+PAGES = ("README.md", "docs/*.md")
+
+
+def page(path, folder="results"):
+    """A page's text with every block between `<!-- table:NAME -->` and `<!-- /table -->` made anew."""
     pattern = re.compile(r"(<!-- table:([\w/-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror}") from e
-    if not pattern.search(text):
-        raise UserError(f"{path} has no block <!-- table:NAME --> ... <!-- /table -->")
+    text = Path(path).read_text(encoding="utf-8")
     return pattern.sub(lambda m: f"{m[1]}{block(m[2], folder)}\n{m[3]}", text)
+
+
+def write_pages(root="."):
+    """Write the tables of README.md and docs/ anew; -> the pages that have any."""
+    pages = [p for name in PAGES for p in sorted(Path(root).glob(name)) if "<!-- table:" in p.read_text("utf-8")]
+    for path in pages:
+        text = page(path, Path(root) / "results")
+        with atomic(path) as part:
+            part.write_text(text, encoding="utf-8")
+    return pages

@@ -7,6 +7,7 @@ import base64
 import contextlib
 import json
 import math
+import re
 import shutil
 import socket
 import subprocess
@@ -19,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 
 import benchmark
@@ -425,11 +427,11 @@ def test_world_repeats_itself_and_makes_its_table(tiny, tmp_path, monkeypatch, c
     assert rendered["frechet"]["mean"] < copied["frechet"]["mean"]
 
     Path("README.md").write_text("before\n<!-- table:world -->\nold\n<!-- /table -->\nafter\n")
-    call(monkeypatch, "readme")
+    call(monkeypatch, "tables")
     text = Path("README.md").read_text()
     assert text.startswith("before\n<!-- table:world -->\n|") and text.endswith("\n<!-- /table -->\nafter\n")
     assert "old" not in text and "| rendered clips |" in text and "| student | 4 | 4 |" in text
-    call(monkeypatch, "readme")
+    call(monkeypatch, "tables")
     assert Path("README.md").read_text() == text
     capsys.readouterr()
     call(monkeypatch, "table", "world")
@@ -443,6 +445,22 @@ def test_world_repeats_itself_and_makes_its_table(tiny, tmp_path, monkeypatch, c
     for bad in (["table", "nothing"], ["world", *words, "--steps", 3], ["world", *words, "--prompts", 5], ["dance"]):
         with pytest.raises(UserError):
             call(monkeypatch, *bad)
+
+
+def test_the_pages_say_what_the_results_say():
+    """Every table in README.md and docs/ is what the files in results/ give, and every result stands in some page."""
+    pages = [p for name in results.PAGES for p in sorted(ROOT.glob(name))]
+    text = "".join(p.read_text("utf-8") for p in pages)
+    assert all(results.page(p, ROOT / "results") == p.read_text("utf-8") for p in pages)
+    named = set(re.findall(r"<!-- table:([\w-]+)", text))
+    orphans = [f.stem for f in (ROOT / "results").glob("*.json") if not any(f.stem.startswith(n) for n in named)]
+    assert named and not orphans
+
+
+def test_every_erratum_has_its_test():
+    wanted = set(re.findall(r"`(test_\w+)`", (ROOT / "docs/ERRATA.md").read_text("utf-8")))
+    tests = "".join(p.read_text("utf-8") for p in (ROOT / "tests").glob("test_*.py"))
+    assert len(wanted) > 20 and all(f"def {name}(" in tests for name in wanted)
 
 
 def test_tuned_students_side_by_side(tiny, tmp_path, monkeypatch, capsys):

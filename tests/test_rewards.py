@@ -87,8 +87,8 @@ def test_sum_of_several():
     assert rewards.make("dynamic_degree=3")(video.requires_grad_(), with_grad=True).requires_grad
 
 
-def test_the_readme_says_of_each_reward_where_it_comes_from():
-    text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+def test_the_docs_say_of_each_reward_where_it_comes_from():
+    text = (Path(__file__).parent.parent / "docs/REWARDS.md").read_text(encoding="utf-8")
     assert [name for name in rewards.REWARDS if f"| `{name}` |" not in text] == []
 
 
