@@ -67,15 +67,15 @@ class VAEConfig(Config):
 class TeacherConfig(Config):
     vae: str = opt("weights/vae.safetensors", "the autoencoder")
     preset: str = opt("shapes", "size of the transformer, a name in dit.PRESETS")
-    iterations: int = opt(8000, "optimizer steps")
+    iterations: int = opt(11000, "optimizer steps")
     batch: int = opt(32, "clips a step")
     lr: float = opt(2e-3, "peak learning rate")
     clips: int = opt(16000, "clips encoded before training; their captions are drawn anew at every step")
-    images: int = opt(8000, "first steps, on the middle frames of clips alone: what is drawn before how it moves")
+    images: int = opt(2500, "first steps, on the middle frames of clips alone: what is drawn before how it moves")
     stills: int = opt(32000, "middle frames encoded before training")
     drop_text: float = opt(0.1, "share of captions left empty, for classifier-free guidance")
     ema: float = opt(0.999, "decay of the averaged weights, which are the ones kept")
-    object_weight: float = opt(4.0, "additional weight of the objects' latents, fading to zero over the run")
+    object_weight: float = opt(6.0, "additional weight of the objects' latents, fading to zero over the run")
     compile: bool = opt(False, "torch.compile the transformer: faster after a minute, needs a C++ compiler")
 
 
@@ -372,7 +372,7 @@ def train_teacher(cfg: TeacherConfig) -> None:
     def loss_of(step):
         rng, noise = random.Random(f"caption {cfg.seed} {step}"), noise_of(cfg, step)
         still = step < cfg.images or step % 4 == 0  # pictures stay in the mixture to the end
-        name, batch = ("stills", 4 * cfg.batch) if still else ("clips", cfg.batch)
+        name, batch = ("stills", 2 * cfg.batch) if still else ("clips", cfg.batch)
         index = torch.randint(len(world[name]), (batch,), generator=noise)
         prompts = [shapes.caption(truth[i], "train", rng, still)[0] for i in index]
         prompts = ["" if rng.random() < cfg.drop_text else p for p in prompts]
