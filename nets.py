@@ -182,8 +182,7 @@ def build(cfg, world) -> Nets:
             distributed.local(p).data.neg_()
     fake = network(True) if cfg.beta_vsd else None  # a diffusion model of the teacher's kind, whatever ours predicts
     frozen = network(False, own, begin) if cfg.beta_kl and cfg.student else teacher if cfg.beta_kl else None
-    about = {"kind": cfg.tune, "w": w, "fps": fps}
-    about |= {"timesteps": timesteps(cfg.steps), "transition": cfg.transition} if cfg.tune == "student" else {}
+    about = {"kind": "student", "w": w, "fps": fps, "timesteps": timesteps(cfg.steps), "transition": cfg.transition}
     about |= {"latents": list(latents), "text_fingerprint": encoder.fingerprint}
     if folder:
         about["weights_dtype"] = str(next(weights())[1].dtype)

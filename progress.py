@@ -45,9 +45,9 @@ def read_extra(newest):
 def check_resumed(newest, cfg, nets, world):
     """UserError where a checkpoint is of another kind of student than this run's; says which other flags differ."""
     said, config = read_extra(newest)
-    kind = lambda about: [about.get(k) for k in ("kind", "timesteps", "transition")]
+    kind = lambda about: [about.get(k) for k in ("timesteps", "transition")]
     if config != nets.student.config or kind(said["about"]) != kind(nets.about):
-        same = "--tune, --steps, --prediction and --transition"
+        same = "--steps, --prediction and --transition"
         raise UserError(f"{newest} is of another student: repeat its {same}, or leave out --resume")
     now, old = asdict(cfg), said["config"]
     other = [
@@ -75,26 +75,21 @@ def look(cfg, world, nets, out, step, teachers):
     numbers, shown = {}, nets.prompts[:4]
     if nets.vae:
         teachers[0] = draw_videos(cfg, nets, "teacher", shown, 0, 50) if teachers[0] is None else teachers[0]
-        videos = draw_videos(cfg, nets, "student", shown, 0, few(cfg))
+        videos = draw_videos(cfg, nets, "student", shown, 0, cfg.steps)
         if world.main:
-            words = [f"{who}: {prompt}" for prompt in shown for who in (f"{cfg.tune}, {few(cfg)}", "teacher, 50")]
+            words = [f"{who}: {prompt}" for prompt in shown for who in (f"student, {cfg.steps}", "teacher, 50")]
             write_grid(out / f"step{step:06d}.png", [v for pair in zip(videos, teachers[0]) for v in pair], words)
     if nets.judge and cfg.judged:
         prompts = nets.prompts[: min(cfg.judged, 32)]
-        videos = draw_videos(cfg, nets, "student", prompts, 1, few(cfg))
+        videos = draw_videos(cfg, nets, "student", prompts, 1, cfg.steps)
         numbers["judge"] = nets.judge.score(videos.to(nets.device), prompts).mean().item()
     return numbers
 
 
-def few(cfg):
-    """Steps for a look at what is trained: the student's own, or some of a tuned teacher's."""
-    return cfg.steps if cfg.tune == "student" else 10
-
-
 def sampler(cfg, nets, who):
-    """What draws as "teacher", or as "student": what is trained, its average, whatever cfg.tune says it is."""
-    model, kind = (nets.ema, cfg.tune) if who == "student" else (nets.teacher, "teacher")
-    return Generator(model, nets.vae, nets.about | {"kind": kind}, nets.encoder, nets.device, cfg.precision)
+    """What draws as "teacher", or as "student": the student's average."""
+    model = nets.ema if who == "student" else nets.teacher
+    return Generator(model, nets.vae, nets.about | {"kind": who}, nets.encoder, nets.device, cfg.precision)
 
 
 def draw_videos(cfg, nets, who, prompts, seed, n):
@@ -113,7 +108,7 @@ def write_student(out, config, weights, cfg, about):
         student = DiT(config)
     student.load_state_dict(weights, assign=True)
     made = {"command": " ".join(["python", *sys.argv]), "date": time.strftime("%Y-%m-%d"), "settings": cfg}
-    file = out / f"{about['kind']}.safetensors"  # under --tune teacher, teacher.safetensors
+    file = out / "student.safetensors"
     checkpoint.save_model(file, student, torch.float16, **about | made)
     print(f"wrote {file}")
     if Path(cfg["teacher"]).is_dir():
@@ -134,8 +129,8 @@ def export(out):
 
 
 @torch.no_grad()
-def compare(cfg, nets, n, ours):
-    """What the judge sees in n steps of the teacher, of what was trained (called `ours`), and the gain: three rows.
+def compare(cfg, nets, n):
+    """What the judge sees in n steps of the teacher, in n of the student, and the gain: three rows.
 
     Both draw the same prompts from the same noise, so the errors of the gains are those of pairs: much of what makes a
     score uncertain, which prompts and which rendered clips, is common to both. A gain in Frechet distance is a fall.
@@ -144,7 +139,7 @@ def compare(cfg, nets, n, ours):
     parts = [range(i, min(i + 32, cfg.judged)) for i in range(0, cfg.judged, 32)]  # videos are large
     rendered = torch.cat([features(render_batch([Clip.make(HELD_OUT, i) for i in part])) for part in parts])
     rows, reads, seen = [], [], []
-    for who, label in (("teacher", "teacher"), ("student", ours)):
+    for who in ("teacher", "student"):
         found = []
         for part in parts:
             prompts = [nets.prompts[i] for i in part]
@@ -152,7 +147,7 @@ def compare(cfg, nets, n, ours):
             found.append((nets.judge.score(videos.to(nets.device), prompts), features(videos)))
         read, feature = (torch.cat(some) for some in zip(*found))
         distance = {"mean": frechet(feature, rendered), "error": jackknife(frechet, feature, rendered)}
-        rows.append({"label": label, "steps": n, "named": mean_error(read.tolist()), "frechet": distance})
+        rows.append({"label": who, "steps": n, "named": mean_error(read.tolist()), "frechet": distance})
         reads.append(read)
         seen.append(feature)
     gain = lambda theirs, own, rendered: frechet(theirs, rendered) - frechet(own, rendered)
@@ -168,14 +163,13 @@ def finish(cfg, world, nets, out):
         write_student(out, nets.student.config, weights, asdict(cfg), nets.about)
     if not nets.vae or not cfg.sample_every:
         return
-    shown, n, ours = nets.prompts[:3], few(cfg), {"student": "student", "teacher": "tuned teacher"}[cfg.tune]
-    many = (4, 2, 1) if cfg.tune == "student" else (50, n)
-    columns = [("teacher", 50), ("teacher", n), *(("student", k) for k in many if k <= n or k == 50)]
+    shown, n = nets.prompts[:3], cfg.steps
+    columns = [("teacher", 50), ("teacher", n), *(("student", k) for k in (4, 2, 1) if k <= n)]
     drawn = [draw_videos(cfg, nets, who, shown, 0, k) for who, k in columns]
-    compared = compare(cfg, nets, n, ours) if nets.judge and cfg.judged else None
+    compared = compare(cfg, nets, n) if nets.judge and cfg.judged else None
     if not world.main:
         return
-    titles = [f"{ours if who == 'student' else who}, {k} step{'s' * (k > 1)}" for who, k in columns]
+    titles = [f"{who}, {k} step{'s' * (k > 1)}" for who, k in columns]
     rows, words = zip(*drawn), [f"{title}: {prompt}" for prompt in shown for title in titles]
     write_video_grid(out / "compare.mp4", [list(row) for row in zip(*drawn)], nets.about["fps"], titles=titles)
     write_grid(out / "compare.png", [video for row in rows for video in row], words)
@@ -184,8 +178,8 @@ def finish(cfg, world, nets, out):
         theirs, own, gain = compared
         sigmas = lambda what: f"{gain[what]['mean'] / max(gain[what]['error'], 1e-9):+.1f} standard errors"
         print(
-            f"of what {own['named']['n']} prompts name, the judge reads {own['named']['mean']:.1%} in the {ours}'s {n} "
-            f"steps and {theirs['named']['mean']:.1%} in the teacher's {n}: {sigmas('named')}"
+            f"of what {own['named']['n']} prompts name, the judge reads {own['named']['mean']:.1%} in the student's "
+            f"{n} steps and {theirs['named']['mean']:.1%} in the teacher's {n}: {sigmas('named')}"
         )
         print(
             f"Frechet distance from rendered clips, in the judge's features: {pm(own['frechet'], 1, 2)} and "

@@ -6,7 +6,6 @@
     python train.py export --out runs/train                            # the newest checkpoint's student as a file
     python train.py memory --preset dollar                             # what 1, 2, 4, 8 GPUs would hold
     python train.py --student weights/student.safetensors --reward jpeg_compressibility     # tune it to a reward
-    python train.py --tune teacher --reward jpeg_compressibility                            # or its teacher (7.2)
 
 The loop in `train` stands beside the paper's listing, line by line. Three networks of one architecture take part: the
 frozen teacher v_theta', the student G_theta and the fake score v_fake, both begun as copies of the teacher. Every
@@ -18,7 +17,7 @@ import json
 import math
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -35,7 +34,7 @@ from data import fingerprint
 from dit import Prediction
 from losses import GRID, conjugate_velocity_loss, consistency_loss, lrm_loss, reward_loss, vsd_loss
 from nets import Nets, build, memory_table
-from progress import check_resumed, export, few, finish, look, sampler, set_aside, tensorboard, write_student
+from progress import check_resumed, export, finish, look, sampler, set_aside, tensorboard, write_student
 from rewards import Moments
 from schedule import denoise, simulate, timesteps
 
@@ -59,7 +58,6 @@ class Config(Machine):
     beta_ft: float = opt(1.0, "weight of the latent reward, standardised (Eq. 15), where there is a --reward")
     beta_kl: float = opt(0.0, "weight of the distance to the student as it began (section 9); 0 leaves it out")
     # the student
-    tune: Literal["student", "teacher"] = opt("student", "teacher: with Eq. 4 in place of VSD and CD (section 7.2)")
     student: str = opt("", "go on from this student, as train.py wrote it (none: begin as the teacher)")
     steps: Literal[4, 2, 1] = opt(4, "sampling steps of the student")
     prediction: Prediction | None = opt(None, "the student's output (none: the teacher's)")  # noqa: RUF009
@@ -134,9 +132,7 @@ def iterate(cfg: Config, world, nets: Nets, optimizers, step, accumulate):
         steps = timesteps(cfg.steps)
         k = distributed.randint(len(steps), (cfg.seed, step, "k", j))  # alike on all ranks: it decides how many calls
         predict, t = denoiser(student, schedule, text), steps[k]
-        if cfg.tune == "teacher":  # at any step, each sample at its own, as it was trained
-            t = whole(0, 999, "t", j)
-        if cfg.tune == "teacher" or cfg.generator_input == "data":
+        if cfg.generator_input == "data":
             x_t = schedule.add_noise(x, draw("data", j), t)
         else:
             noise = lambda i: draw("renoise", j, i)
@@ -160,10 +156,6 @@ def iterate(cfg: Config, world, nets: Nets, optimizers, step, accumulate):
         with cli.autocast(cfg.precision, world.device):
             drawing = cfg.beta_vsd or lrm or nets.frozen
             x_hat, x_t, t = generate(x, text, draw, whole, 0) if drawing else (x, x, 0)  # line 8
-            if cfg.tune == "teacher":  # what it was trained with, Eq. 4
-                some = torch.where(whole(0, 9, "drop")[:, None, None] > 0, text, nets.null)  # as in pretrain.py
-                model = lambda x, t, text=some: student(x, t, text)
-                loss["own"] = conjugate_velocity_loss(model, schedule, x, t, draw("data", 0), student.config.prediction)
             if nets.frozen:  # section 9
                 with torch.no_grad():
                     before = denoiser(nets.frozen, schedule, text)(x_t, t)
@@ -228,10 +220,6 @@ def iterate(cfg: Config, world, nets: Nets, optimizers, step, accumulate):
 
 
 def train(cfg: Config, world) -> None:
-    if cfg.tune == "teacher":
-        if cfg.reward == "none" or cfg.student or cfg.prediction:
-            raise UserError("--tune teacher needs a --reward, and no --student or --prediction")
-        cfg = replace(cfg, beta_vsd=0.0, beta_cd=0.0)
     nets, out = build(cfg, world), Path(cfg.out)
     each = cfg.batch * world.size
     accumulate = cfg.global_batch // each if cfg.global_batch else 7 if nets.reward and each < 16 else 1
@@ -316,7 +304,7 @@ def train(cfg: Config, world) -> None:
 def look_at_reward(cfg, world, nets, out, step, watched):
     """Measure the true reward of fresh samples (watch.py), keep the best state. -> the sign of over-optimisation."""
     who, heeded = sampler(cfg, nets, "student"), lambda: [w for w in watched if w["step"] >= cfg.lrm_warmup]
-    some = nets.prompts, few(cfg), cfg.reward_samples, cfg.batch
+    some = nets.prompts, cfg.steps, cfg.reward_samples, cfg.batch
     before = watch.overoptimised(heeded())
     found = watch.measure(who, nets.reward, *some, world, nets.lrm, nets.moments, cfg.reward_repeats)
     watched.append({"step": step} | found)

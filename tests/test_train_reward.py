@@ -1,4 +1,4 @@
-"""Reward tuning in train.py: of a student, of a distilled one, of the teacher; LRMs that come from a file; budgets."""
+"""Reward tuning in train.py: of a student, of a distilled one; LRMs that come from a file; budgets."""
 
 import json
 from pathlib import Path
@@ -8,12 +8,9 @@ import torch
 from conftest import config, fit
 
 import checkpoint
-import shapes
 import train
 from cli import UserError
-from dit import DiT
 from lrm import VideoLRM
-from text import WordTable
 
 JPEG = {"reward": "jpeg_compressibility", "reward_samples": 4, "reward_every": 2, "batch": 2, "global_batch": 2}
 JPEG |= {"reward_repeats": 2}
@@ -79,30 +76,6 @@ def test_an_lrm_that_learns_alone_leaves_the_student_as_it_is(tiny, distilled, t
     assert all(torch.equal(out[k], before[k]) for k in before) and lines[0]["lrm"] > 0 and "ft" not in lines[0]
 
 
-def test_the_teacher_is_tuned(tiny, tmp_path):
-    train.train(cfg := config(tiny, tmp_path, tune="teacher", beta_kl=1.0, **JPEG), train.distributed.start("cpu"))
-    model, about = checkpoint.load_model(tmp_path / "teacher.safetensors", DiT)
-    before, said = checkpoint.load_model(cfg.teacher, DiT)
-    assert about["kind"] == "teacher" and about["w"] == said["w"] and "timesteps" not in about
-    assert model.config == before.config
-    assert any((a - b).abs().max() > 1e-5 for a, b in zip(model.parameters(), before.parameters()))
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert {"own", "ft", "lrm", "kl"} <= set(lines[0]) and not {"vsd", "cd", "fake"} & set(lines[0])
-    assert not (tmp_path / "student.safetensors").exists()
-
-
-def test_a_tuned_teacher_still_sees_the_empty_prompt(tiny, tmp_path, monkeypatch):
-    """Guided sampling needs it: a tenth of the captions is dropped, as when the teacher was trained."""
-    seen, real = [], train.conjugate_velocity_loss
-    loss = lambda model, *rest: seen.append(model.__defaults__[0]) or real(model, *rest)
-    monkeypatch.setattr(train, "conjugate_velocity_loss", loss)
-    wide = JPEG | {"tune": "teacher", "batch": 16, "global_batch": 16, "reward_every": 0}
-    train.train(config(tiny, tmp_path, **wide), train.distributed.start("cpu"))
-    text = torch.cat(seen)
-    null = WordTable(shapes.WORDS, 128, 20).encode([""])
-    assert 0 < (text == null).flatten(1).all(1).sum() < len(text) / 4 and len(text) == 48
-
-
 def test_several_rewards_resume_to_the_bit(tiny, tmp_path):
     several = JPEG | {"reward": "jpeg_compressibility=0.5,dynamic_degree"}
     whole, _, lines = fit(config(tiny, tmp_path / "a", iterations=3, **several))
@@ -146,7 +119,6 @@ def test_what_does_not_fit_is_refused(tiny, distilled, tmp_path):
         ({"reward": "jpeg_compressibility=2", "lrm": lrm}, "learned"),
         ({"reward": "jpeg_compressibility", "lrm": student}, "VideoLRM is needed"),
         ({"reward": "jpeg_compressibility", "lrm_frozen": True}, "needs an --lrm"),
-        ({"tune": "teacher"}, "needs a --reward"),
     ):
         with pytest.raises(UserError, match=said):
             fit(config(tiny, tmp_path / "run", **changes))
