@@ -93,7 +93,6 @@ class Config(Machine):
     reward_every: int = opt(100, "iterations between measurements of the reward on fresh samples (0: at the end)")
     reward_samples: int = opt(64, "samples of a measurement")
     reward_repeats: int = opt(1, "of these, samples of each prompt; from 2 on LRMs are also compared within prompts")
-    stop_on_overoptimisation: bool = opt(False, "save and stop at a sign of over-optimisation (see watch.py)")
     # the machine
     max_seconds: int = opt(0, "end after so many seconds of training, measurements left out (0: --iterations alone)")
     max_evaluations: int = opt(0, "end after so many evaluations of the reward (0: --iterations alone)")
@@ -262,9 +261,8 @@ def train(cfg: Config, world) -> None:
         spent = 0 < cfg.max_seconds <= trained or 0 < cfg.max_evaluations <= evaluated
         final = step + 1 == cfg.iterations or distributed.any_rank(spent, world)
         if nets.reward and (final or (cfg.reward_every and step % cfg.reward_every == 0)):
-            over = look_at_reward(cfg, world, nets, out, step, watched)
+            look_at_reward(cfg, world, nets, out, step, watched)
             numbers |= {name: value for name, value in watched[-1].items() if name != "step"}
-            final = final or (over and cfg.stop_on_overoptimisation)
         if cfg.sample_every and (step + 1) % cfg.sample_every == 0 and not ending:
             numbers |= look(cfg, world, nets, out, step + 1, teachers)
         if world.main:
@@ -302,7 +300,7 @@ def train(cfg: Config, world) -> None:
 
 
 def look_at_reward(cfg, world, nets, out, step, watched):
-    """Measure the true reward of fresh samples (watch.py), keep the best state. -> the sign of over-optimisation."""
+    """Measure the true reward of fresh samples (watch.py), keep the best state, warn of over-optimisation."""
     who, heeded = sampler(cfg, nets, "student"), lambda: [w for w in watched if w["step"] >= cfg.lrm_warmup]
     some = nets.prompts, cfg.steps, cfg.reward_samples, cfg.batch
     before = watch.overoptimised(heeded())
@@ -317,7 +315,6 @@ def look_at_reward(cfg, world, nets, out, step, watched):
             f"over-optimised at step {step}: {over}. The true reward is {watched[-1]['true_reward']:.4g}; "
             f"it was {best['true_reward']:.4g} at step {best['step']}: see {out}/best"
         )
-    return over
 
 
 def batch_of(cfg, world, nets, step, micro, total):

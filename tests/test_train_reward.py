@@ -97,16 +97,15 @@ def test_a_run_ends_at_its_budget(tiny, tmp_path):
     assert lines[-1]["trained_s"] >= 1 > (lines[-2]["trained_s"] if len(lines) > 1 else 0) or len(lines) == 9
 
 
-def test_overoptimisation_stops_and_names_the_best(tiny, tmp_path, monkeypatch, capsys):
+def test_overoptimisation_is_said_once(tiny, tmp_path, monkeypatch, capsys):
     found = iter([(0.0, 0.0), (0.5, 1.0)] + [(0.1 * i, -i) for i in range(20)])
     fake = lambda *_: dict(zip(("lrm_estimate", "true_reward"), next(found)), true_error=0.1, rank_correlation=0.0)
     monkeypatch.setattr(train.watch, "measure", fake)
-    stop = JPEG | {"reward_every": 1, "stop_on_overoptimisation": True, "beta_cd": 0.0}
-    *_, lines = fit(config(tiny, tmp_path, iterations=12, fake_updates=1, **stop))
+    often = JPEG | {"reward_every": 1, "beta_cd": 0.0}
+    fit(config(tiny, tmp_path, iterations=8, fake_updates=1, **often))
     said = capsys.readouterr().out
-    assert len(lines) == 6 and said.count("over-optimised at step 5") == 1 and "it was 1 at step 1" in said
+    assert said.count("over-optimised") == said.count("over-optimised at step 5") == 1 and "it was 1 at step 1" in said
     assert checkpoint.metadata(tmp_path / "best/student.safetensors", "DiT")["step"] == 2
-    assert (tmp_path / "student.safetensors").exists() and (tmp_path / "checkpoints/step_00000006").is_dir()
 
 
 def test_what_does_not_fit_is_refused(tiny, distilled, tmp_path):
