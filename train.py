@@ -34,7 +34,7 @@ from data import fingerprint
 from dit import Prediction
 from losses import GRID, conjugate_velocity_loss, consistency_loss, lrm_loss, reward_loss, vsd_loss
 from nets import Nets, build, memory_table
-from progress import check_resumed, export, finish, look, sampler, set_aside, tensorboard, write_student
+from progress import check_resumed, export, finish, look, sampler, set_aside, tensorboard
 from rewards import Moments
 from schedule import denoise, simulate, timesteps
 
@@ -261,7 +261,7 @@ def train(cfg: Config, world) -> None:
         spent = 0 < cfg.max_seconds <= trained or 0 < cfg.max_evaluations <= evaluated
         final = step + 1 == cfg.iterations or distributed.any_rank(spent, world)
         if nets.reward and (final or (cfg.reward_every and step % cfg.reward_every == 0)):
-            look_at_reward(cfg, world, nets, out, step, watched)
+            look_at_reward(cfg, world, nets, step, watched)
             numbers |= {name: value for name, value in watched[-1].items() if name != "step"}
         if cfg.sample_every and (step + 1) % cfg.sample_every == 0 and not ending:
             numbers |= look(cfg, world, nets, out, step + 1, teachers)
@@ -299,21 +299,18 @@ def train(cfg: Config, world) -> None:
 # its parts
 
 
-def look_at_reward(cfg, world, nets, out, step, watched):
-    """Measure the true reward of fresh samples (watch.py), keep the best state, warn of over-optimisation."""
+def look_at_reward(cfg, world, nets, step, watched):
+    """Measure the true reward of fresh samples (watch.py), warn of over-optimisation."""
     who, heeded = sampler(cfg, nets, "student"), lambda: [w for w in watched if w["step"] >= cfg.lrm_warmup]
     some = nets.prompts, cfg.steps, cfg.reward_samples, cfg.batch
     before = watch.overoptimised(heeded())
     found = watch.measure(who, nets.reward, *some, world, nets.lrm, nets.moments, cfg.reward_repeats)
     watched.append({"step": step} | found)
     over, best = watch.overoptimised(heeded()), max(watched, key=watch.worth)
-    weights = distributed.gather(nets.ema) if best is watched[-1] else None
-    if weights and world.main:
-        write_student(out / "best", nets.student.config, weights, asdict(cfg), nets.about | {"step": step + 1})
     if over and not before and world.main:
         print(
             f"over-optimised at step {step}: {over}. The true reward is {watched[-1]['true_reward']:.4g}; "
-            f"it was {best['true_reward']:.4g} at step {best['step']}: see {out}/best"
+            f"it was {best['true_reward']:.4g} at step {best['step']}"
         )
 
 

@@ -28,8 +28,6 @@ def test_the_reward_is_measured_on_fresh_samples(tiny, distilled):
     lines = [json.loads(line) for line in (distilled / "log.jsonl").read_text().splitlines()]
     assert all({"true_reward", "true_error", "lrm_estimate", "rank_correlation_within"} <= set(line) for line in lines)
     assert lines[-1]["reward_evaluations"] == 2 * 2 * 2  # iterations, real and generated, clips
-    best = checkpoint.metadata(distilled / "best/student.safetensors", "DiT")
-    assert best["step"] - 1 == max(lines, key=lambda line: line["true_reward"])["step"]
 
 
 def test_tuning_goes_on_from_a_student_and_an_lrm(tiny, distilled, tmp_path):
@@ -105,7 +103,6 @@ def test_overoptimisation_is_said_once(tiny, tmp_path, monkeypatch, capsys):
     fit(config(tiny, tmp_path, iterations=8, fake_updates=1, **often))
     said = capsys.readouterr().out
     assert said.count("over-optimised") == said.count("over-optimised at step 5") == 1 and "it was 1 at step 1" in said
-    assert checkpoint.metadata(tmp_path / "best/student.safetensors", "DiT")["step"] == 2
 
 
 def test_what_does_not_fit_is_refused(tiny, distilled, tmp_path):
