@@ -47,7 +47,7 @@ import watch
 from cli import Machine, UserError, autocast, open_log, opt, parse, run, uses_bfloat16
 from dit import DiT
 from generate import Generator
-from progress import set_aside
+from progress import PATIENCE, set_aside
 from schedule import Schedule, denoise, log_prob, timesteps
 from text import WordTable, load_encoder
 from vae3d import VAE3D
@@ -92,7 +92,6 @@ class Config(Machine):
     checkpoint_activations: bool = opt(False, "compute activations again in the backward, to save memory")
     cpu_offload: bool = opt(False, "keep weights and optimizer in CPU memory")
     save_every: int = opt(50, "iterations between checkpoints, and between pictures")
-    patience: int = opt(5, "iterations in a row that may be skipped because they are not finite")
 
 
 def transition(schedule, x_t, x0, t, t_next, how):
@@ -347,7 +346,7 @@ def tune(cfg: Config, world) -> None:
             bar.set_postfix({key: f"{value:.3g}" for key, value in numbers.items()})
             line = {"step": step, **counts, **numbers, "grad_norm": norm, "skipped": state["skipped"]}
             print(json.dumps(line), file=log, flush=True)
-        stuck, ending = in_a_row >= cfg.patience, stopper()
+        stuck, ending = in_a_row >= PATIENCE, stopper()
         if (step + 1) % cfg.save_every == 0 or final or stuck or ending:
             checkpoints.save(step + 1, *saved, state, wait=stuck or ending or final)
         if stuck:  # none of the skipped updates has touched the weights

@@ -29,6 +29,7 @@ from shapes import held_out_prompts
 from text import load_encoder
 from vae3d import VAE3D
 
+JUDGED = 640  # prompts of the small world on which student and teacher are compared at the end
 PROMPTS = [  # what pictures show where the data has no captions to lend
     "a red car drives along a road by the sea",
     "a cat walks over a wooden floor",
@@ -86,7 +87,6 @@ def check(cfg, world):
         (not 0 <= cfg.t_min <= cfg.t_max <= 999, "--t-min and --t-max: 0 <= t-min <= t-max <= 999"),
         (cfg.global_batch % (cfg.batch * world.size), "--global-batch is no multiple of --batch times the ranks"),
         (cfg.reward_samples % cfg.reward_repeats, "--reward-samples: a multiple of --reward-repeats"),
-        (0 < cfg.judged < 20, "--judged: 0 or at least 20, of which an error can be told"),
         (cfg.lrm_frozen and not cfg.lrm, "--lrm-frozen needs an --lrm that has learned something"),
         (not learns, "nothing to learn: --beta-vsd and --beta-cd are 0, and there is no --reward"),
     ):
@@ -140,7 +140,7 @@ def build(cfg, world) -> Nets:
         where = "cpu" if cached else world.device
         encoder = load_encoder(cfg.text, config.text_dim, config.text_length, where, cfg.precision)
     latents, fps = SIZES[cfg.preset].latents, CLIPS[cfg.preset]["fps"]
-    prompts = held_out_prompts(max(4, cfg.judged, cfg.reward_samples)) if cfg.text == "words" else PROMPTS
+    prompts = held_out_prompts(max(JUDGED, cfg.reward_samples)) if cfg.text == "words" else PROMPTS
     if cached:
         used = {"vae": vae and fingerprint(vae), "text": encoder and encoder.fingerprint}
         data = LatentCache(cfg.data, **{name: value for name, value in used.items() if value})

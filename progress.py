@@ -20,8 +20,12 @@ from cli import UserError
 from dit import DiT
 from generate import Generator, save_diffusers
 from metrics import frechet, jackknife, mean_error, pm
+from nets import JUDGED
 from shapes import HELD_OUT, Clip, render_batch
 from video import write_grid, write_video_grid
+
+PATIENCE = 5  # updates in a row that may be skipped because they are not finite
+SOME = 32  # of the JUDGED prompts, read along with the pictures
 
 
 def set_aside(folder, world):
@@ -79,10 +83,9 @@ def look(cfg, world, nets, out, step, teachers):
         if world.main:
             words = [f"{who}: {prompt}" for prompt in shown for who in (f"student, {cfg.steps}", "teacher, 50")]
             write_grid(out / f"step{step:06d}.png", [v for pair in zip(videos, teachers[0]) for v in pair], words)
-    if nets.judge and cfg.judged:
-        prompts = nets.prompts[: min(cfg.judged, 32)]
-        videos = draw_videos(cfg, nets, "student", prompts, 1, cfg.steps)
-        numbers["judge"] = nets.judge.score(videos.to(nets.device), prompts).mean().item()
+    if nets.judge:
+        videos = draw_videos(cfg, nets, "student", nets.prompts[:SOME], 1, cfg.steps)
+        numbers["judge"] = nets.judge.score(videos.to(nets.device), nets.prompts[:SOME]).mean().item()
     return numbers
 
 
@@ -136,7 +139,7 @@ def compare(cfg, nets, n):
     score uncertain, which prompts and which rendered clips, is common to both. A gain in Frechet distance is a fall.
     """
     features = lambda videos: nets.judge.features(videos.to(nets.device)).float().cpu()
-    parts = [range(i, min(i + 32, cfg.judged)) for i in range(0, cfg.judged, 32)]  # videos are large
+    parts = [range(i, min(i + SOME, JUDGED)) for i in range(0, JUDGED, SOME)]  # videos are large
     rendered = torch.cat([features(render_batch([Clip.make(HELD_OUT, i) for i in part])) for part in parts])
     rows, reads, seen = [], [], []
     for who in ("teacher", "student"):
@@ -166,7 +169,7 @@ def finish(cfg, world, nets, out):
     shown, n = nets.prompts[:3], cfg.steps
     columns = [("teacher", 50), ("teacher", n), *(("student", k) for k in (4, 2, 1) if k <= n)]
     drawn = [draw_videos(cfg, nets, who, shown, 0, k) for who, k in columns]
-    compared = compare(cfg, nets, n) if nets.judge and cfg.judged else None
+    compared = compare(cfg, nets, n) if nets.judge else None
     if not world.main:
         return
     titles = [f"{who}, {k} step{'s' * (k > 1)}" for who, k in columns]

@@ -34,7 +34,7 @@ from data import fingerprint
 from dit import Prediction
 from losses import GRID, conjugate_velocity_loss, consistency_loss, lrm_loss, reward_loss, vsd_loss
 from nets import Nets, build, memory_table
-from progress import check_resumed, export, finish, look, sampler, set_aside, tensorboard
+from progress import PATIENCE, check_resumed, export, finish, look, sampler, set_aside, tensorboard
 from rewards import Moments
 from schedule import denoise, simulate, timesteps
 
@@ -101,17 +101,14 @@ class Config(Machine):
     cpu_offload: bool = opt(False, "keep weights and optimizers in CPU memory")
     save_every: int = opt(500, "iterations between checkpoints")
     keep_last: int = opt(2, "newest checkpoints kept")
-    keep_every: int = opt(0, "also keep those of every so many iterations")
-    sample_every: int = opt(500, "iterations between pictures (0: no pictures, not even at the end)")
-    patience: int = opt(5, "updates in a row that may be skipped because they are not finite")
-    judged: int = opt(0, "prompts on which the end compares student and teacher (the small world)")
+    sample_every: int = opt(500, "iterations between pictures (0: none, and no comparison at the end)")
 
 
 PRESETS = {  # the field defaults are the paper's (section 4.1); the small world's were measured, see README
     "shapes": {
         "iterations": 130, "batch": 16, "lr": 1e-4, "fake_lr": 2e-4, "beta1": 0.0, "beta2": 0.99, "ema": 0.95,
         "fake_updates": 2, "w_vsd": 2.0, "w_cd": 2.0, "checkpoint_activations": False, "save_every": 50,
-        "sample_every": 50, "judged": 640, "reward_every": 25,
+        "sample_every": 50, "reward_every": 25,
     },
     **{name: {"teacher": "", "vae": "", "text": "", "data": ""} for name in ("dollar", "cogvideox-2b", "cogvideox-5b")},
 }  # fmt: skip
@@ -226,7 +223,7 @@ def train(cfg: Config, world) -> None:
     restarted = distributed.restarted(world)
     if not (cfg.resume or restarted):
         set_aside(out / "checkpoints", world)
-    checkpoints = distributed.Checkpoints(out / "checkpoints", cfg.keep_last, cfg.keep_every)
+    checkpoints = distributed.Checkpoints(out / "checkpoints", cfg.keep_last)
     stopper, first, skipped, in_a_row = distributed.Stopper(world), 0, 0, 0
     trained, evaluated, watched = 0.0, 0, []  # seconds, evaluations of the reward, its measurements
     if cfg.resume or restarted:
@@ -275,7 +272,7 @@ def train(cfg: Config, world) -> None:
             print(json.dumps({"step": step, **speed, **numbers}), file=log, flush=True)
             for name, value in (numbers | speed).items() if board else ():
                 board.add_scalar(name, value, step)
-        if in_a_row >= cfg.patience:
+        if in_a_row >= PATIENCE:
             save(step + 1, wait=True)  # none of the skipped updates has touched the weights
             raise UserError(
                 f"{in_a_row} updates in a row were not finite: stopped, and saved the state before them in {out}"

@@ -420,10 +420,11 @@ def test_beta_kl_holds_on_to_the_student(call, monkeypatch, method):
 
 
 def test_a_reward_that_is_not_finite_touches_nothing(weights, call, monkeypatch):
+    monkeypatch.setattr(ddpo, "PATIENCE", 2)
     nan = lambda video, _: video.mean((1, 2, 3, 4)) * torch.tensor([1, math.nan])
     monkeypatch.setattr(rewards, "make", lambda *_: rewards.Reward("nan", nan, True, False, "", None, "cpu"))
     for method in ("ddpo", "refl"):
-        code, err = call("--reward", "object", "--method", method, "--iterations", 9, "--patience", 2, "--out", method)
+        code, err = call("--reward", "object", "--method", method, "--iterations", 9, "--out", method)
         assert code == 2 and "2 iterations in a row were not finite" in err
         assert [line["skipped"] for line in lines(method)] == [1, 2]
         monkeypatch.setattr(rewards, "make", brightness)

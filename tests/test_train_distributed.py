@@ -60,7 +60,7 @@ def config(folder, out, size=1, total=BATCH, **changes):
     small = {"teacher": f"{folder}/teacher.safetensors", "vae": f"{folder}/vae.safetensors", "out": str(out)}
     small |= {"iterations": STEPS, "batch": total // size, "global_batch": total, "fake_updates": 2, "m": 1}
     small |= {"reward": "dynamic_degree", "reward_frames": 2, "precision": "fp32"}
-    small |= {"save_every": 1, "keep_last": 9, "sample_every": 0, "judged": 0}
+    small |= {"save_every": 1, "keep_last": 9, "sample_every": 0}
     return train.Config(**train.PRESETS["shapes"] | small | changes)
 
 
@@ -71,7 +71,7 @@ def sgd(cfg, nets):
     }
 
 
-def distil(world, folder, out, happens=None, adam=train.adam, **changes):
+def distil(world, folder, out, happens=None, adam=train.adam, patience=5, **changes):
     """A run of train.py: {"gradients": of every update, "final": the state after it, "log", "said", "error"}.
 
     happens: (rank, n, what) befalls that rank: a signal at the end of its n-th step, or "nan" after its n-th step.
@@ -111,6 +111,7 @@ def distil(world, folder, out, happens=None, adam=train.adam, **changes):
             (train, "finish", finish),
             (train, "vsd_loss", vsd_loss),
             (train, "adam", adam),
+            (train, "PATIENCE", patience),
             (train, "look_at_reward", lambda *args: args[-1].append({})),  # it is the log that would have a row
         ):
             stack.enter_context(mock.patch.object(place, name, new))
@@ -334,7 +335,7 @@ def test_torchrun_restarts_from_the_newest_checkpoint(tiny, tmp_path, nodes):
     killed once, at the end of its third step."""
     (tmp_path / "shim.py").write_text(SHIM)
     words = ["--teacher", f"{tiny}/teacher.safetensors", "--vae", f"{tiny}/vae.safetensors", "--out", tmp_path / "run"]
-    words += ["--iterations", 4, "--batch", 1, "--fake-updates", 1, "--judged", 0, "--sample-every", 0]
+    words += ["--iterations", 4, "--batch", 1, "--fake-updates", 1, "--sample-every", 0]
     words += ["--save-every", 1, "--precision", "fp32", "--device", "cpu", "--threads", 1]
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
