@@ -391,7 +391,7 @@ def test_several_rewards_are_standardised_one_by_one_and_measured(call, monkeypa
     dark = rewards.Reward("dark", dark, True, False, "", None, "cpu")
     both = rewards.Reward("sum", None, True, False, "", None, "cpu", [(1.0, brightness()), (0.5, dark)])
     monkeypatch.setattr(rewards, "make", lambda *_: both)
-    flags = ["--reward", "object", "--method", "draft", "--precision", "fp32", "--lr", 1e-3]
+    flags = ["--reward", "bright", "--method", "draft", "--precision", "fp32", "--lr", 1e-3]
     assert call(*flags, "--iterations", 5, "--max-evaluations", 4)[0] == 0
     log = lines("runs/ddpo")
     assert [line["reward_evaluations"] for line in log] == [2, 4]  # the budget ends it
@@ -403,7 +403,7 @@ def test_several_rewards_are_standardised_one_by_one_and_measured(call, monkeypa
 @pytest.mark.parametrize("method", ["ddpo", "draft"])
 def test_the_reward_rises(call, monkeypatch, method):
     monkeypatch.setattr(rewards, "make", brightness)
-    flags = ["--reward", "object", "--method", method, "--iterations", 6, "--advantage", "batch", "--precision", "fp32"]
+    flags = ["--reward", "bright", "--method", method, "--iterations", 6, "--advantage", "batch", "--precision", "fp32"]
     assert call(*flags, "--batch", 32, "--global-batch", 32, "--lr", 1e-2)[0] == 0
     reward = [line["reward_mean"] for line in lines("runs/ddpo")]
     assert reward[-1] > reward[0] + 0.02, reward
@@ -412,7 +412,7 @@ def test_the_reward_rises(call, monkeypatch, method):
 @pytest.mark.parametrize("method", ["ddpo", "refl"])
 def test_beta_kl_holds_on_to_the_student(call, monkeypatch, method):
     monkeypatch.setattr(rewards, "make", brightness)
-    flags = ["--reward", "object", "--method", method, "--iterations", 3, "--truncate", 1, "--lr", 1e-2]
+    flags = ["--reward", "bright", "--method", method, "--iterations", 3, "--truncate", 1, "--lr", 1e-2]
     for beta in (1e-9, 1e3):
         assert call(*flags, "--precision", "fp32", "--beta-kl", beta, "--out", str(beta))[0] == 0
     free, held = ([line["kl"] for line in lines(str(beta))] for beta in (1e-9, 1e3))
@@ -424,11 +424,11 @@ def test_a_reward_that_is_not_finite_touches_nothing(weights, call, monkeypatch)
     nan = lambda video, _: video.mean((1, 2, 3, 4)) * torch.tensor([1, math.nan])
     monkeypatch.setattr(rewards, "make", lambda *_: rewards.Reward("nan", nan, True, False, "", None, "cpu"))
     for method in ("ddpo", "refl"):
-        code, err = call("--reward", "object", "--method", method, "--iterations", 9, "--out", method)
+        code, err = call("--reward", "bright", "--method", method, "--iterations", 9, "--out", method)
         assert code == 2 and "2 iterations in a row were not finite" in err
         assert [line["skipped"] for line in lines(method)] == [1, 2]
         monkeypatch.setattr(rewards, "make", brightness)
-        assert call("--reward", "object", "--method", method, "--iterations", 2, "--resume", "--out", method)[0] == 0
+        assert call("--reward", "bright", "--method", method, "--iterations", 2, "--resume", "--out", method)[0] == 0
         assert same(weights, method)
         monkeypatch.setattr(rewards, "make", lambda *_: rewards.Reward("nan", nan, True, False, "", None, "cpu"))
 

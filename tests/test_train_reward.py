@@ -111,7 +111,7 @@ def test_what_does_not_fit_is_refused(tiny, distilled, tmp_path):
         ({"student": student, "steps": 2}, "--steps 4"),
         ({"student": student, "prediction": "velocity"}, "--prediction conjugate"),
         ({"student": f"{tiny}/teacher.safetensors"}, "is no student's file but a teacher's"),
-        ({"reward": "jpeg_incompressibility", "lrm": lrm}, "learned"),
+        ({"reward": "jpeg_compressibility=-1", "lrm": lrm}, "learned"),
         ({"reward": "jpeg_compressibility=2", "lrm": lrm}, "learned"),
         ({"reward": "jpeg_compressibility", "lrm": student}, "VideoLRM is needed"),
         ({"reward": "jpeg_compressibility", "lrm_frozen": True}, "needs an --lrm"),
