@@ -57,6 +57,7 @@ class Nets:
     reward: object = None
     moments: rewards.Moments | None = None
     frozen: DiT | None = None  # the student as it begins, where --beta-kl holds on to it
+    precision: str = "auto"  # in which they compute, see cli.py
 
     def __post_init__(self):
         self.schedule = Schedule(self.teacher.config.schedule, self.teacher.config.snr_shift)
@@ -205,6 +206,7 @@ def build(cfg, world) -> Nets:
     if cfg.data == "shapes" and (file := Path(cfg.vae).parent / "judge.safetensors").exists():
         judge = checkpoint.load_model(file, Judge, world.device)[0]
     rest = {"judge": judge, "lrm": lrm, "reward": reward, "moments": moments, "frozen": frozen}
+    rest["precision"] = cfg.precision
     return Nets(teacher, student, fake, ema, vae, encoder, data, about, world.device, prompts, **rest)
 
 

@@ -74,32 +74,35 @@ def tensorboard(out):
     return SummaryWriter(out / "tensorboard")
 
 
-def look(cfg, world, nets, out, step, teachers):
-    """Draw the student in its steps, beside it the teacher in 50, and have the judge read some of the student's."""
+def look(nets, world, out, step, teachers, n, batch):
+    """Draw the student in its n steps, beside it the teacher in 50, and have the judge read some of the student's.
+
+    teachers: the teacher's videos, drawn once: empty before.
+    """
     numbers, shown = {}, nets.prompts[:4]
     if nets.vae:
-        teachers[0] = draw_videos(cfg, nets, "teacher", shown, 0, 50) if teachers[0] is None else teachers[0]
-        videos = draw_videos(cfg, nets, "student", shown, 0, cfg.steps)
+        teachers += [] if teachers else draw_videos(nets, "teacher", shown, 0, 50, batch)
+        videos = draw_videos(nets, "student", shown, 0, n, batch)
         if world.main:
-            words = [f"{who}: {prompt}" for prompt in shown for who in (f"student, {cfg.steps}", "teacher, 50")]
-            write_grid(out / f"step{step:06d}.png", [v for pair in zip(videos, teachers[0]) for v in pair], words)
+            words = [f"{who}: {prompt}" for prompt in shown for who in (f"student, {n}", "teacher, 50")]
+            write_grid(out / f"step{step:06d}.png", [v for pair in zip(videos, teachers) for v in pair], words)
     if nets.judge:
-        videos = draw_videos(cfg, nets, "student", nets.prompts[:SOME], 1, cfg.steps)
+        videos = draw_videos(nets, "student", nets.prompts[:SOME], 1, n, batch)
         numbers["judge"] = nets.judge.score(videos.to(nets.device), nets.prompts[:SOME]).mean().item()
     return numbers
 
 
-def sampler(cfg, nets, who):
+def sampler(nets, who):
     """What draws as "teacher", or as "student": the student's average."""
     model = nets.ema if who == "student" else nets.teacher
-    return Generator(model, nets.vae, nets.about | {"kind": who}, nets.encoder, nets.device, cfg.precision)
+    return Generator(model, nets.vae, nets.about | {"kind": who}, nets.encoder, nets.device, nets.precision)
 
 
-def draw_videos(cfg, nets, who, prompts, seed, n):
+def draw_videos(nets, who, prompts, seed, n, batch):
     """Videos (N, 3, F, H, W) of the student's average in its steps, or of the teacher by n steps of guided DDIM."""
-    generator, videos = sampler(cfg, nets, who), []
-    for i in range(0, len(prompts), cfg.batch):
-        text = nets.encoder.encode(prompts[i : i + cfg.batch])
+    generator, videos = sampler(nets, who), []
+    for i in range(0, len(prompts), batch):
+        text = nets.encoder.encode(prompts[i : i + batch])
         latents = generator.latents(text, [seed + i + j for j in range(len(text))], n)
         videos.append(generator.decode(latents).cpu())
     return torch.cat(videos)
@@ -132,7 +135,7 @@ def export(out):
 
 
 @torch.no_grad()
-def compare(cfg, nets, n):
+def compare(nets, n, batch):
     """What the judge sees in n steps of the teacher, in n of the student, and the gain: three rows.
 
     Both draw the same prompts from the same noise, so the errors of the gains are those of pairs: much of what makes a
@@ -146,7 +149,7 @@ def compare(cfg, nets, n):
         found = []
         for part in parts:
             prompts = [nets.prompts[i] for i in part]
-            videos = draw_videos(cfg, nets, who, prompts, 1 + part[0], n)
+            videos = draw_videos(nets, who, prompts, 1 + part[0], n, batch)
             found.append((nets.judge.score(videos.to(nets.device), prompts), features(videos)))
         read, feature = (torch.cat(some) for some in zip(*found))
         distance = {"mean": frechet(feature, rendered), "error": jackknife(frechet, feature, rendered)}
@@ -168,8 +171,8 @@ def finish(cfg, world, nets, out):
         return
     shown, n = nets.prompts[:3], cfg.steps
     columns = [("teacher", 50), ("teacher", n), *(("student", k) for k in (4, 2, 1) if k <= n)]
-    drawn = [draw_videos(cfg, nets, who, shown, 0, k) for who, k in columns]
-    compared = compare(cfg, nets, n) if nets.judge else None
+    drawn = [draw_videos(nets, who, shown, 0, k, cfg.batch) for who, k in columns]
+    compared = compare(nets, n, cfg.batch) if nets.judge else None
     if not world.main:
         return
     titles = [f"{who}, {k} step{'s' * (k > 1)}" for who, k in columns]
