@@ -17,7 +17,7 @@ import json
 import math
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from inspect import signature
 from pathlib import Path
 from typing import Literal
@@ -35,74 +35,75 @@ from data import fingerprint
 from dit import Prediction
 from losses import GRID, conjugate_velocity_loss, consistency_loss, lrm_loss, reward_loss, vsd_loss
 from nets import build, memory_table
-from progress import PATIENCE, check_resumed, export, finish, look, sampler, set_aside, tensorboard
+from progress import PATIENCE, check_resumed, export, finish, sampler, set_aside, show_progress, tensorboard
 from rewards import Moments
 from schedule import denoise, simulate, timesteps
 
 
 @dataclass
 class Config(Machine):
-    preset: str = opt("shapes", "the values of one world")
-    data: str = opt("shapes", "shapes (rendered), a folder of captioned videos and images, or a cache made by data.py")
-    teacher: str = opt("weights/teacher.safetensors", "the teacher: a .safetensors file or a CogVideoX folder")
-    vae: str = opt("weights/vae.safetensors", "its VAE: a file or a CogVideoX folder; with a cache for pictures alone")
-    text: str = opt("words", "its text encoder: words (the small world's) or a T5 folder; with a cache to compare")
-    out: str = opt("runs/train", "folder for checkpoints, logs, pictures and the student")
-    iterations: int = opt(40000, "generator updates")
-    batch: int = opt(1, "clips a rank and forward")
-    global_batch: int = opt(0, "clips an update over all ranks, by accumulation (0: batch x ranks, with a reward x 7)")
-    seed: int = opt(0, "seed of data and noise")
-    resume: bool = opt(False, "go on from the newest checkpoint in --out")
+    preset: str = opt("shapes", "The world whose values are the defaults.")
+    data: str = opt("shapes", "The clips: shapes (rendered), a folder of captioned films, or a cache made by data.py.")
+    teacher: str = opt("weights/teacher.safetensors", "The teacher: a .safetensors file or a CogVideoX folder.")
+    vae: str = opt(
+        "weights/vae.safetensors", "Its VAE: a file or a CogVideoX folder. A cache asks for it with a reward."
+    )
+    text: str = opt("words", "Its text encoder: words (the small world's) or a T5 folder. A cache needs none.")
+    out: str = opt("runs/train", "The folder for checkpoints, log, pictures and the student.")
+    iterations: int = opt(40000, "The number of generator updates.")
+    batch: int = opt(1, "The number of clips a rank takes in one forward.")
+    global_batch: int = opt(0, "The clips of an update, over all ranks. 0: batch x ranks, with a reward 7 times.")
+    seed: int = opt(0, "The seed of data and noise.")
+    resume: bool = opt(False, "The run goes on from the newest checkpoint in --out.")
     # the objective, Eq. 16
-    beta_vsd: float = opt(1.0, "weight of variational score distillation (Eq. 10-13); 0 leaves it out")
-    beta_cd: float = opt(0.5, "weight of consistency distillation (Eq. 6-7); 0 leaves it out")
-    beta_ft: float = opt(1.0, "weight of the latent reward, standardised (Eq. 15), where there is a --reward")
-    beta_kl: float = opt(0.0, "weight of the distance to the student as it began (section 9); 0 leaves it out")
+    beta_vsd: float = opt(1.0, "The weight of variational score distillation (Eq. 10-13). 0 leaves it out.")
+    beta_cd: float = opt(0.5, "The weight of consistency distillation (Eq. 6-7). 0 leaves it out.")
+    beta_ft: float = opt(1.0, "The weight of the latent reward, standardised (Eq. 15), where there is a --reward.")
+    beta_kl: float = opt(0.0, "The weight of the distance to the student as it began (section 9). 0 leaves it out.")
     # the student
-    student: str = opt("", "go on from this student, as train.py wrote it (none: begin as the teacher)")
-    steps: Literal[4, 2, 1] = opt(4, "sampling steps of the student")
-    prediction: Prediction | None = opt(None, "the student's output (none: the teacher's)")  # noqa: RUF009
-    generator_input: Literal["simulate", "data"] = opt("simulate", "its input: its own samples, or noised data")
-    transition: Literal["renoise", "ddim"] = opt("renoise", "from one of the student's steps to the next")
-    ema: float = opt(0.999, "decay of the student's average: CD's target, and what is exported (0: the student itself)")
-    lr: float = opt(2e-5, "learning rate of the student (AdamW)")
-    fake_lr: float = opt(2e-5, "learning rate of the fake score")
-    lrm_lr: float = opt(1e-3, "learning rate of the latent reward model")
-    beta1: float = opt(0.9, "AdamW's first beta, of student and fake score")
-    beta2: float = opt(0.999, "AdamW's second beta")
-    clip: float = opt(1.0, "largest gradient norm")
+    student: str = opt("", "The student to go on from, as train.py wrote it. None: it begins as the teacher.")
+    steps: Literal[4, 2, 1] = opt(4, "The number of the student's sampling steps.")
+    prediction: Prediction | None = opt(None, "The student's output. None: the teacher's.")  # noqa: RUF009
+    generator_input: Literal["simulate", "data"] = opt("simulate", "Its input: its own samples, or noised data.")
+    transition: Literal["renoise", "ddim"] = opt("renoise", "The way from one of its steps to the next.")
+    ema: float = opt(0.999, "The decay of the student's average, which is what is exported. 0: the student itself.")
+    lr: float = opt(2e-5, "The learning rate of the student (AdamW).")
+    fake_lr: float = opt(2e-5, "The learning rate of the fake score.")
+    lrm_lr: float = opt(1e-3, "The learning rate of the latent reward model.")
+    beta1: float = opt(0.9, "AdamW's first beta, for student and fake score.")
+    beta2: float = opt(0.999, "AdamW's second beta, for student and fake score.")
+    clip: float = opt(1.0, "The largest gradient norm. A larger gradient is scaled down to it.")
     # VSD
-    w_vsd: float = opt(3.5, "guidance of the real score (Eq. 9); elsewhere guidance_scale = 1 + w")
-    vsd_weight: Literal["dmd", "score"] = opt("dmd", "normalise each sample, or the KL's own weight a^2/b^2")
-    t_min: int = opt(20, "least noise step of the scores")
-    t_max: int = opt(980, "largest noise step of the scores")
-    fake_updates: int = opt(5, "fake-score updates a generator update")
-    fake_warmup: int = opt(0, "iterations in which the fake score learns before the student listens to it")
+    w_vsd: float = opt(3.5, "The guidance of the real score (Eq. 9). Elsewhere guidance_scale = 1 + w.")
+    vsd_weight: Literal["dmd", "score"] = opt("dmd", "The gradient's weight: normalised by sample, or the KL's own.")
+    t_min: int = opt(20, "The least noise step of VSD.")
+    t_max: int = opt(980, "The largest noise step of VSD.")
+    fake_updates: int = opt(5, "The number of fake-score updates a generator update.")
+    fake_warmup: int = opt(0, "The iterations in which the fake score learns before the student listens to it.")
     # CD
-    w_cd: float = opt(7.5, "guidance of CD's teacher steps")
-    m: int = opt(5, "teacher steps between CD's two points")
-    cd_target: Literal["ema", "student", "teacher"] = opt("ema", "who gives CD's target: theta' of Eq. 6")
-    cd_loss: Literal["huber", "mse"] = opt("huber", "CD's distance")
-    # reward
-    reward: str = opt("none", "a reward of rewards.py, or several: hpsv2=1,agreement=2")
-    reward_weights: str | None = opt(None, "file or folder of the reward's weights; of several NAME=PATH,NAME=PATH")
-    reward_frames: int | None = opt(None, "frames an image reward looks at (none: all)")
-    lrm_warmup: int = opt(0, "iterations in which the LRM learns before the student listens to it")
-    lrm: str = opt("", "begin with this LRM, the lrm.safetensors of a run with the same reward")
-    lrm_frozen: bool = opt(False, "and leave it as it is")
-    lrm_backbone: Literal["frames", "3d"] = opt("frames", "of a new LRM: frame by frame, or a 3D CNN for motion")
-    reward_every: int = opt(100, "iterations between measurements of the reward on fresh samples (0: at the end)")
-    reward_samples: int = opt(64, "samples of a measurement")
-    reward_repeats: int = opt(1, "of these, samples of each prompt; from 2 on LRMs are also compared within prompts")
+    w_cd: float = opt(7.5, "The guidance of CD's teacher steps (Eq. 9).")
+    m: int = opt(5, "The number of teacher steps between CD's two points.")
+    cd_target: Literal["ema", "student", "teacher"] = opt("ema", "The network that gives CD's target, theta' of Eq. 6.")
+    cd_loss: Literal["huber", "mse"] = opt("huber", "CD's distance.")
+    # the reward
+    reward: str = opt("none", "The reward, one of rewards.py or a weighted sum: hpsv2=1,agreement=2.")
+    reward_weights: str | None = opt(None, "The reward's file or folder of weights. Of a sum: NAME=PATH,NAME=PATH.")
+    reward_frames: int | None = opt(None, "The number of frames an image reward looks at. None: all.")
+    lrm: str = opt("", "The LRM to begin with, the lrm.safetensors of a run with the same reward. None: a new one.")
+    lrm_frozen: bool = opt(False, "The LRM does not learn in this run. It needs --lrm.")
+    lrm_backbone: Literal["frames", "3d"] = opt("frames", "The backbone of a new LRM: a 2D CNN a frame, or a 3D CNN.")
+    lrm_warmup: int = opt(0, "The iterations in which the LRM learns before the student listens to it.")
+    reward_every: int = opt(100, "The iterations between measurements of the reward on fresh samples. 0: at the end.")
+    reward_samples: int = opt(64, "The number of samples in a measurement.")
+    reward_repeats: int = opt(1, "The samples of each prompt in it. From 2 on LRMs are compared within prompts too.")
     # the machine
-    max_seconds: int = opt(0, "end after so many seconds of training, measurements left out (0: --iterations alone)")
-    max_evaluations: int = opt(0, "end after so many evaluations of the reward (0: --iterations alone)")
-    shard: Literal["full", "hybrid", "none"] = opt("full", "of the networks over the ranks (see distributed.py)")
-    checkpoint_activations: bool = opt(True, "compute activations again in the backward, to save memory")
-    cpu_offload: bool = opt(False, "keep weights and optimizers in CPU memory")
-    save_every: int = opt(500, "iterations between checkpoints")
-    keep_last: int = opt(2, "newest checkpoints kept")
-    sample_every: int = opt(500, "iterations between pictures (0: none, and no comparison at the end)")
+    max_seconds: int = opt(0, "The seconds of training, measurements left out, after which the run ends. 0: no limit.")
+    max_evaluations: int = opt(0, "The evaluations of the reward after which the run ends. 0: no limit.")
+    shard: Literal["full", "hybrid", "none"] = opt("full", "The sharding of the networks over ranks: distributed.py.")
+    checkpoint_activations: bool = opt(True, "Activations are computed again in the backward, to save memory.")
+    cpu_offload: bool = opt(False, "Weights and optimizers stay in CPU memory.")
+    save_every: int = opt(500, "The iterations between checkpoints, of which the newest two are kept.")
+    sample_every: int = opt(500, "The iterations between pictures. 0: none, and no comparison at the end.")
 
 
 PRESETS = {  # the field defaults are the paper's (section 4.1); the small world's were measured, see README
@@ -120,30 +121,27 @@ PRESETS = {  # the field defaults are the paper's (section 4.1); the small world
 
 
 def algorithm_1(cfg, world, nets, optimizers, accumulate=1, first=0):
-    """Lines 5-20 (line 4 is nets.build), from iteration `first` on; at the paper's scale each descent sums `accumulate`
-    forwards.
+    """Lines 5-20 (line 4 is `nets.build`), from iteration `first` on; a descent sums `accumulate` forwards.
 
     Yields after every iteration: step, the numbers of its log (this rank's means), whether every descent was made, and
     how many clips the true reward has scored on this rank.
 
     The listing descends twice for the student: lines 10-11 for VSD and CD, 18-19 for the reward. Here one backward of
     the weighted sum does both (Eq. 16), at half the forwards. It stands where the first of the two stands, so the
-    student follows the LRM as the iteration before has left it, and lines 15-17 come after: fake score and LRM then
-    learn from the very samples that the student was judged by.
+    student follows the LRM as the iteration before has left it, and the LRM's own update, lines 15-17, comes after.
     """
-    flags = lambda function: {k: v for k, v in vars(cfg).items() if k in signature(function).parameters}
+    flags = lambda function: {name: v for name, v in vars(cfg).items() if name in signature(function).parameters}
     of_batch, of_generator, of_fake, of_lrm = map(flags, (sample_batch, generator_step, fake_score_step, lrm_step))
-    fake_updates = range(cfg.fake_updates if nets.fake else 0)
+    updates = range(cfg.fake_updates if nets.fake else 0)
     lrm_learns = nets.lrm and not cfg.lrm_frozen
-    for step in range(first, cfg.iterations):  # 5: while train do
+    for step in range(first, cfg.iterations):  # 5
         batches = [sample_batch(nets, world, step, i, accumulate, **of_batch) for i in range(accumulate)]  # 6
-        x_hats, student = generator_step(nets, world, optimizers, batches, step, **of_generator)  # 7-11, 18-19
-        fakes = [fake_score_step(nets, world, optimizers, batches, x_hats, j, **of_fake) for j in fake_updates]  # 12-14
+        x_hats, numbers = generator_step(nets, world, optimizers, batches, step, **of_generator)  # 7-11, 18-19
+        fakes = [fake_score_step(nets, world, optimizers, batches, x_hats, j, **of_fake) for j in updates]  # 12-14
         lrm, scored = lrm_step(nets, world, optimizers, batches, x_hats, **of_lrm) if lrm_learns else ({}, 0)  # 15-17
-        made = all(math.isfinite(number) for numbers in (student, *fakes, lrm) for number in numbers.values())
-        if fakes:
-            student |= mean_of(fakes) | {"fake_norm": fakes[-1]["fake_norm"]}
-        yield step, student | lrm, made, scored  # 20
+        made = all(finite(part) for part in (numbers, *fakes, lrm))
+        fake = mean_of(fakes) | {"fake_norm": fakes[-1]["fake_norm"]} if fakes else {}
+        yield step, numbers | fake | lrm, made, scored
 
 
 def generator_step(
@@ -290,7 +288,7 @@ def sample_batch(nets, world, step, micro, accumulate, *, seed, batch):
 def generate(nets, batch, j, steps, generator_input, transition):
     """Line 8: x_hat = G(c, eps), with gradient through one of the student's steps alone; and the x_t and t it began at.
 
-    j: the how-maniest of this batch, each with a step and noise of its own.
+    j: 0, 1, ... of the same batch have steps and noise of their own.
     """
     nodes = timesteps(steps)
     k = distributed.randint(len(nodes), (*batch.key, "k", j))  # alike on all ranks: it decides how many calls
@@ -315,8 +313,7 @@ def gradient_descent(module, optimizer, numbers, clip, world):
     """
     distributed.average_gradients(module, world)
     norm = distributed.clip_gradients(module, clip)
-    finite = all(math.isfinite(number) for number in (norm, *numbers.values()))
-    skipped = distributed.any_rank(not finite, world)
+    skipped = distributed.any_rank(not finite(numbers | {"norm": norm}), world)
     if not skipped:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -335,6 +332,10 @@ def mean_of(parts):
     return {name: sum(part[name] / len(parts) for part in parts) for name in parts[0]}
 
 
+def finite(numbers):
+    return all(math.isfinite(number) for number in numbers.values())
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # a run
 
@@ -348,11 +349,11 @@ def train(cfg: Config, world) -> None:
     going_on = cfg.resume or distributed.restarted(world)
     if not going_on:
         set_aside(out / "checkpoints", world)
-    checkpoints, stopper = distributed.Checkpoints(out / "checkpoints", cfg.keep_last), distributed.Stopper(world)
+    checkpoints, stopper = distributed.Checkpoints(out / "checkpoints"), distributed.Stopper(world)
     # seconds of training, evaluations of the reward, updates left out, measurements of the reward
     state = {"step": 0, "trained": 0.0, "evaluated": 0, "skipped": 0, "watched": []}
     if going_on and (newest := checkpoints.newest()):
-        check_resumed(newest, cfg, nets, world)
+        check_resumed(newest, asdict(cfg), nets, world)
         saved = checkpoints.load(newest, nets.modules, optimizers)
         state = {name: saved[name] for name in state}
         nets.moments = nets.reward and Moments(**saved["moments"])
@@ -366,7 +367,7 @@ def train(cfg: Config, world) -> None:
         about |= {"moments": nets.moments and asdict(nets.moments), **state}
         checkpoints.save(state["step"], nets.modules, optimizers, about, wait)
 
-    first, in_a_row, teachers = state["step"], 0, []
+    first, in_a_row, teacher_videos = state["step"], 0, []
     log, board = (open_log(out / "log.jsonl", first), tensorboard(out)) if world.main else (None, None)
     begun = last = time.time()
     iterations = algorithm_1(cfg, world, nets, optimizers, accumulate, first)
@@ -385,7 +386,7 @@ def train(cfg: Config, world) -> None:
             how = cfg.steps, cfg.reward_samples, cfg.reward_repeats, cfg.batch, cfg.lrm_warmup
             numbers |= measure_reward(nets, world, state["watched"], step, *how)
         if cfg.sample_every and (step + 1) % cfg.sample_every == 0 and not ending:
-            numbers |= look(nets, world, out, step + 1, teachers, cfg.steps, cfg.batch)
+            numbers |= show_progress(nets, world, out, step + 1, teacher_videos, cfg.steps, cfg.batch)
         if world.main:
             numbers = {name: round(value, 6) for name, value in numbers.items()} | {"skipped": state["skipped"]}
             numbers |= {"reward_evaluations": state["evaluated"]} if nets.reward else {}
@@ -413,7 +414,11 @@ def train(cfg: Config, world) -> None:
     if nets.lrm and world.main:
         about = {"reward": cfg.reward, "moments": asdict(nets.moments), "vae": fingerprint(nets.vae)}
         checkpoint.save_model(out / "lrm.safetensors", nets.lrm, **about, text_fingerprint=nets.encoder.fingerprint)
-    finish(cfg, world, nets, out)
+    rows = finish(nets, world, out, asdict(cfg), cfg.steps, cfg.batch, cfg.sample_every > 0)
+    if rows:
+        import results  # here, since training needs none of it
+
+        results.save(replace(cfg, out=str(out / "compare.json")), "compared", rows=rows)
 
 
 def adam(nets, lr, fake_lr, lrm_lr, betas):

@@ -60,7 +60,7 @@ def config(folder, out, size=1, total=BATCH, **changes):
     small = {"teacher": f"{folder}/teacher.safetensors", "vae": f"{folder}/vae.safetensors", "out": str(out)}
     small |= {"iterations": STEPS, "batch": total // size, "global_batch": total, "fake_updates": 2, "m": 1}
     small |= {"reward": "dynamic_degree", "reward_frames": 2, "precision": "fp32"}
-    small |= {"save_every": 1, "keep_last": 9, "sample_every": 0}
+    small |= {"save_every": 1, "sample_every": 0}
     return train.Config(**train.PRESETS["shapes"] | small | changes)
 
 
@@ -84,7 +84,7 @@ def distil(world, folder, out, happens=None, adam=train.adam, patience=5, **chan
         seen.append(whole({name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
         return clip(model, limit)
 
-    def finish(cfg, world, nets, out):
+    def finish(nets, *_):
         for name, module in nets.modules.items():
             final.update({f"{name}.{k}": p for k, p in whole(dict(module.named_parameters())).items()})
 
@@ -112,6 +112,7 @@ def distil(world, folder, out, happens=None, adam=train.adam, patience=5, **chan
             (train, "vsd_loss", vsd_loss),
             (train, "adam", adam),
             (train, "PATIENCE", patience),
+            (distributed.Checkpoints.__init__, "__defaults__", (9,)),  # keep them all
             (train, "measure_reward", lambda *_: {}),
         ):
             stack.enter_context(mock.patch.object(place, name, new))
