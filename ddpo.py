@@ -302,7 +302,7 @@ def tune(cfg: Config, world) -> None:
             span = {"ddpo": (), "refl": (k, k), "draft": (moves[0], moves[-1])}[cfg.method]
             text, path = sample(texts, step, mine, *span)
             with torch.set_grad_enabled(not ddpo):
-                each_reward = reward.each(video(path[-1][1]), texts, with_grad=not ddpo)  # (B, R)
+                each_reward = reward.scores(video(path[-1][1]), texts, with_grad=not ddpo)  # (B, R)
                 moments.update(each_reward, world)
                 score = moments.standardise(each_reward) if len(weights) > 1 else weights[0] * each_reward[:, 0]
             if ddpo:

@@ -47,7 +47,7 @@ class Nets:
     fake: DiT | None
     ema: DiT
     vae: VAE3D | None
-    encoder: object  # of text.py, or Kept
+    encoder: object  # of text.py, or CachedText
     data: object  # D: pairs of captions and clips, or of embeddings and latents
     about: dict  # what the student's file will say of itself
     device: torch.device
@@ -66,7 +66,7 @@ class Nets:
         self.modules = {name: module for name, module in named.items() if module}
 
 
-class Kept:
+class CachedText:
     """In a text encoder's place, what a cache kept of it: the embeddings of "" and of a few videos' captions."""
 
     def __init__(self, cache, n=16):
@@ -152,7 +152,7 @@ def build(cfg, world) -> Nets:
             if data.made["reward"] and (there := data.made.get(key)) != value:
                 raise UserError(f"{cfg.data} keeps the {key.replace('_', ' ')} {there}, not {value}: make a new cache")
         vae = vae if cfg.sample_every or cfg.reward != "none" else None
-        encoder, latents, fps = Kept(data), max(data.shapes, key=math.prod)[1:], data.made["fps"]
+        encoder, latents, fps = CachedText(data), max(data.shapes, key=math.prod)[1:], data.made["fps"]
         prompts = [prompt for prompt in encoder.known if prompt]
     elif cfg.data == "shapes":
         data = Shapes(cfg.seed)

@@ -63,7 +63,7 @@ class Reward:
     def weights(self):
         return {r.name: w for w, r in self.parts} or {self.name: 1.0}
 
-    def each(self, video, prompts=None, with_grad=False):
+    def scores(self, video, prompts=None, with_grad=False):
         """The R rewards of a weighted sum one by one, without their weights: (B, R), for Moments; else (B, 1)."""
         parts = [r for _, r in self.parts] or [self]
         return torch.stack([part(video, prompts, with_grad) for part in parts], 1)

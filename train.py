@@ -226,7 +226,7 @@ def lrm_step(nets, world, optimizers, batches, x_hats, *, clip):
         unknown, captions = (x, batch.captions * 2) if batch.reward is None else (x_hat, batch.captions)
         with torch.no_grad(), autocast(nets.precision, world.device):
             pixels = [nets.vae.decode(z).float().clamp(-1, 1) for z in unknown.split(len(x_hat))]  # what is large
-        found = nets.reward.each(torch.cat(pixels), captions)  # (2B or B, R)
+        found = nets.reward.scores(torch.cat(pixels), captions)  # (2B or B, R)
         known = [] if batch.reward is None else [batch.reward.to(found).view(len(x_hat), -1)]
         scores = torch.cat([*known, found])  # (2B, R)
         nets.moments.update(scores, world)
@@ -436,7 +436,8 @@ def measure_reward(nets, world, watched, step, steps, samples, repeats, batch, l
     how = nets.prompts, steps, samples, batch
     found = watch.measure(generator, nets.reward, *how, world, nets.lrm, nets.moments, repeats)
     watched.append({"step": step} | found)
-    sign, best = watch.overoptimised(after_warmup()), max(watched, key=watch.worth)
+    sign = watch.overoptimised(after_warmup())
+    best = max(watched, key=lambda w: w["true_reward"] if math.isfinite(w["true_reward"]) else -math.inf)
     if sign and not before and world.main:
         print(
             f"over-optimised at step {step}: {sign}. The true reward is {found['true_reward']:.4g}; "

@@ -160,7 +160,7 @@ def test_a_cache_spares_vae_and_text_encoder_and_a_student_may_predict_otherwise
     words = settings(cogvideox, cache, tmp_path / "run", "--prediction", "conjugate", "--vae", cogvideox)
     cfg = cli.parse(train.Config, list(map(str, words)), "", train.PRESETS)
     held = nets.build(cfg, WORLD)
-    assert held.vae is None and isinstance(held.encoder, nets.Kept)
+    assert held.vae is None and isinstance(held.encoder, nets.CachedText)
     assert held.teacher.config.prediction == held.fake.config.prediction == "velocity"
     assert held.student.config.prediction == held.ema.config.prediction == "conjugate"
     assert held.schedule.a[-1] == 0 and held.prompts and "a grey square" not in held.prompts  # the image's caption

@@ -97,9 +97,9 @@ def test_each_of_several_and_their_moments():
     video = torch.cat([still(smooth(48, 48, seed), 2) for seed in range(4)])
     both = rewards.make("jpeg_compressibility=0.5,dynamic_degree=-2")
     jpeg, motion = rewards.make("jpeg_compressibility")(video), rewards.make("dynamic_degree")(video)
-    assert torch.equal(both.each(video), torch.stack([jpeg, motion], 1))
+    assert torch.equal(both.scores(video), torch.stack([jpeg, motion], 1))
     assert torch.equal(both(video), 0.5 * jpeg - 2 * motion)
-    assert torch.equal(rewards.make("jpeg_compressibility").each(video), jpeg[:, None])
+    assert torch.equal(rewards.make("jpeg_compressibility").scores(video), jpeg[:, None])
 
     scores = torch.randn(40, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     scores = scores * torch.tensor([3.0, 0.01]) + torch.tensor([5.0, -0.2])
