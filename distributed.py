@@ -172,6 +172,20 @@ def clip_gradients(model, max_norm):
     return square.sqrt().item()
 
 
+def gradient_descent(module, optimizer, max_norm, world, finite=True):
+    """One step of an optimizer, on all ranks or on none: none where the gradient, or what one rank says, is not finite.
+
+    Returns the gradient's norm before clipping, alike on all ranks; NaN where the step was left out.
+    """
+    average_gradients(module, world)
+    norm = clip_gradients(module, max_norm)
+    skipped = any_rank(not (finite and math.isfinite(norm)), world)
+    if not skipped:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return math.nan if skipped else norm
+
+
 def means(numbers, world):
     """The means of {name: number} over the ranks, which have the same names; NaN or infinity on one is so on all."""
     total = torch.tensor([float(value) for value in numbers.values()], dtype=torch.float64)

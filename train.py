@@ -32,6 +32,7 @@ import watch
 from cli import Machine, UserError, autocast, open_log, opt, parse, run
 from cost import so_far
 from data import fingerprint
+from distributed import gradient_descent
 from dit import Prediction
 from losses import GRID, conjugate_velocity_loss, consistency_loss, lrm_loss, reward_loss, vsd_loss
 from nets import build, memory_table
@@ -185,7 +186,7 @@ def generator_step(
             info["dropped"] = info["dropped"] / len(x)  # the share of samples left out
         parts.append({name: value.item() for name, value in (losses | info).items()})
     numbers = mean_of(parts)
-    norm = gradient_descent(nets.student, optimizers["student"], numbers, clip, world)  # 11, 19
+    norm = gradient_descent(nets.student, optimizers["student"], clip, world, finite(numbers))  # 11, 19
     if math.isfinite(norm):
         average(nets.ema, nets.student, ema)
     return x_hats, numbers | {"grad_norm": norm}
@@ -210,7 +211,7 @@ def fake_score_step(nets, world, optimizers, batches, x_hats, j, *, steps, gener
         (loss / len(batches)).backward()
         parts.append({"fake": loss.item()})
     numbers = mean_of(parts)
-    return numbers | {"fake_norm": gradient_descent(nets.fake, optimizers["fake"], numbers, clip, world)}  # 14
+    return numbers | {"fake_norm": gradient_descent(nets.fake, optimizers["fake"], clip, world, finite(numbers))}  # 14
 
 
 def lrm_step(nets, world, optimizers, batches, x_hats, *, clip):
@@ -237,7 +238,7 @@ def lrm_step(nets, world, optimizers, batches, x_hats, *, clip):
         parts.append({"lrm": loss.item(), "reward": of_generated.item()})
         scored += len(found)
     numbers = mean_of(parts)
-    norm = gradient_descent(nets.lrm, optimizers["lrm"], numbers, clip, world)  # 17
+    norm = gradient_descent(nets.lrm, optimizers["lrm"], clip, world, finite(numbers))  # 17
     return numbers | {"lrm_norm": norm}, scored
 
 
@@ -304,20 +305,6 @@ def generate(nets, batch, j, steps, generator_input, transition):
 def denoiser(model, schedule, text, w=0.0, null=None):
     """A network as the losses and samplers want it: f(x_t, t) -> x_0; with w, guided (Eq. 9)."""
     return lambda x_t, t: denoise(model, schedule, x_t, t, text, model.config.prediction, w, null)
-
-
-def gradient_descent(module, optimizer, numbers, clip, world):
-    """One step of an optimizer, on all ranks or on none: none where a number or the gradient is not finite on one.
-
-    Returns the gradient's norm before clipping; NaN where the step was left out.
-    """
-    distributed.average_gradients(module, world)
-    norm = distributed.clip_gradients(module, clip)
-    skipped = distributed.any_rank(not finite(numbers | {"norm": norm}), world)
-    if not skipped:
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return math.nan if skipped else norm
 
 
 @torch.no_grad()
