@@ -32,10 +32,10 @@ class UserError(Exception):
 
 
 LIMITS = (  # flags mean the same in every script, and so does what they may be: (names, least, most)
-    ("batch iterations m fake_updates save_every log_every keep_last patience warmup clips copies pairs", 1, math.inf),
+    ("batch iterations m fake_updates save_every log_every warmup clips copies pairs", 1, math.inf),
     ("frames height width shard text_length reward_repeats truncate updates repeats every", 1, math.inf),
-    ("threads global_batch fake_warmup lrm_warmup max_seconds max_evaluations keep_every sample_every", 0, math.inf),
-    ("reward_every judged prompt_count images stop_at held_out vendi_prompts fps", 0, math.inf),
+    ("threads global_batch fake_warmup lrm_warmup max_seconds max_evaluations sample_every", 0, math.inf),
+    ("reward_every prompt_count images stop_at held_out vendi_prompts fps", 0, math.inf),
     ("lr fake_lr lrm_lr beta_vsd beta_cd beta_ft beta_kl kl object_weight", 0, math.inf),
     ("reward_samples", 2, math.inf),
     ("w w_vsd w_cd", -1, math.inf),
@@ -69,12 +69,13 @@ def opt(default, help):
 class Machine:
     """The flags of every script that computes."""
 
-    device: str = opt("cuda" if torch.cuda.is_available() else "cpu", "where the networks compute: cpu or cuda")
+    device: str = opt("cuda" if torch.cuda.is_available() else "cpu", "The device of the networks: cpu or cuda.")
     precision: Literal["auto", "bf16", "fp32"] = opt(
-        "auto", "what they compute in; auto: bfloat16 where the device has instructions for it, else float32"
+        "auto", "What they compute in. auto: bfloat16 where the device has instructions for it, else float32."
     )
     threads: int = opt(
-        0, "CPU threads (0: one a core); beside another busy process one is faster than two, which wait for each other"
+        0,
+        "The CPU threads. 0: one a core. Beside another busy process one is faster than two, which would wait.",
     )
 
 

@@ -392,7 +392,7 @@ def main():
     reward = rewards.make(cfg.reward, cfg.reward_weights, cfg.reward_frames, device) if cfg.reward else None
     made = {k: getattr(cfg, k) for k in ("frames", "height", "width", "fps", "seed", "reward", "reward_frames")}
     made |= {"vae": fingerprint(vae), "reward_weights": Path(cfg.reward_weights or "").name}
-    score = reward and (reward.each if len(reward.weights) > 1 else reward)  # of a sum, each by itself
+    score = reward and (reward.scores if len(reward.weights) > 1 else reward)  # of a sum, each by itself
     n = cache(cfg.data, cfg.out, vae.eval().to(device), text, made, score, cfg.shard, rank, world, device)
     print(f"{cfg.out}: {n} clips" + (f" of rank {rank}" if world > 1 else ""))
 

@@ -30,7 +30,8 @@ import math
 import random
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from inspect import signature
 from pathlib import Path
 from typing import Literal
 
@@ -47,7 +48,7 @@ import watch
 from cli import Machine, UserError, autocast, open_log, opt, parse, run, uses_bfloat16
 from dit import DiT
 from generate import Generator
-from progress import set_aside
+from progress import PATIENCE, set_aside
 from schedule import Schedule, denoise, log_prob, timesteps
 from text import WordTable, load_encoder
 from vae3d import VAE3D
@@ -59,40 +60,210 @@ BUFFER, LEAST, LARGEST = 16, 16, 5.0
 
 @dataclass
 class Config(Machine):
-    weights: str = opt("weights/student.safetensors", "the student to tune, as train.py writes it")
-    vae: str = opt("weights/vae.safetensors", "its VAE: a .safetensors file or a CogVideoX folder")
-    text: str = opt("words", "its text encoder: words (the small world's table) or a T5 folder")
-    prompts: str = opt("shapes", "shapes (captions of the small world) or a file, one a line")
-    prompt_count: int = opt(0, "use the first so many prompts (0: all; of shapes 4096)")
-    out: str = opt("runs/ddpo", "folder for checkpoints, log, pictures and the tuned student")
-    iterations: int = opt(200, "sets of samples drawn and learned from")
-    batch: int = opt(16, "clips a rank and forward")
-    global_batch: int = opt(0, "clips an iteration over all ranks (0: batch x ranks, and x 7 if those are below 16)")
-    seed: int = opt(0, "seed of prompts and noise")
-    resume: bool = opt(False, "go on from the newest checkpoint in --out")
-    reward: str = opt("none", "a reward of rewards.py, or several: hpsv2=1,agreement=2")
-    reward_weights: str | None = opt(None, "file or folder of the reward's weights; of several NAME=PATH,NAME=PATH")
-    reward_frames: int | None = opt(None, "frames an image reward looks at (none: all)")
-    reward_every: int = opt(50, "iterations between measurements of the reward on fresh samples (see watch.py)")
-    reward_samples: int = opt(64, "samples of a measurement")
-    max_seconds: int = opt(0, "end after so many seconds of training, measurements left out (0: --iterations alone)")
-    max_evaluations: int = opt(0, "end after so many evaluations of the reward (0: --iterations alone)")
-    method: Literal["ddpo", "refl", "draft"] = opt("ddpo", "policy gradient, or the reward's own (see above)")
-    truncate: int = opt(2, "ddpo: gradient on the last so many moves with a std; refl, draft: on the last steps")
-    transition: Literal["renoise", "posterior", "ddim"] | None = opt(None, "between steps (none: the student's own)")
-    log_p: Literal["mean", "sum"] = opt("mean", "ddpo: log-probability over the elements of the latents")
-    advantage: Literal["raw", "batch", "prompt"] = opt("raw", "ddpo: raw, or standardised (prompt: needs few prompts)")
-    variant: Literal["sf", "is"] = opt("sf", "ddpo: score function, or importance sampling with clipping")
-    updates: int = opt(1, "ddpo, is: optimizer updates from one set of samples")
-    clip_range: float = opt(1e-4, "ddpo, is: how far a ratio may leave 1")
-    beta_kl: float = opt(0.0, "weight of the distance to the distilled student; 0 leaves it out")
-    lr: float = opt(2e-5, "learning rate (AdamW)")
-    clip: float = opt(1.0, "largest gradient norm")
-    shard: Literal["full", "hybrid", "none"] = opt("full", "of the networks over the ranks (see distributed.py)")
-    checkpoint_activations: bool = opt(False, "compute activations again in the backward, to save memory")
-    cpu_offload: bool = opt(False, "keep weights and optimizer in CPU memory")
-    save_every: int = opt(50, "iterations between checkpoints, and between pictures")
-    patience: int = opt(5, "iterations in a row that may be skipped because they are not finite")
+    weights: str = opt("weights/student.safetensors", "The student to tune, as train.py writes it.")
+    vae: str = opt("weights/vae.safetensors", "Its VAE: a .safetensors file or a CogVideoX folder.")
+    text: str = opt("words", "Its text encoder: words (the small world's table) or a T5 folder.")
+    prompts: str = opt("shapes", "The prompts: shapes (captions of the small world) or a file, one a line.")
+    prompt_count: int = opt(0, "The number of prompts used, from the first on. 0: all, of shapes 4096.")
+    out: str = opt("runs/ddpo", "The folder for checkpoints, log, pictures and the tuned student.")
+    iterations: int = opt(200, "The sets of samples drawn and learned from.")
+    batch: int = opt(16, "The number of clips a rank takes in one forward.")
+    global_batch: int = opt(0, "The clips of an iteration, over all ranks. 0: batch x ranks, 7 times that below 16.")
+    seed: int = opt(0, "The seed of prompts and noise.")
+    resume: bool = opt(False, "The run goes on from the newest checkpoint in --out.")
+    reward: str = opt("none", "The reward, one of rewards.py or a weighted sum: hpsv2=1,agreement=2.")
+    reward_weights: str | None = opt(None, "The reward's file or folder of weights. Of a sum: NAME=PATH,NAME=PATH.")
+    reward_frames: int | None = opt(None, "The number of frames an image reward looks at. None: all.")
+    reward_every: int = opt(50, "The iterations between measurements of the reward on fresh samples (see watch.py).")
+    reward_samples: int = opt(64, "The number of samples in a measurement.")
+    max_seconds: int = opt(0, "The seconds of training, measurements left out, after which the run ends. 0: no limit.")
+    max_evaluations: int = opt(0, "The evaluations of the reward after which the run ends. 0: no limit.")
+    method: Literal["ddpo", "refl", "draft"] = opt("ddpo", "The gradient: of the policy, or the reward's own (above).")
+    truncate: int = opt(2, "The number of last steps with gradient: of ddpo, those whose move has a std.")
+    transition: Literal["renoise", "posterior", "ddim"] | None = opt(
+        None, "The way between steps. None: the student's."
+    )
+    log_p: Literal["mean", "sum"] = opt("mean", "The log-probability over the elements of the latents, of ddpo.")
+    advantage: Literal["raw", "batch", "prompt"] = opt("raw", "The weight of log p: the reward, raw or standardised.")
+    variant: Literal["sf", "is"] = opt("sf", "The loss of ddpo: score function, or importance sampling with clipping.")
+    updates: int = opt(1, "The optimizer updates from one set of samples, of importance sampling.")
+    clip_range: float = opt(1e-4, "The range around 1 in which a ratio may gain, of importance sampling.")
+    beta_kl: float = opt(0.0, "The weight of the distance to the distilled student. 0 leaves it out.")
+    lr: float = opt(2e-5, "The learning rate (AdamW).")
+    clip: float = opt(1.0, "The largest gradient norm. A larger gradient is scaled down to it.")
+    shard: Literal["full", "hybrid", "none"] = opt("full", "The sharding of the networks over ranks: distributed.py.")
+    checkpoint_activations: bool = opt(False, "Activations are computed again in the backward, to save memory.")
+    cpu_offload: bool = opt(False, "Weights and optimizer stay in CPU memory.")
+    save_every: int = opt(50, "The iterations between checkpoints, and between pictures.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Algorithm 2
+
+
+@dataclass
+class Policy:
+    """What Algorithm 2 takes for given: the student, how it moves, and who judges where it arrives."""
+
+    student: DiT
+    frozen: DiT | None  # a copy of it, where --beta-kl holds on to it
+    vae: VAE3D
+    encoder: object  # of text.py
+    about: dict  # what the student's file says
+    prompts: list[str]
+    reward: rewards.Reward
+    moments: rewards.Moments
+    steps: list[int]
+    transition: str
+    moves: list[int]  # indices of the steps that get gradient
+    device: torch.device
+    precision: str
+
+    def __post_init__(self):
+        self.config = self.student.config
+        self.schedule = Schedule(self.config.schedule, self.config.snr_shift)
+
+    def denoiser(self, model, text):
+        """f(x_t, t) -> x_0."""
+
+        def predict(x_t, t):
+            with autocast(self.precision, self.device):
+                return denoise(model, self.schedule, x_t, t, text, self.config.prediction)
+
+        return predict
+
+    def sample(self, captions, key, numbers, first=None, last=None):
+        """Lines 5-8: text (B, L, D) and `walk`'s path. Noise follows from key and a sample's number alone."""
+        text, shape = self.encoder.encode(captions).to(self.device), (self.config.channels, *self.config.latents)
+        noise = lambda i: distributed.normal(shape, (*key, i), numbers, self.device)
+        predict, start = self.denoiser(self.student, text), noise("start")
+        return text, walk(predict, self.schedule, start, self.steps, noise, self.transition, first, last)
+
+    def decode(self, x0):
+        """Latents (B, C, T, h, w) -> video (B, 3, F, H, W) in [-1, 1]."""
+        with autocast(self.precision, self.device):
+            return self.vae.decode(x0).float().clamp(-1, 1)
+
+
+@dataclass
+class Clips:
+    """What one forward has sampled on this rank: B clips, how they came about, and their reward."""
+
+    numbers: list[int]  # among all clips of the iteration
+    captions: list[str]
+    text: torch.Tensor  # (B, L, D)
+    path: list  # of `walk`
+    reward: torch.Tensor  # (B,)
+
+
+def algorithm_2(cfg, world, policy, optimizer, accumulate, memory, first=0):
+    """Lines 3-15, from iteration `first` on. memory: of `advantages`.
+
+    Yields after every iteration: step, the numbers of its log, the rewards of all its clips (n,), and whether every
+    update was made. The two baselines take lines 4-14 in one.
+    """
+    flags = lambda function: {name: v for name, v in vars(cfg).items() if name in signature(function).parameters}
+    of_clips, of_policy, of_direct = map(flags, (sample_clips, policy_step, direct_step))
+    for step in range(first, cfg.iterations):  # 3
+        if cfg.method == "ddpo":
+            clips = [sample_clips(policy, world, step, i, **of_clips) for i in range(accumulate)]  # 4-11
+            reward, captions = of_all_ranks(clips, world)
+            weight = advantages(cfg.advantage, reward, captions, memory) if reward.isfinite().all() else None
+            numbers, made = policy_step(policy, world, optimizer, clips, weight, **of_policy)  # 12-14
+        else:
+            reward, numbers, made = direct_step(policy, world, optimizer, step, accumulate, **of_direct)
+        yield step, numbers, reward, made  # 15
+
+
+def sample_clips(policy, world, step, micro, *, seed, batch, first=None, last=None):
+    """Lines 4-11, the part `micro` of an iteration: clips and their reward, with gradient from step `first` on."""
+    numbers = [(micro * world.size + world.rank) * batch + i for i in range(batch)]
+    choose = lambda number: distributed.randint(len(policy.prompts), (seed, step, "prompt", number))
+    captions = [policy.prompts[choose(number)] for number in numbers]
+    text, path = policy.sample(captions, (seed, step), numbers, first, last)  # 5-10
+    differentiable, weights = first is not None, list(policy.reward.weights.values())
+    with torch.set_grad_enabled(differentiable):
+        scores = policy.reward.scores(policy.decode(path[-1][1]), captions, with_grad=differentiable)  # 11, (B, R)
+        policy.moments.update(scores, world)
+        reward = policy.moments.standardise(scores) if len(weights) > 1 else weights[0] * scores[:, 0]  # (B,)
+    return Clips(numbers, captions, text, path, reward)
+
+
+def policy_step(policy, world, optimizer, clips, weight, *, updates, variant, clip_range, log_p, beta_kl, clip):
+    """Lines 12-14: `updates` descents on -sum over moves of log p times weight (n,), a move at a time.
+
+    weight None: a reward is not finite, and nothing is learned. Returns the numbers of the log, and whether every
+    descent was made.
+    """
+    parts, norms = [], []
+    for _ in range(updates):
+        for part in clips if weight is not None else []:
+            for i in policy.moves:
+                (x_t, x0_old), (x_next, _) = part.path[i : i + 2]
+                move = x_next, *policy.steps[i : i + 2], policy.transition, log_p
+                x0 = policy.denoiser(policy.student, part.text)(x_t, policy.steps[i])
+                old = log_probability(policy.schedule, x_t, x0_old, *move)
+                new = log_probability(policy.schedule, x_t, x0, *move)  # 9
+                loss, info = policy_loss(new, old, weight[part.numbers].to(new), variant, clip_range)  # 13
+                visited = [(policy.steps[i], x_t, x0)]
+                info = {name: value / len(policy.moves) for name, value in info.items()}
+                parts.append(info | backward(policy, loss, part.text, visited, beta_kl, len(clips)))
+        norms.append(distributed.gradient_descent(policy.student, optimizer, clip, world, weight is not None))  # 14
+    return summed(parts, len(clips), updates) | {"grad_norm": norms[-1]}, all(map(math.isfinite, norms))
+
+
+def direct_step(policy, world, optimizer, step, accumulate, *, method, seed, batch, beta_kl, clip):
+    """ReFL: up the reward of the x_0 predicted at one of the last steps. DRaFT: of the sample, through the last steps.
+
+    Returns the rewards of all clips (n,), the numbers of the log, and whether the descent was made.
+    """
+    parts, clips, moves = [], [], policy.moves
+    for micro in range(accumulate):
+        k = moves[distributed.randint(len(moves), (seed, step, "k", micro))]  # alike on all ranks
+        first, last = (k, k) if method == "refl" else (moves[0], moves[-1])
+        part = sample_clips(policy, world, step, micro, seed=seed, batch=batch, first=first, last=last)
+        visited = [(policy.steps[i], *part.path[i]) for i in range(first, last + 1)]
+        parts.append(backward(policy, -part.reward.mean(), part.text, visited, beta_kl, accumulate))
+        clips.append(replace(part, path=[], reward=part.reward.detach()))  # without the graph
+    reward, _ = of_all_ranks(clips, world)
+    finite = reward.isfinite().all().item()
+    norm = distributed.gradient_descent(policy.student, optimizer, clip, world, finite)
+    return reward, summed(parts, accumulate, 1) | {"grad_norm": norm}, math.isfinite(norm)
+
+
+def backward(policy, loss, text, visited, beta_kl, accumulate):
+    """Backward of one of `accumulate` parts of the loss, with the distance to the distilled student at `visited`.
+
+    visited: [(t, x_t, x_0)]. Returns {"loss", with --beta-kl "kl"}, tensors without dimensions.
+    """
+    info = {}
+    for t, x_t, x0 in visited if policy.frozen else []:
+        with torch.no_grad():
+            before = policy.denoiser(policy.frozen, text)(x_t, t)
+        info["kl"] = info.get("kl", 0.0) + (x0 - before).square().mean()
+    total = loss + beta_kl * info.get("kl", 0.0)
+    (total / accumulate).backward()
+    return {"loss": total, **info}
+
+
+def summed(parts, accumulate, updates):
+    """[{name: tensor}], a part each -> {name: the mean over `accumulate` and `updates` of the sum over moves}."""
+    names = parts[0] if parts else ()
+    return {name: sum(part[name].item() / accumulate / updates for part in parts) for name in names}
+
+
+def of_all_ranks(clips, world):
+    """The rewards (n,) float64 and captions of all clips of an iteration, by number, alike on all ranks."""
+    mine = [row for part in clips for row in zip(part.numbers, part.captions, part.reward.tolist())]
+    parts = [mine]
+    if world.size > 1:
+        dist.all_gather_object(parts := [None] * world.size, mine)
+    rows = sorted(row for part in parts for row in part)
+    return torch.tensor([reward for *_, reward in rows], dtype=torch.float64), [caption for _, caption, _ in rows]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# its mathematics
 
 
 def transition(schedule, x_t, x0, t, t_next, how):
@@ -170,6 +341,10 @@ def advantages(how, reward, prompts, memory):
     return ((reward - mean) / (std + (1e-8 if how == "batch" else 1e-6))).clamp(-LARGEST, LARGEST)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# a run
+
+
 def load(cfg, world):
     """-> student, a frozen copy of it (None without --beta-kl), VAE, text encoder, the student's metadata."""
     about = checkpoint.metadata(cfg.weights, "DiT")
@@ -211,16 +386,18 @@ def captions(cfg):
     return lines[: cfg.prompt_count or None]
 
 
-def tune(cfg: Config, world) -> None:
+def build(cfg, world, clips):
+    """-> a Policy. clips: of an iteration. Raises UserError for what is missing or does not fit."""
     cli.check(cfg)
-    ddpo, out, each = cfg.method == "ddpo", Path(cfg.out), cfg.batch * world.size
-    accumulate = cfg.global_batch // each if cfg.global_batch else 7 if each < 16 else 1
-    total = each * accumulate
+    ddpo = cfg.method == "ddpo"
     for wrong, what in (
         (cfg.reward_every < 1, "--reward-every: at least 1"),
-        (cfg.global_batch not in (0, total), f"--global-batch is no multiple of {each}, --batch times the ranks"),
+        (
+            cfg.global_batch not in (0, clips),
+            f"--global-batch is no multiple of {cfg.batch * world.size}, --batch times the ranks",
+        ),
         (cfg.updates > 1 and (not ddpo or cfg.variant == "sf"), "several --updates need --method ddpo --variant is"),
-        (ddpo and cfg.advantage == "batch" and total < 2, "--advantage batch needs a --global-batch of 2 or more"),
+        (ddpo and cfg.advantage == "batch" and clips < 2, "--advantage batch needs a --global-batch of 2 or more"),
         (cfg.reward == "none", f"--reward is needed, one of {', '.join(rewards.REWARDS)}"),
     ):
         if wrong:
@@ -229,13 +406,25 @@ def tune(cfg: Config, world) -> None:
     if not (ddpo or reward.differentiable):
         raise UserError(f"{cfg.reward} has no gradient, which --method {cfg.method} needs: --method ddpo needs none")
     student, frozen, vae, encoder, about = load(cfg, world)
-    for text in prompts if isinstance(encoder, WordTable) else []:
-        encoder.encode([text])  # an unknown word is found now, not in the middle
-    config, steps = student.config, about.get("timesteps") or timesteps(4)
-    how, schedule = cfg.transition or about.get("transition", "renoise"), Schedule(config.schedule, config.snr_shift)
-    moves = graded(schedule, steps, how, cfg.truncate) if ddpo else range(len(steps))[-cfg.truncate :]
+    for prompt in prompts if isinstance(encoder, WordTable) else []:
+        encoder.encode([prompt])  # an unknown word is found now, not in the middle
+    steps, how = about.get("timesteps") or timesteps(4), cfg.transition or about.get("transition", "renoise")
+    schedule = Schedule(student.config.schedule, student.config.snr_shift)
+    moves = graded(schedule, steps, how, cfg.truncate) if ddpo else [*range(len(steps))][-cfg.truncate :]
     if not moves:
         raise UserError(f"no move of {steps} by {how} has a density: DDPO needs two steps, and renoise or posterior")
+    moments = rewards.Moments(reward.weights)
+    given = student, frozen, vae, encoder, about, prompts, reward, moments, steps, how, moves
+    return Policy(*given, world.device, cfg.precision)
+
+
+def tune(cfg: Config, world) -> None:
+    """What stands around Algorithm 2: resuming, the log, measurements, pictures, checkpoints, and an end in order."""
+    out, forward = Path(cfg.out), cfg.batch * world.size  # clips
+    accumulate = cfg.global_batch // forward if cfg.global_batch else 7 if forward < 16 else 1
+    total = forward * accumulate
+    policy = build(cfg, world, total)
+    student, encoder, about = policy.student, policy.encoder, policy.about
     adam = torch.optim.AdamW(student.parameters(), cfg.lr, fused=True)
     saved = {"student": student}, {"adam": adam}
     going_on = cfg.resume or distributed.restarted(world)
@@ -243,111 +432,50 @@ def tune(cfg: Config, world) -> None:
         set_aside(out / "checkpoints", world)
     checkpoints, stopper = distributed.Checkpoints(out / "checkpoints"), distributed.Stopper(world)
     state = {"step": 0, "trained_s": 0.0, "reward_evaluations": 0, "skipped": 0, "memory": {}}
-    moments, weights = rewards.Moments(reward.weights), list(reward.weights.values())
     if going_on and (newest := checkpoints.newest()):
         state = checkpoints.load(newest, *saved)
         if not state.keys() >= {"moments", "memory"}:
             raise UserError(f"{newest} is not of ddpo.py: take another --out")
-        moments = rewards.Moments(**state["moments"])
+        policy.moments = rewards.Moments(**state["moments"])
         if world.main:
             cli.warn_of_precision(state.get("precision"), cfg.precision)
     elif cfg.resume:
         raise UserError(f"{out} holds no checkpoint: leave out --resume to start")
 
-    def call(network, *inputs):
-        with autocast(cfg.precision, world.device):
-            return network(*inputs)
-
-    denoiser = lambda model, text: lambda x, t: call(denoise, model, schedule, x, t, text, config.prediction)
-    video = lambda x0: call(vae.decode, x0).float().clamp(-1, 1)
-
-    def sample(texts, key, numbers, *span):
-        """-> text, walk. The noise of a sample follows from the seed, the key and its number alone."""
-        shape, text = (config.channels, *config.latents), encoder.encode(texts).to(world.device)
-        draw = lambda i: distributed.normal(shape, (cfg.seed, key, i), numbers, world.device)
-        return text, walk(denoiser(student, text), schedule, draw("start"), steps, draw, how, *span)
-
-    def learn(loss, text, seen, **info):
-        """Backward of a part of the loss; seen [(t, x_t, x_0)]: where --beta-kl holds on to the distilled student."""
-        for t, x_t, x0 in seen if frozen else []:
-            with torch.no_grad():
-                theirs = denoiser(frozen, text)(x_t, t)
-            info["kl"] = info.get("kl", 0.0) + (x0 - theirs).square().mean()
-        loss = loss + cfg.beta_kl * info.get("kl", 0.0)
-        (loss / accumulate).backward()
-        for name, value in {"loss": loss, **info}.items():
-            numbers[name] = numbers.get(name, 0.0) + value.item() / accumulate / cfg.updates
-
     def picture(step):
-        texts = prompts[:4]
+        shown = policy.prompts[:4]
         with torch.no_grad():
-            shown = video(sample(texts, "picture", range(len(texts)))[1][-1][1]).cpu()
+            _, path = policy.sample(shown, (cfg.seed, "picture"), range(len(shown)))
+            videos = policy.decode(path[-1][1]).cpu()
         if world.main:
-            write_grid(out / f"step{step:06d}.png", list(shown), texts)
+            write_grid(out / f"step{step:06d}.png", list(videos), shown)
 
-    unseen = shapes.held_out_prompts(cfg.reward_samples) if isinstance(encoder, WordTable) else prompts
-    sampler = Generator(student, vae, about, encoder, world.device, cfg.precision)
+    unseen = shapes.held_out_prompts(cfg.reward_samples) if isinstance(encoder, WordTable) else policy.prompts
+    sampler = Generator(student, policy.vae, about, encoder, world.device, cfg.precision)
     first, in_a_row = state["step"], 0
-    bar = tqdm(range(first, cfg.iterations), initial=first, total=cfg.iterations, disable=not world.main)
+    if first % cfg.save_every == 0:
+        picture(first)
+    iterations = algorithm_2(cfg, world, policy, adam, accumulate, state["memory"], first)
+    bar = tqdm(iterations, initial=first, total=cfg.iterations, disable=not world.main)
     log = open_log(out / "log.jsonl", first) if world.main else None
-    for step in bar:
-        if step % cfg.save_every == 0:
-            picture(step)
-        begun = time.time()
-        numbers, games, scored = {}, [], []
-        for micro in range(accumulate):
-            mine = [(micro * world.size + world.rank) * cfg.batch + i for i in range(cfg.batch)]  # of the total
-            texts = [prompts[distributed.randint(len(prompts), (cfg.seed, step, "prompt", i))] for i in mine]
-            k = moves[distributed.randint(len(moves), (cfg.seed, step, "k", micro))]  # alike on all ranks
-            # ReFL: the reward of one predicted x_0; DRaFT: of the sample, through its last steps; DDPO: lines 4-11
-            span = {"ddpo": (), "refl": (k, k), "draft": (moves[0], moves[-1])}[cfg.method]
-            text, path = sample(texts, step, mine, *span)
-            with torch.set_grad_enabled(not ddpo):
-                each_reward = reward.each(video(path[-1][1]), texts, with_grad=not ddpo)  # (B, R)
-                moments.update(each_reward, world)
-                score = moments.standardise(each_reward) if len(weights) > 1 else weights[0] * each_reward[:, 0]
-            if ddpo:
-                games += [(mine, text, *path[i], (path[i + 1][0], *steps[i : i + 2], how, cfg.log_p)) for i in moves]
-            else:
-                learn(-score.mean(), text, [(steps[i], *path[i]) for i in range(span[0], span[1] + 1)])
-            scored += zip(mine, texts, score.tolist())
-        parts = [scored]
-        if world.size > 1:
-            dist.all_gather_object(parts := [None] * world.size, scored)
-        scored = sorted(row for part in parts for row in part)  # by number, alike on all ranks
-        score = torch.tensor([r for *_, r in scored], dtype=torch.float64)
-        fine = finite = score.isfinite().all().item()
-        if ddpo and finite:
-            weight = advantages(cfg.advantage, score, [words for _, words, _ in scored], state["memory"])
-        for _ in range(cfg.updates):
-            for mine, text, x_t, x0_old, move in games if finite else []:  # lines 12-13, a move at a time
-                x0, old = denoiser(student, text)(x_t, move[1]), log_probability(schedule, x_t, x0_old, *move)
-                log_p = log_probability(schedule, x_t, x0, *move)
-                loss, info = policy_loss(log_p, old, weight[mine].to(log_p), cfg.variant, cfg.clip_range)
-                learn(loss, text, [(move[1], x_t, x0)], **{name: value / len(moves) for name, value in info.items()})
-            distributed.average_gradients(student, world)
-            norm = distributed.clip_gradients(student, cfg.clip) if finite else math.nan
-            if distributed.any_rank(not math.isfinite(norm), world):  # an update on all ranks or on none
-                fine = False
-            else:
-                adam.step()  # line 14
-            adam.zero_grad(set_to_none=True)
-        in_a_row = 0 if fine else in_a_row + 1
+    begun = time.time()
+    for step, numbers, reward, made in bar:
+        in_a_row = 0 if made else in_a_row + 1
         trained, evaluated = state["trained_s"] + time.time() - begun, state["reward_evaluations"] + total
         counts = {"trained_s": round(trained, 3), "reward_evaluations": evaluated}
-        state |= {"step": step + 1, "skipped": state["skipped"] + (not fine), **counts, "moments": asdict(moments)}
-        state["precision"] = cfg.precision
+        state |= {"step": step + 1, "skipped": state["skipped"] + (not made), **counts}
+        state |= {"moments": asdict(policy.moments), "precision": cfg.precision}
         spent = 0 < cfg.max_seconds <= trained or 0 < cfg.max_evaluations <= evaluated
         final = step + 1 == cfg.iterations or distributed.any_rank(spent, world)
         if step % cfg.reward_every == 0 or final:
-            many = len(steps), cfg.reward_samples, cfg.batch
-            numbers |= watch.measure(sampler, reward, unseen, *many, world, moments=moments)
+            how = len(policy.steps), cfg.reward_samples, cfg.batch
+            numbers |= watch.measure(sampler, policy.reward, unseen, *how, world, moments=policy.moments)
         if world.main:
-            numbers |= {"reward_mean": score.mean().item(), "reward_std": score.std(correction=0).item()}
-            bar.set_postfix({key: f"{value:.3g}" for key, value in numbers.items()})
-            line = {"step": step, **counts, **numbers, "grad_norm": norm, "skipped": state["skipped"]}
+            numbers |= {"reward_mean": reward.mean().item(), "reward_std": reward.std(correction=0).item()}
+            bar.set_postfix({name: f"{value:.3g}" for name, value in numbers.items()})
+            line = {"step": step, **counts, **numbers, "skipped": state["skipped"]}
             print(json.dumps(line), file=log, flush=True)
-        stuck, ending = in_a_row >= cfg.patience, stopper()
+        stuck, ending = in_a_row >= PATIENCE, stopper()
         if (step + 1) % cfg.save_every == 0 or final or stuck or ending:
             checkpoints.save(step + 1, *saved, state, wait=stuck or ending or final)
         if stuck:  # none of the skipped updates has touched the weights
@@ -358,12 +486,15 @@ def tune(cfg: Config, world) -> None:
             return
         if final:
             break
+        if (step + 1) % cfg.save_every == 0:
+            picture(step + 1)
+        begun = time.time()
     picture(state["step"])
     weights = distributed.gather(student)
     if world.main:
         file = out / "student.safetensors"
         with torch.device("meta"):
-            model = DiT(config)
+            model = DiT(policy.config)
         model.load_state_dict(weights, assign=True)
         made = {"command": " ".join(["python", *sys.argv]), "date": time.strftime("%Y-%m-%d"), "settings": asdict(cfg)}
         made |= {"reward_evaluations": state["reward_evaluations"]}

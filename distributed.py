@@ -172,6 +172,20 @@ def clip_gradients(model, max_norm):
     return square.sqrt().item()
 
 
+def gradient_descent(module, optimizer, max_norm, world, finite=True):
+    """One step of an optimizer, on all ranks or on none: none where the gradient, or what one rank says, is not finite.
+
+    Returns the gradient's norm before clipping, alike on all ranks; NaN where the step was left out.
+    """
+    average_gradients(module, world)
+    norm = clip_gradients(module, max_norm)
+    skipped = any_rank(not (finite and math.isfinite(norm)), world)
+    if not skipped:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return math.nan if skipped else norm
+
+
 def means(numbers, world):
     """The means of {name: number} over the ranks, which have the same names; NaN or infinity on one is so on all."""
     total = torch.tensor([float(value) for value in numbers.values()], dtype=torch.float64)
@@ -211,10 +225,10 @@ def randint(high, key):
 
 
 class Checkpoints:
-    """folder/step_00001000, ...: the newest keep_last, and each multiple of keep_every (0: none). For all ranks."""
+    """folder/step_00001000, ..., the newest keep_last of them. For all ranks."""
 
-    def __init__(self, folder, keep_last=2, keep_every=0):
-        self.folder, self.keep_last, self.keep_every, self.pending = Path(folder), keep_last, keep_every, None
+    def __init__(self, folder, keep_last=2):
+        self.folder, self.keep_last, self.pending = Path(folder), keep_last, None
         # a group of its own: saving talks in the background, between the messages of training
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self.main = not self.group or dist.get_rank() == 0
@@ -261,8 +275,7 @@ class Checkpoints:
         """Remove what is no longer kept, and what a killed or failed save left."""
         if self.main:
             for path in sorted(self.folder.glob("step_*"))[: -self.keep_last]:
-                if not self.keep_every or int(path.name[5:]) % self.keep_every:
-                    path.rename(self.folder / f".tmp_{path.name}")  # half a folder must not look like a checkpoint
+                path.rename(self.folder / f".tmp_{path.name}")  # half a folder must not look like a checkpoint
             for path in self.folder.glob(".tmp_*"):
                 shutil.rmtree(path, ignore_errors=True)
 

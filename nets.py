@@ -29,6 +29,7 @@ from shapes import held_out_prompts
 from text import load_encoder
 from vae3d import VAE3D
 
+JUDGED = 640  # prompts of the small world on which student and teacher are compared at the end
 PROMPTS = [  # what pictures show where the data has no captions to lend
     "a red car drives along a road by the sea",
     "a cat walks over a wooden floor",
@@ -46,7 +47,7 @@ class Nets:
     fake: DiT | None
     ema: DiT
     vae: VAE3D | None
-    encoder: object  # of text.py, or Kept
+    encoder: object  # of text.py, or CachedText
     data: object  # D: pairs of captions and clips, or of embeddings and latents
     about: dict  # what the student's file will say of itself
     device: torch.device
@@ -56,6 +57,7 @@ class Nets:
     reward: object = None
     moments: rewards.Moments | None = None
     frozen: DiT | None = None  # the student as it begins, where --beta-kl holds on to it
+    precision: str = "auto"  # in which they compute, see cli.py
 
     def __post_init__(self):
         self.schedule = Schedule(self.teacher.config.schedule, self.teacher.config.snr_shift)
@@ -64,7 +66,7 @@ class Nets:
         self.modules = {name: module for name, module in named.items() if module}
 
 
-class Kept:
+class CachedText:
     """In a text encoder's place, what a cache kept of it: the embeddings of "" and of a few videos' captions."""
 
     def __init__(self, cache, n=16):
@@ -86,7 +88,6 @@ def check(cfg, world):
         (not 0 <= cfg.t_min <= cfg.t_max <= 999, "--t-min and --t-max: 0 <= t-min <= t-max <= 999"),
         (cfg.global_batch % (cfg.batch * world.size), "--global-batch is no multiple of --batch times the ranks"),
         (cfg.reward_samples % cfg.reward_repeats, "--reward-samples: a multiple of --reward-repeats"),
-        (0 < cfg.judged < 20, "--judged: 0 or at least 20, of which an error can be told"),
         (cfg.lrm_frozen and not cfg.lrm, "--lrm-frozen needs an --lrm that has learned something"),
         (not learns, "nothing to learn: --beta-vsd and --beta-cd are 0, and there is no --reward"),
     ):
@@ -140,7 +141,7 @@ def build(cfg, world) -> Nets:
         where = "cpu" if cached else world.device
         encoder = load_encoder(cfg.text, config.text_dim, config.text_length, where, cfg.precision)
     latents, fps = SIZES[cfg.preset].latents, CLIPS[cfg.preset]["fps"]
-    prompts = held_out_prompts(max(4, cfg.judged, cfg.reward_samples)) if cfg.text == "words" else PROMPTS
+    prompts = held_out_prompts(max(JUDGED, cfg.reward_samples)) if cfg.text == "words" else PROMPTS
     if cached:
         used = {"vae": vae and fingerprint(vae), "text": encoder and encoder.fingerprint}
         data = LatentCache(cfg.data, **{name: value for name, value in used.items() if value})
@@ -151,7 +152,7 @@ def build(cfg, world) -> Nets:
             if data.made["reward"] and (there := data.made.get(key)) != value:
                 raise UserError(f"{cfg.data} keeps the {key.replace('_', ' ')} {there}, not {value}: make a new cache")
         vae = vae if cfg.sample_every or cfg.reward != "none" else None
-        encoder, latents, fps = Kept(data), max(data.shapes, key=math.prod)[1:], data.made["fps"]
+        encoder, latents, fps = CachedText(data), max(data.shapes, key=math.prod)[1:], data.made["fps"]
         prompts = [prompt for prompt in encoder.known if prompt]
     elif cfg.data == "shapes":
         data = Shapes(cfg.seed)
@@ -182,8 +183,7 @@ def build(cfg, world) -> Nets:
             distributed.local(p).data.neg_()
     fake = network(True) if cfg.beta_vsd else None  # a diffusion model of the teacher's kind, whatever ours predicts
     frozen = network(False, own, begin) if cfg.beta_kl and cfg.student else teacher if cfg.beta_kl else None
-    about = {"kind": cfg.tune, "w": w, "fps": fps}
-    about |= {"timesteps": timesteps(cfg.steps), "transition": cfg.transition} if cfg.tune == "student" else {}
+    about = {"kind": "student", "w": w, "fps": fps, "timesteps": timesteps(cfg.steps), "transition": cfg.transition}
     about |= {"latents": list(latents), "text_fingerprint": encoder.fingerprint}
     if folder:
         about["weights_dtype"] = str(next(weights())[1].dtype)
@@ -206,6 +206,7 @@ def build(cfg, world) -> Nets:
     if cfg.data == "shapes" and (file := Path(cfg.vae).parent / "judge.safetensors").exists():
         judge = checkpoint.load_model(file, Judge, world.device)[0]
     rest = {"judge": judge, "lrm": lrm, "reward": reward, "moments": moments, "frozen": frozen}
+    rest["precision"] = cfg.precision
     return Nets(teacher, student, fake, ema, vae, encoder, data, about, world.device, prompts, **rest)
 
 

@@ -1,6 +1,6 @@
 #!/bin/sh
 # The paper's Fig. 9 in the small world: a student tuned to REWARD by its latent reward model alone, past the point where
-# the pictures break; the same held to what it was by --beta-kl (section 9); and the same ended by the automatic stop.
+# the pictures break; and the same held to what it was by --beta-kl (section 9).
 #
 #   sh overoptimise.sh REWARD OUT
 #
@@ -16,7 +16,6 @@ for seed in ${SEEDS:-0 1 2}; do
         --iterations 120 --batch 8 --global-batch 8 --ema 0.9 --reward-every 10 --reward-samples 48 --sample-every 0 $FLAGS"
     $train --out "$out/reward-$seed"
     $train --out "$out/reward-kl-$seed" --beta-kl "${KL:-10}"
-    $train --out "$out/reward-stop-$seed" --stop-on-overoptimisation
 done
 
 runs=$(ls -d "$out"/*-[0-9]*)

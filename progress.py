@@ -8,7 +8,6 @@ import itertools
 import json
 import sys
 import time
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -20,8 +19,12 @@ from cli import UserError
 from dit import DiT
 from generate import Generator, save_diffusers
 from metrics import frechet, jackknife, mean_error, pm
+from nets import JUDGED
 from shapes import HELD_OUT, Clip, render_batch
 from video import write_grid, write_video_grid
+
+PATIENCE = 5  # updates in a row that may be skipped because they are not finite
+READ_AT_ONCE = 32  # videos that the judge reads along with the pictures, and at the end at a time: they are large
 
 
 def set_aside(folder, world):
@@ -42,21 +45,24 @@ def read_extra(newest):
         raise UserError(f"the checkpoint {newest} is damaged: it does not say what its student is ({e})") from e
 
 
-def check_resumed(newest, cfg, nets, world):
-    """UserError where a checkpoint is of another kind of student than this run's; says which other flags differ."""
+def check_resumed(newest, settings, nets, world):
+    """UserError where a checkpoint is of another kind of student than this run's; says which other flags differ.
+
+    settings: the run's flags.
+    """
     said, config = read_extra(newest)
-    kind = lambda about: [about.get(k) for k in ("kind", "timesteps", "transition")]
+    kind = lambda about: [about.get(k) for k in ("timesteps", "transition")]
     if config != nets.student.config or kind(said["about"]) != kind(nets.about):
-        same = "--tune, --steps, --prediction and --transition"
+        same = "--steps, --prediction and --transition"
         raise UserError(f"{newest} is of another student: repeat its {same}, or leave out --resume")
-    now, old = asdict(cfg), said["config"]
+    old = said["config"]
     other = [
-        f"--{k.replace('_', '-')} {now[k]} (was {old[k]})"
-        for k in now
-        if k not in ("resume", "precision") and old.get(k) != now[k]
+        f"--{flag.replace('_', '-')} {value} (was {old.get(flag)})"
+        for flag, value in settings.items()
+        if flag not in ("resume", "precision") and old.get(flag) != value
     ]
     if world.main:
-        cli.warn_of_precision(old.get("precision"), cfg.precision)
+        cli.warn_of_precision(old.get("precision"), settings["precision"])
         if other:
             print(f"not as before: {', '.join(other)}")
 
@@ -70,53 +76,52 @@ def tensorboard(out):
     return SummaryWriter(out / "tensorboard")
 
 
-def look(cfg, world, nets, out, step, teachers):
-    """Draw the student in its steps, beside it the teacher in 50, and have the judge read some of the student's."""
-    numbers, shown = {}, nets.prompts[:4]
+def show_progress(nets, world, out, step, teacher_videos, n, batch):
+    """Draw the student in its n steps, beside it the teacher in 50, and have the judge read some of the student's.
+
+    teacher_videos: an empty list, which keeps the teacher's for the next time. Returns {"judge": share of right
+    readings} where there is a judge.
+    """
+    prompts = nets.prompts[:4]
     if nets.vae:
-        teachers[0] = draw_videos(cfg, nets, "teacher", shown, 0, 50) if teachers[0] is None else teachers[0]
-        videos = draw_videos(cfg, nets, "student", shown, 0, few(cfg))
+        teacher_videos += [] if teacher_videos else draw_videos(nets, "teacher", prompts, 0, 50, batch)
+        videos = draw_videos(nets, "student", prompts, 0, n, batch)
         if world.main:
-            words = [f"{who}: {prompt}" for prompt in shown for who in (f"{cfg.tune}, {few(cfg)}", "teacher, 50")]
-            write_grid(out / f"step{step:06d}.png", [v for pair in zip(videos, teachers[0]) for v in pair], words)
-    if nets.judge and cfg.judged:
-        prompts = nets.prompts[: min(cfg.judged, 32)]
-        videos = draw_videos(cfg, nets, "student", prompts, 1, few(cfg))
-        numbers["judge"] = nets.judge.score(videos.to(nets.device), prompts).mean().item()
-    return numbers
+            words = [f"{who}: {prompt}" for prompt in prompts for who in (f"student, {n}", "teacher, 50")]
+            write_grid(out / f"step{step:06d}.png", [v for pair in zip(videos, teacher_videos) for v in pair], words)
+    if not nets.judge:
+        return {}
+    prompts = nets.prompts[:READ_AT_ONCE]
+    videos = draw_videos(nets, "student", prompts, 1, n, batch)
+    return {"judge": nets.judge.score(videos.to(nets.device), prompts).mean().item()}
 
 
-def few(cfg):
-    """Steps for a look at what is trained: the student's own, or some of a tuned teacher's."""
-    return cfg.steps if cfg.tune == "student" else 10
+def sampler(nets, who):
+    """What draws as "teacher", or as "student": the student's average."""
+    model = nets.ema if who == "student" else nets.teacher
+    return Generator(model, nets.vae, nets.about | {"kind": who}, nets.encoder, nets.device, nets.precision)
 
 
-def sampler(cfg, nets, who):
-    """What draws as "teacher", or as "student": what is trained, its average, whatever cfg.tune says it is."""
-    model, kind = (nets.ema, cfg.tune) if who == "student" else (nets.teacher, "teacher")
-    return Generator(model, nets.vae, nets.about | {"kind": kind}, nets.encoder, nets.device, cfg.precision)
-
-
-def draw_videos(cfg, nets, who, prompts, seed, n):
+def draw_videos(nets, who, prompts, seed, n, batch):
     """Videos (N, 3, F, H, W) of the student's average in its steps, or of the teacher by n steps of guided DDIM."""
-    generator, videos = sampler(cfg, nets, who), []
-    for i in range(0, len(prompts), cfg.batch):
-        text = nets.encoder.encode(prompts[i : i + cfg.batch])
+    generator, videos = sampler(nets, who), []
+    for i in range(0, len(prompts), batch):
+        text = nets.encoder.encode(prompts[i : i + batch])
         latents = generator.latents(text, [seed + i + j for j in range(len(text))], n)
         videos.append(generator.decode(latents).cpu())
     return torch.cat(videos)
 
 
-def write_student(out, config, weights, cfg, about):
-    """student.safetensors for sample.py, and of a CogVideoX also a folder for diffusers. cfg: the run's, as a dict."""
+def write_student(out, config, weights, settings, about):
+    """student.safetensors for sample.py, and of a CogVideoX also a folder for diffusers. settings: the run's flags."""
     with torch.device("meta"):
         student = DiT(config)
     student.load_state_dict(weights, assign=True)
-    made = {"command": " ".join(["python", *sys.argv]), "date": time.strftime("%Y-%m-%d"), "settings": cfg}
-    file = out / f"{about['kind']}.safetensors"  # under --tune teacher, teacher.safetensors
+    made = {"command": " ".join(["python", *sys.argv]), "date": time.strftime("%Y-%m-%d"), "settings": settings}
+    file = out / "student.safetensors"
     checkpoint.save_model(file, student, torch.float16, **about | made)
     print(f"wrote {file}")
-    if Path(cfg["teacher"]).is_dir():
+    if Path(settings["teacher"]).is_dir():
         print(save_diffusers(out / "diffusers", student, about | made))
 
 
@@ -134,63 +139,63 @@ def export(out):
 
 
 @torch.no_grad()
-def compare(cfg, nets, n, ours):
-    """What the judge sees in n steps of the teacher, of what was trained (called `ours`), and the gain: three rows.
+def compare_with_teacher(nets, n, batch):
+    """What the judge sees in n steps of the teacher, in n of the student, and the gain: three rows.
 
     Both draw the same prompts from the same noise, so the errors of the gains are those of pairs: much of what makes a
     score uncertain, which prompts and which rendered clips, is common to both. A gain in Frechet distance is a fall.
     """
-    features = lambda videos: nets.judge.features(videos.to(nets.device)).float().cpu()
-    parts = [range(i, min(i + 32, cfg.judged)) for i in range(0, cfg.judged, 32)]  # videos are large
-    rendered = torch.cat([features(render_batch([Clip.make(HELD_OUT, i) for i in part])) for part in parts])
-    rows, reads, seen = [], [], []
-    for who, label in (("teacher", "teacher"), ("student", ours)):
-        found = []
+    read = lambda videos: nets.judge.features(videos.to(nets.device)).float().cpu()
+    parts = [range(i, min(i + READ_AT_ONCE, JUDGED)) for i in range(0, JUDGED, READ_AT_ONCE)]
+    rendered = torch.cat([read(render_batch([Clip.make(HELD_OUT, i) for i in part])) for part in parts])
+    rows, named, features = [], {}, {}
+    for who in ("teacher", "student"):
+        shares, vectors = [], []
         for part in parts:
             prompts = [nets.prompts[i] for i in part]
-            videos = draw_videos(cfg, nets, who, prompts, 1 + part[0], n)
-            found.append((nets.judge.score(videos.to(nets.device), prompts), features(videos)))
-        read, feature = (torch.cat(some) for some in zip(*found))
-        distance = {"mean": frechet(feature, rendered), "error": jackknife(frechet, feature, rendered)}
-        rows.append({"label": label, "steps": n, "named": mean_error(read.tolist()), "frechet": distance})
-        reads.append(read)
-        seen.append(feature)
-    gain = lambda theirs, own, rendered: frechet(theirs, rendered) - frechet(own, rendered)
-    distance = {"mean": gain(*seen, rendered), "error": jackknife(gain, *seen, rendered)}
-    named = mean_error((reads[1] - reads[0]).tolist())
-    return [*rows, {"label": "gain", "steps": "", "named": named, "frechet": distance}]
+            videos = draw_videos(nets, who, prompts, 1 + part[0], n, batch)
+            shares.append(nets.judge.score(videos.to(nets.device), prompts))
+            vectors.append(read(videos))
+        named[who], features[who] = torch.cat(shares), torch.cat(vectors)
+        distance = {"mean": frechet(features[who], rendered), "error": jackknife(frechet, features[who], rendered)}
+        rows.append({"label": who, "steps": n, "named": mean_error(named[who].tolist()), "frechet": distance})
+    fall = lambda teacher, student, rendered: frechet(teacher, rendered) - frechet(student, rendered)
+    both = features["teacher"], features["student"], rendered
+    distance = {"mean": fall(*both), "error": jackknife(fall, *both)}
+    gain = mean_error((named["student"] - named["teacher"]).tolist())
+    return [*rows, {"label": "gain", "steps": "", "named": gain, "frechet": distance}]
 
 
-def finish(cfg, world, nets, out):
-    """Write the student and what a person would look at; in the small world, say what the distillation has brought."""
+def finish(nets, world, out, settings, n, batch, pictures):
+    """Write the student and, with pictures, what a person would look at; in the small world, say what it has gained.
+
+    settings: the run's flags, for the student's file. Returns the rows of `compare_with_teacher`, [] without a judge.
+    """
     weights = distributed.gather(nets.ema)
     if world.main:
-        write_student(out, nets.student.config, weights, asdict(cfg), nets.about)
-    if not nets.vae or not cfg.sample_every:
-        return
-    shown, n, ours = nets.prompts[:3], few(cfg), {"student": "student", "teacher": "tuned teacher"}[cfg.tune]
-    many = (4, 2, 1) if cfg.tune == "student" else (50, n)
-    columns = [("teacher", 50), ("teacher", n), *(("student", k) for k in many if k <= n or k == 50)]
-    drawn = [draw_videos(cfg, nets, who, shown, 0, k) for who, k in columns]
-    compared = compare(cfg, nets, n, ours) if nets.judge and cfg.judged else None
+        write_student(out, nets.student.config, weights, settings, nets.about)
+    if not nets.vae or not pictures:
+        return []
+    prompts = nets.prompts[:3]
+    columns = [("teacher", 50), ("teacher", n), *(("student", k) for k in (4, 2, 1) if k <= n)]
+    videos = [draw_videos(nets, who, prompts, 0, k, batch) for who, k in columns]
+    compared = compare_with_teacher(nets, n, batch) if nets.judge else []
     if not world.main:
-        return
-    titles = [f"{ours if who == 'student' else who}, {k} step{'s' * (k > 1)}" for who, k in columns]
-    rows, words = zip(*drawn), [f"{title}: {prompt}" for prompt in shown for title in titles]
-    write_video_grid(out / "compare.mp4", [list(row) for row in zip(*drawn)], nets.about["fps"], titles=titles)
+        return []
+    titles = [f"{who}, {k} step{'s' * (k > 1)}" for who, k in columns]
+    rows, words = list(zip(*videos)), [f"{title}: {prompt}" for prompt in prompts for title in titles]
+    write_video_grid(out / "compare.mp4", [list(row) for row in rows], nets.about["fps"], titles=titles)
     write_grid(out / "compare.png", [video for row in rows for video in row], words)
     print(f"wrote {out}/compare.mp4 and compare.png: {'; '.join(titles)}")
     if compared:
-        theirs, own, gain = compared
+        teacher, student, gain = compared
         sigmas = lambda what: f"{gain[what]['mean'] / max(gain[what]['error'], 1e-9):+.1f} standard errors"
         print(
-            f"of what {own['named']['n']} prompts name, the judge reads {own['named']['mean']:.1%} in the {ours}'s {n} "
-            f"steps and {theirs['named']['mean']:.1%} in the teacher's {n}: {sigmas('named')}"
+            f"of what {student['named']['n']} prompts name, the judge reads {student['named']['mean']:.1%} in the "
+            f"student's {n} steps and {teacher['named']['mean']:.1%} in the teacher's {n}: {sigmas('named')}"
         )
         print(
-            f"Frechet distance from rendered clips, in the judge's features: {pm(own['frechet'], 1, 2)} and "
-            f"{pm(theirs['frechet'], 1, 2)}: nearer by {sigmas('frechet')}"
+            f"Frechet distance from rendered clips, in the judge's features: {pm(student['frechet'], 1, 2)} and "
+            f"{pm(teacher['frechet'], 1, 2)}: nearer by {sigmas('frechet')}"
         )
-        import results  # here, since training needs none of it
-
-        results.save(replace(cfg, out=str(out / "compare.json")), "compared", rows=compared)
+    return compared

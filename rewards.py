@@ -5,7 +5,7 @@ latent reward model (lrm.py) learns any of them from such numbers alone, so a re
 are differentiable give their gradient on request (`with_grad=True`), which only the direct-gradient baselines ask for.
 
 Image rewards score frames one at a time, and a video is worth their mean; `frames` evenly spaced ones are enough. The
-rewards that see motion (dynamic_degree and the judge's four) take every frame. Those learned from people, HPSv2,
+rewards that see motion (dynamic_degree and the judge's agreement) take every frame. Those learned from people, HPSv2,
 PickScore, ImageReward and LAION's aesthetic score, are in preference.py. The table at the end names them all.
 """
 
@@ -24,7 +24,7 @@ import distributed
 import preference
 from cli import UserError
 from judge import Judge
-from shapes import FACTORS, FRAMES, SIZE, parse
+from shapes import FRAMES, SIZE
 
 
 @dataclass
@@ -63,7 +63,7 @@ class Reward:
     def weights(self):
         return {r.name: w for w, r in self.parts} or {self.name: 1.0}
 
-    def each(self, video, prompts=None, with_grad=False):
+    def scores(self, video, prompts=None, with_grad=False):
         """The R rewards of a weighted sum one by one, without their weights: (B, R), for Moments; else (B, 1)."""
         parts = [r for _, r in self.parts] or [self]
         return torch.stack([part(video, prompts, with_grad) for part in parts], 1)
@@ -170,8 +170,6 @@ def jpeg_compressibility(video: torch.Tensor) -> torch.Tensor:
 
 
 def _jpeg(name, file, device):
-    sign = -1.0 if name == "jpeg_compressibility" else 1.0
-
     def score(video, prompts):
         pixels = ((video + 1) / 2 * 255).round().clamp(0, 255).to(torch.uint8)
         kilobytes = []
@@ -180,7 +178,7 @@ def _jpeg(name, file, device):
             for frame in clip:
                 Image.fromarray(frame).save(buffer, format="JPEG", quality=95)
             kilobytes.append(buffer.tell() / len(clip) / 1000)
-        return sign * torch.tensor(kilobytes, device=video.device)
+        return -torch.tensor(kilobytes, device=video.device)
 
     return score
 
@@ -195,13 +193,7 @@ def _judged(name, file, device):
     def score(video, prompts):
         if tuple(video.shape[2:]) != (FRAMES, SIZE, SIZE):
             raise UserError(f"the reward {name} reads clips of the shapes world: {FRAMES} frames of {SIZE}x{SIZE}")
-        if name == "agreement":
-            return judge.agreement(video, prompts)
-        named = [parse(prompt).get(name) for prompt in prompts]
-        p = judge(video)[name].softmax(
-            1
-        )  # (B, values); where the prompt leaves the factor open, any clear one is right
-        return torch.stack([q[FACTORS[name].index(v)] if v else q.max() for q, v in zip(p, named)])
+        return judge.agreement(video, prompts)
 
     return score
 
@@ -285,11 +277,7 @@ LAION = "--reward-weights FOLDER, hub openai/clip-vit-large-patch14 and in it sa
 JUDGE = "weights/judge_reward.safetensors"
 REWARDS = {
     "jpeg_compressibility": (_jpeg, False, False, False, "", "minus kB of a frame as JPEG, quality 95"),
-    "jpeg_incompressibility": (_jpeg, False, False, False, "", "kB of a frame as JPEG, quality 95"),
     "agreement": (_judged, True, True, True, JUDGE, "0..1: mean probability of the factors the prompt names"),
-    "object": (_judged, True, True, True, JUDGE, "0..1: probability of the object the prompt names"),
-    "colour": (_judged, True, True, True, JUDGE, "0..1: probability of the colour the prompt names"),
-    "action": (_judged, True, True, True, JUDGE, "0..1: probability of the action the prompt names"),
     "dynamic_degree": (_dynamic_degree, True, False, True, "", "0 is still; VBench's threshold of motion is 1"),
     "hpsv2": (preference.hpsv2, True, True, False, HPS, "cosine, about 0.2..0.35; versions 2.0 and 2.1 do not compare"),
     "pickscore": (preference.pickscore, True, True, False, PICK, "cosine, about 0.18..0.24"),

@@ -6,10 +6,9 @@
     python train.py export --out runs/train                            # the newest checkpoint's student as a file
     python train.py memory --preset dollar                             # what 1, 2, 4, 8 GPUs would hold
     python train.py --student weights/student.safetensors --reward jpeg_compressibility     # tune it to a reward
-    python train.py --tune teacher --reward jpeg_compressibility                            # or its teacher (7.2)
 
-The loop in `train` stands beside the paper's listing, line by line. Three networks of one architecture take part: the
-frozen teacher v_theta', the student G_theta and the fake score v_fake, both begun as copies of the teacher. Every
+`algorithm_1` is the paper's listing; numbers after a hash are its lines. Three networks of one architecture take part:
+the frozen teacher v_theta', the student G_theta and the fake score v_fake, both begun as copies of the teacher. Every
 ablation of the paper is a flag. VSD's loss is no measure of progress: look at score_gap (how far the two scores are
 apart on the student's samples), at the pictures, and in the small world at what the judge reads.
 """
@@ -19,6 +18,7 @@ import math
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
+from inspect import signature
 from pathlib import Path
 from typing import Literal
 
@@ -29,92 +29,89 @@ import checkpoint
 import cli
 import distributed
 import watch
-from cli import Machine, UserError, open_log, opt, parse, run
+from cli import Machine, UserError, autocast, open_log, opt, parse, run
 from cost import so_far
 from data import fingerprint
+from distributed import gradient_descent
 from dit import Prediction
 from losses import GRID, conjugate_velocity_loss, consistency_loss, lrm_loss, reward_loss, vsd_loss
-from nets import Nets, build, memory_table
-from progress import check_resumed, export, few, finish, look, sampler, set_aside, tensorboard, write_student
+from nets import build, memory_table
+from progress import PATIENCE, check_resumed, export, finish, sampler, set_aside, show_progress, tensorboard
 from rewards import Moments
 from schedule import denoise, simulate, timesteps
 
 
 @dataclass
 class Config(Machine):
-    preset: str = opt("shapes", "the values of one world")
-    data: str = opt("shapes", "shapes (rendered), a folder of captioned videos and images, or a cache made by data.py")
-    teacher: str = opt("weights/teacher.safetensors", "the teacher: a .safetensors file or a CogVideoX folder")
-    vae: str = opt("weights/vae.safetensors", "its VAE: a file or a CogVideoX folder; with a cache for pictures alone")
-    text: str = opt("words", "its text encoder: words (the small world's) or a T5 folder; with a cache to compare")
-    out: str = opt("runs/train", "folder for checkpoints, logs, pictures and the student")
-    iterations: int = opt(40000, "generator updates")
-    batch: int = opt(1, "clips a rank and forward")
-    global_batch: int = opt(0, "clips an update over all ranks, by accumulation (0: batch x ranks, with a reward x 7)")
-    seed: int = opt(0, "seed of data and noise")
-    resume: bool = opt(False, "go on from the newest checkpoint in --out")
+    preset: str = opt("shapes", "The world whose values are the defaults.")
+    data: str = opt("shapes", "The clips: shapes (rendered), a folder of captioned films, or a cache made by data.py.")
+    teacher: str = opt("weights/teacher.safetensors", "The teacher: a .safetensors file or a CogVideoX folder.")
+    vae: str = opt(
+        "weights/vae.safetensors", "Its VAE: a file or a CogVideoX folder. A cache asks for it with a reward."
+    )
+    text: str = opt("words", "Its text encoder: words (the small world's) or a T5 folder. A cache needs none.")
+    out: str = opt("runs/train", "The folder for checkpoints, log, pictures and the student.")
+    iterations: int = opt(40000, "The number of generator updates.")
+    batch: int = opt(1, "The number of clips a rank takes in one forward.")
+    global_batch: int = opt(0, "The clips of an update, over all ranks. 0: batch x ranks, with a reward 7 times.")
+    seed: int = opt(0, "The seed of data and noise.")
+    resume: bool = opt(False, "The run goes on from the newest checkpoint in --out.")
     # the objective, Eq. 16
-    beta_vsd: float = opt(1.0, "weight of variational score distillation (Eq. 10-13); 0 leaves it out")
-    beta_cd: float = opt(0.5, "weight of consistency distillation (Eq. 6-7); 0 leaves it out")
-    beta_ft: float = opt(1.0, "weight of the latent reward, standardised (Eq. 15), where there is a --reward")
-    beta_kl: float = opt(0.0, "weight of the distance to the student as it began (section 9); 0 leaves it out")
+    beta_vsd: float = opt(1.0, "The weight of variational score distillation (Eq. 10-13). 0 leaves it out.")
+    beta_cd: float = opt(0.5, "The weight of consistency distillation (Eq. 6-7). 0 leaves it out.")
+    beta_ft: float = opt(1.0, "The weight of the latent reward, standardised (Eq. 15), where there is a --reward.")
+    beta_kl: float = opt(0.0, "The weight of the distance to the student as it began (section 9). 0 leaves it out.")
     # the student
-    tune: Literal["student", "teacher"] = opt("student", "teacher: with Eq. 4 in place of VSD and CD (section 7.2)")
-    student: str = opt("", "go on from this student, as train.py wrote it (none: begin as the teacher)")
-    steps: Literal[4, 2, 1] = opt(4, "sampling steps of the student")
-    prediction: Prediction | None = opt(None, "the student's output (none: the teacher's)")  # noqa: RUF009
-    generator_input: Literal["simulate", "data"] = opt("simulate", "its input: its own samples, or noised data")
-    transition: Literal["renoise", "ddim"] = opt("renoise", "from one of the student's steps to the next")
-    ema: float = opt(0.999, "decay of the student's average: CD's target, and what is exported (0: the student itself)")
-    lr: float = opt(2e-5, "learning rate of the student (AdamW)")
-    fake_lr: float = opt(2e-5, "learning rate of the fake score")
-    lrm_lr: float = opt(1e-3, "learning rate of the latent reward model")
-    beta1: float = opt(0.9, "AdamW's first beta, of student and fake score")
-    beta2: float = opt(0.999, "AdamW's second beta")
-    clip: float = opt(1.0, "largest gradient norm")
+    student: str = opt("", "The student to go on from, as train.py wrote it. None: it begins as the teacher.")
+    steps: Literal[4, 2, 1] = opt(4, "The number of the student's sampling steps.")
+    prediction: Prediction | None = opt(None, "The student's output. None: the teacher's.")  # noqa: RUF009
+    generator_input: Literal["simulate", "data"] = opt("simulate", "Its input: its own samples, or noised data.")
+    transition: Literal["renoise", "ddim"] = opt("renoise", "The way from one of its steps to the next.")
+    ema: float = opt(0.999, "The decay of the student's average, which is what is exported. 0: the student itself.")
+    lr: float = opt(2e-5, "The learning rate of the student (AdamW).")
+    fake_lr: float = opt(2e-5, "The learning rate of the fake score.")
+    lrm_lr: float = opt(1e-3, "The learning rate of the latent reward model.")
+    beta1: float = opt(0.9, "AdamW's first beta, for student and fake score.")
+    beta2: float = opt(0.999, "AdamW's second beta, for student and fake score.")
+    clip: float = opt(1.0, "The largest gradient norm. A larger gradient is scaled down to it.")
     # VSD
-    w_vsd: float = opt(3.5, "guidance of the real score (Eq. 9); elsewhere guidance_scale = 1 + w")
-    vsd_weight: Literal["dmd", "score"] = opt("dmd", "normalise each sample, or the KL's own weight a^2/b^2")
-    t_min: int = opt(20, "least noise step of the scores")
-    t_max: int = opt(980, "largest noise step of the scores")
-    fake_updates: int = opt(5, "fake-score updates a generator update")
-    fake_warmup: int = opt(0, "iterations in which the fake score learns before the student listens to it")
+    w_vsd: float = opt(3.5, "The guidance of the real score (Eq. 9). Elsewhere guidance_scale = 1 + w.")
+    vsd_weight: Literal["dmd", "score"] = opt("dmd", "The gradient's weight: normalised by sample, or the KL's own.")
+    t_min: int = opt(20, "The least noise step of VSD.")
+    t_max: int = opt(980, "The largest noise step of VSD.")
+    fake_updates: int = opt(5, "The number of fake-score updates a generator update.")
+    fake_warmup: int = opt(0, "The iterations in which the fake score learns before the student listens to it.")
     # CD
-    w_cd: float = opt(7.5, "guidance of CD's teacher steps")
-    m: int = opt(5, "teacher steps between CD's two points")
-    cd_target: Literal["ema", "student", "teacher"] = opt("ema", "who gives CD's target: theta' of Eq. 6")
-    cd_loss: Literal["huber", "mse"] = opt("huber", "CD's distance")
-    # reward
-    reward: str = opt("none", "a reward of rewards.py, or several: hpsv2=1,agreement=2")
-    reward_weights: str | None = opt(None, "file or folder of the reward's weights; of several NAME=PATH,NAME=PATH")
-    reward_frames: int | None = opt(None, "frames an image reward looks at (none: all)")
-    lrm_warmup: int = opt(0, "iterations in which the LRM learns before the student listens to it")
-    lrm: str = opt("", "begin with this LRM, the lrm.safetensors of a run with the same reward")
-    lrm_frozen: bool = opt(False, "and leave it as it is")
-    lrm_backbone: Literal["frames", "3d"] = opt("frames", "of a new LRM: frame by frame, or a 3D CNN for motion")
-    reward_every: int = opt(100, "iterations between measurements of the reward on fresh samples (0: at the end)")
-    reward_samples: int = opt(64, "samples of a measurement")
-    reward_repeats: int = opt(1, "of these, samples of each prompt; from 2 on LRMs are also compared within prompts")
-    stop_on_overoptimisation: bool = opt(False, "save and stop at a sign of over-optimisation (see watch.py)")
+    w_cd: float = opt(7.5, "The guidance of CD's teacher steps (Eq. 9).")
+    m: int = opt(5, "The number of teacher steps between CD's two points.")
+    cd_target: Literal["ema", "student", "teacher"] = opt("ema", "The network that gives CD's target, theta' of Eq. 6.")
+    cd_loss: Literal["huber", "mse"] = opt("huber", "CD's distance.")
+    # the reward
+    reward: str = opt("none", "The reward, one of rewards.py or a weighted sum: hpsv2=1,agreement=2.")
+    reward_weights: str | None = opt(None, "The reward's file or folder of weights. Of a sum: NAME=PATH,NAME=PATH.")
+    reward_frames: int | None = opt(None, "The number of frames an image reward looks at. None: all.")
+    lrm: str = opt("", "The LRM to begin with, the lrm.safetensors of a run with the same reward. None: a new one.")
+    lrm_frozen: bool = opt(False, "The LRM does not learn in this run. It needs --lrm.")
+    lrm_backbone: Literal["frames", "3d"] = opt("frames", "The backbone of a new LRM: a 2D CNN a frame, or a 3D CNN.")
+    lrm_warmup: int = opt(0, "The iterations in which the LRM learns before the student listens to it.")
+    reward_every: int = opt(100, "The iterations between measurements of the reward on fresh samples. 0: at the end.")
+    reward_samples: int = opt(64, "The number of samples in a measurement.")
+    reward_repeats: int = opt(1, "The samples of each prompt in it. From 2 on LRMs are compared within prompts too.")
     # the machine
-    max_seconds: int = opt(0, "end after so many seconds of training, measurements left out (0: --iterations alone)")
-    max_evaluations: int = opt(0, "end after so many evaluations of the reward (0: --iterations alone)")
-    shard: Literal["full", "hybrid", "none"] = opt("full", "of the networks over the ranks (see distributed.py)")
-    checkpoint_activations: bool = opt(True, "compute activations again in the backward, to save memory")
-    cpu_offload: bool = opt(False, "keep weights and optimizers in CPU memory")
-    save_every: int = opt(500, "iterations between checkpoints")
-    keep_last: int = opt(2, "newest checkpoints kept")
-    keep_every: int = opt(0, "also keep those of every so many iterations")
-    sample_every: int = opt(500, "iterations between pictures (0: no pictures, not even at the end)")
-    patience: int = opt(5, "updates in a row that may be skipped because they are not finite")
-    judged: int = opt(0, "prompts on which the end compares student and teacher (the small world)")
+    max_seconds: int = opt(0, "The seconds of training, measurements left out, after which the run ends. 0: no limit.")
+    max_evaluations: int = opt(0, "The evaluations of the reward after which the run ends. 0: no limit.")
+    shard: Literal["full", "hybrid", "none"] = opt("full", "The sharding of the networks over ranks: distributed.py.")
+    checkpoint_activations: bool = opt(True, "Activations are computed again in the backward, to save memory.")
+    cpu_offload: bool = opt(False, "Weights and optimizers stay in CPU memory.")
+    save_every: int = opt(500, "The iterations between checkpoints, of which the newest two are kept.")
+    sample_every: int = opt(500, "The iterations between pictures. 0: none, and no comparison at the end.")
 
 
 PRESETS = {  # the field defaults are the paper's (section 4.1); the small world's were measured, see README
     "shapes": {
         "iterations": 130, "batch": 16, "lr": 1e-4, "fake_lr": 2e-4, "beta1": 0.0, "beta2": 0.99, "ema": 0.95,
         "fake_updates": 2, "w_vsd": 2.0, "w_cd": 2.0, "checkpoint_activations": False, "save_every": 50,
-        "sample_every": 50, "judged": 640, "reward_every": 25,
+        "sample_every": 50, "reward_every": 25,
     },
     **{name: {"teacher": "", "vae": "", "text": "", "data": ""} for name in ("dollar", "cogvideox-2b", "cogvideox-5b")},
 }  # fmt: skip
@@ -124,178 +121,276 @@ PRESETS = {  # the field defaults are the paper's (section 4.1); the small world
 # Algorithm 1
 
 
-def iterate(cfg: Config, world, nets: Nets, optimizers, step, accumulate):
-    """One iteration, lines 5-20. Returns the numbers for the log, and whether every update was finite and made."""
-    student, teacher, fake, lrm, schedule = nets.student, nets.teacher, nets.fake, nets.lrm, nets.schedule
-    numbers, drawn, total = {}, [], cfg.batch * world.size * accumulate
+def algorithm_1(cfg, world, nets, optimizers, accumulate=1, first=0):
+    """Lines 5-20 (line 4 is `nets.build`), from iteration `first` on; a descent sums `accumulate` forwards.
 
-    def generate(x, text, draw, whole, j):
-        """x_hat = G(c, eps), line 8, with gradient through one of the student's steps alone; and its x_t and t."""
-        steps = timesteps(cfg.steps)
-        k = distributed.randint(len(steps), (cfg.seed, step, "k", j))  # alike on all ranks: it decides how many calls
-        predict, t = denoiser(student, schedule, text), steps[k]
-        if cfg.tune == "teacher":  # at any step, each sample at its own, as it was trained
-            t = whole(0, 999, "t", j)
-        if cfg.tune == "teacher" or cfg.generator_input == "data":
-            x_t = schedule.add_noise(x, draw("data", j), t)
-        else:
-            noise = lambda i: draw("renoise", j, i)
-            x_t = simulate(predict, schedule, draw("start", j), steps, k, noise, cfg.transition)
-        return predict(x_t, t), x_t, t
+    Yields after every iteration: step, the numbers of its log (this rank's means), whether every descent was made, and
+    how many clips the true reward has scored on this rank.
 
-    def update(name, loss_is_fine):
-        """One optimizer step, on all ranks or on none."""
-        distributed.average_gradients(nets.modules[name], world)
-        norm = distributed.clip_gradients(nets.modules[name], cfg.clip)
-        fine = not distributed.any_rank(not (loss_is_fine and math.isfinite(norm)), world)
-        if fine:
-            optimizers[name].step()
-        optimizers[name].zero_grad(set_to_none=True)
-        return norm, fine
+    The listing descends twice for the student: lines 10-11 for VSD and CD, 18-19 for the reward. Here one backward of
+    the weighted sum does both (Eq. 16), at half the forwards. It stands where the first of the two stands, so the
+    student follows the LRM as the iteration before has left it, and the LRM's own update, lines 15-17, comes after.
+    """
+    flags = lambda function: {name: v for name, v in vars(cfg).items() if name in signature(function).parameters}
+    of_batch, of_generator, of_fake, of_lrm = map(flags, (sample_batch, generator_step, fake_score_step, lrm_step))
+    updates = range(cfg.fake_updates if nets.fake else 0)
+    lrm_learns = nets.lrm and not cfg.lrm_frozen
+    for step in range(first, cfg.iterations):  # 5
+        batches = [sample_batch(nets, world, step, i, accumulate, **of_batch) for i in range(accumulate)]  # 6
+        x_hats, numbers = generator_step(nets, world, optimizers, batches, step, **of_generator)  # 7-11, 18-19
+        fakes = [fake_score_step(nets, world, optimizers, batches, x_hats, j, **of_fake) for j in updates]  # 12-14
+        lrm, scored = lrm_step(nets, world, optimizers, batches, x_hats, **of_lrm) if lrm_learns else ({}, 0)  # 15-17
+        made = all(finite(part) for part in (numbers, *fakes, lrm))
+        fake = mean_of(fakes) | {"fake_norm": fakes[-1]["fake_norm"]} if fakes else {}
+        yield step, numbers | fake | lrm, made, scored
 
-    # Update the generator with distillation and latent reward: one backward of the weighted sum (Eq. 16)
-    for micro in range(accumulate):
-        x, text, batch, draw, whole = batch_of(cfg, world, nets, step, micro, total)  # line 6
-        loss = {}
-        with cli.autocast(cfg.precision, world.device):
-            drawing = cfg.beta_vsd or lrm or nets.frozen
-            x_hat, x_t, t = generate(x, text, draw, whole, 0) if drawing else (x, x, 0)  # line 8
-            if cfg.tune == "teacher":  # what it was trained with, Eq. 4
-                some = torch.where(whole(0, 9, "drop")[:, None, None] > 0, text, nets.null)  # as in pretrain.py
-                model = lambda x, t, text=some: student(x, t, text)
-                loss["own"] = conjugate_velocity_loss(model, schedule, x, t, draw("data", 0), student.config.prediction)
-            if nets.frozen:  # section 9
+
+def generator_step(
+    nets, world, optimizers, batches, step, *, steps, generator_input, transition, beta_vsd, beta_cd, beta_ft, beta_kl,
+    w_vsd, vsd_weight, t_min, t_max, fake_warmup, w_cd, m, cd_target, cd_loss, lrm_warmup, clip, ema,
+):  # fmt: skip
+    """Lines 7-11 and 18-19: one descent of theta on beta_vsd VSD + beta_cd CD + beta_ft FT (Eq. 16), and its average.
+
+    Returns the student's samples, a batch of latents for each of `batches`, and the numbers of the log.
+    """
+    schedule, x_hats, parts = nets.schedule, [], []
+    for batch in batches:
+        x, text, losses, info = batch.x, batch.text, {}, {}
+        student = denoiser(nets.student, schedule, text)
+        with autocast(nets.precision, world.device):
+            if nets.fake or nets.lrm or nets.frozen:
+                x_hat, x_t, t = generate(nets, batch, 0, steps, generator_input, transition)  # 8
+                x_hats.append(x_hat.detach())
+            if nets.frozen:  # section 9: hold on to the student as it began
                 with torch.no_grad():
                     before = denoiser(nets.frozen, schedule, text)(x_t, t)
-                loss["kl"] = cfg.beta_kl * (x_hat - before).square().mean()
-            if cfg.beta_vsd and step >= cfg.fake_warmup:  # Eq. 10-13
-                real = denoiser(teacher, schedule, text, cfg.w_vsd, nets.null)
-                t, fake_score = whole(cfg.t_min, cfg.t_max, "t"), denoiser(fake, schedule, text)
-                vsd, info = vsd_loss(x_hat, real, fake_score, schedule, t, draw("vsd"), cfg.vsd_weight)
-                loss["vsd"] = cfg.beta_vsd * vsd
-                add(numbers, accumulate, score_gap=info["score_gap"], dropped=info["dropped"] * accumulate * world.size)
-            if cfg.beta_cd:  # line 9, Eq. 6-7
-                target = {"ema": nets.ema, "student": student, "teacher": teacher}[cfg.cd_target]
-                guided = denoiser(teacher, schedule, text, cfg.w_cd, nets.null)
-                goal = guided if target is teacher else denoiser(target, schedule, text)
-                n, ours = whole(0, len(GRID) - 1 - cfg.m, "n"), denoiser(student, schedule, text)
-                cd = consistency_loss(ours, goal, guided, schedule, x, n, draw("cd"), cfg.m, loss=cfg.cd_loss)
-                loss["cd"] = cfg.beta_cd * cd
-            if lrm and cfg.beta_ft and step >= cfg.lrm_warmup:  # line 19, Eq. 15
-                loss["ft"] = cfg.beta_ft * reward_loss(lrm, x_hat, text if nets.reward.text else None)
-        if loss.keys() - {"kl"}:  # alone, the KL's gradient is rounding, of which AdamW would make full steps
-            (sum(loss.values()) / accumulate).backward()
-        add(numbers, accumulate, **loss)
-        drawn.append((x_hat.detach(), x, text, batch, draw, whole))
-    numbers["grad_norm"], fine = update("student", all(math.isfinite(v) for v in numbers.values()))
-    if fine:
-        average(nets.ema, student, cfg.ema)
+                losses["kl"] = beta_kl * (x_hat - before).square().mean()
+            if beta_vsd and step >= fake_warmup:  # 10: Eq. 10-13
+                real = denoiser(nets.teacher, schedule, text, w_vsd, nets.null)
+                fake = denoiser(nets.fake, schedule, text)
+                t_vsd = batch.integers(t_min, t_max, "t")
+                vsd, info = vsd_loss(x_hat, real, fake, schedule, t_vsd, batch.noise("vsd"), vsd_weight)
+                losses["vsd"] = beta_vsd * vsd
+            if beta_cd:  # 9-10: Eq. 6-7
+                guided = denoiser(nets.teacher, schedule, text, w_cd, nets.null)
+                theta = {"ema": nets.ema, "student": nets.student}.get(cd_target)  # whose f gives the target
+                target = denoiser(theta, schedule, text) if theta else guided
+                n = batch.integers(0, len(GRID) - 1 - m, "n")
+                cd = consistency_loss(student, target, guided, schedule, x, n, batch.noise("cd"), m, loss=cd_loss)
+                losses["cd"] = beta_cd * cd
+            if nets.lrm and beta_ft and step >= lrm_warmup:  # 19: Eq. 15
+                losses["ft"] = beta_ft * reward_loss(nets.lrm, x_hat, text if nets.reward.text else None)
+        if losses.keys() - {"kl"}:  # alone, the KL's gradient is rounding, of which AdamW would make full steps
+            (sum(losses.values()) / len(batches)).backward()
+        if info:
+            info["dropped"] = info["dropped"] / len(x)  # the share of samples left out
+        parts.append({name: value.item() for name, value in (losses | info).items()})
+    numbers = mean_of(parts)
+    norm = gradient_descent(nets.student, optimizers["student"], clip, world, finite(numbers))  # 11, 19
+    if math.isfinite(norm):
+        average(nets.ema, nets.student, ema)
+    return x_hats, numbers | {"grad_norm": norm}
 
-    # Update the fake score on the student's samples (lines 13-14, Eq. 4), section 4.1: five times
-    for j in range(cfg.fake_updates if cfg.beta_vsd else 0):
-        for x_hat, x, text, _, draw, whole in drawn:
-            with cli.autocast(cfg.precision, world.device):
-                if j:  # the first update takes the generator's own samples, the others fresh ones
-                    with torch.no_grad():
-                        x_hat = generate(x, text, draw, whole, j)[0]
-                t, eps = whole(0, 999, "fake t", j), draw("fake", j)
-                model = lambda x, t, text=text: fake(x, t, text)
-                loss = conjugate_velocity_loss(model, schedule, x_hat, t, eps, fake.config.prediction)
-            (loss / accumulate).backward()
-            add(numbers, accumulate * cfg.fake_updates, fake=loss)
-        numbers["fake_norm"], made = update("fake", math.isfinite(loss.item()))
-        fine = made and fine
 
-    # Train the latent reward model on real and generated latents (lines 16-17, Eq. 14)
-    learns = lrm and not cfg.lrm_frozen
-    for x_hat, x, text, batch, *_ in drawn if learns else []:
-        with torch.no_grad(), cli.autocast(cfg.precision, world.device):
-            both, known = torch.cat([x, x_hat]), batch["reward"]  # x~ = x u x^
-            parts = (x_hat if known is not None else both).split(cfg.batch)  # pixels are what is large
-            video = torch.cat([nets.vae.decode(part).float().clamp(-1, 1) for part in parts])
-        each = nets.reward.each(video, batch["captions"] * (len(video) // len(x)))  # (2 B or B, R)
-        add(numbers, 1, evaluations=len(each) * world.size)
-        each = torch.cat([known.to(each).view(len(x), -1), each]) if known is not None else each
-        nets.moments.update(each, world)
-        true, words = nets.moments.standardise(each), torch.cat([text, text]) if nets.reward.text else None
-        loss = lrm_loss(lrm, both, true, words)
-        (loss / accumulate).backward()
-        add(numbers, accumulate, lrm=loss, reward=nets.moments.natural(true[len(x) :]).mean())
-    if learns:
-        numbers["lrm_norm"], made = update("lrm", math.isfinite(loss.item()))
-        fine = made and fine
-    return numbers, fine
+def fake_score_step(nets, world, optimizers, batches, x_hats, j, *, steps, generator_input, transition, clip):
+    """Lines 12-14: the fake score learns to denoise what the student makes, from every step and without guidance.
+
+    Section 4.1 has five of these for one of the student's. The first (j = 0) takes the generator's own samples x_hats,
+    the others fresh ones. Returns the numbers of the log.
+    """
+    parts = []
+    for batch, x_hat in zip(batches, x_hats):
+        model = lambda x_t, t, text=batch.text: nets.fake(x_t, t, text)
+        with autocast(nets.precision, world.device):
+            if j:
+                with torch.no_grad():
+                    x_hat, *_ = generate(nets, batch, j, steps, generator_input, transition)
+            t, eps = batch.integers(0, 999, "fake t", j), batch.noise("fake", j)  # 13
+            prediction = nets.fake.config.prediction
+            loss = conjugate_velocity_loss(model, nets.schedule, x_hat, t, eps, prediction)  # Eq. 4
+        (loss / len(batches)).backward()
+        parts.append({"fake": loss.item()})
+    numbers = mean_of(parts)
+    return numbers | {"fake_norm": gradient_descent(nets.fake, optimizers["fake"], clip, world, finite(numbers))}  # 14
+
+
+def lrm_step(nets, world, optimizers, batches, x_hats, *, clip):
+    """Lines 15-17: the latent reward model learns the true reward of decoded latents, real and generated (Eq. 14).
+
+    Returns the numbers of the log, and how many clips the true reward has scored: of a cache that keeps the rewards of
+    its clips, the generated ones alone.
+    """
+    parts, scored = [], 0
+    for batch, x_hat in zip(batches, x_hats):
+        x = torch.cat([batch.x, x_hat])  # 16: x~ = x u x^, (2B, C, T, h, w)
+        text = torch.cat([batch.text, batch.text]) if nets.reward.text else None
+        unknown, captions = (x, batch.captions * 2) if batch.reward is None else (x_hat, batch.captions)
+        with torch.no_grad(), autocast(nets.precision, world.device):
+            pixels = [nets.vae.decode(z).float().clamp(-1, 1) for z in unknown.split(len(x_hat))]  # what is large
+        found = nets.reward.scores(torch.cat(pixels), captions)  # (2B or B, R)
+        known = [] if batch.reward is None else [batch.reward.to(found).view(len(x_hat), -1)]
+        scores = torch.cat([*known, found])  # (2B, R)
+        nets.moments.update(scores, world)
+        reward = nets.moments.standardise(scores)  # (2B,)
+        loss = lrm_loss(nets.lrm, x, reward, text)
+        (loss / len(batches)).backward()
+        of_generated = nets.moments.natural(reward[len(batch.x) :]).mean()
+        parts.append({"lrm": loss.item(), "reward": of_generated.item()})
+        scored += len(found)
+    numbers = mean_of(parts)
+    norm = gradient_descent(nets.lrm, optimizers["lrm"], clip, world, finite(numbers))  # 17
+    return numbers | {"lrm_norm": norm}, scored
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what its lines call
+
+
+@dataclass
+class Batch:
+    """This rank's part of a batch, and the random numbers that belong to it.
+
+    They follow from (seed, step, what they are for, a sample's number in the global batch): any number of ranks has the
+    same.
+    """
+
+    x: torch.Tensor  # (B, C, T, h, w), the clips' latents in float32
+    text: torch.Tensor  # (B, L, D)
+    captions: list[str]
+    reward: torch.Tensor | None  # (B, R), where a cache keeps it
+    key: tuple[int, int]  # seed, step
+    numbers: list[int]  # of the samples in the global batch
+
+    def noise(self, *name):
+        """Standard normal, like x."""
+        return distributed.normal(self.x.shape[1:], (*self.key, *name), self.numbers, self.x.device)
+
+    def integers(self, low, high, *name):
+        """Uniform in low..high, both included: int64 (B,)."""
+        count = high - low + 1
+        values = [low + distributed.randint(count, (*self.key, *name, number)) for number in self.numbers]
+        return torch.tensor(values, device=self.x.device)
+
+
+def sample_batch(nets, world, step, micro, accumulate, *, seed, batch):
+    """Line 6: (c, i) ~ D, x = Encoder(i); the part `micro` of `accumulate` of it."""
+    numbers = [(micro * world.size + world.rank) * batch + i for i in range(batch)]
+    chosen = nets.data.at(seed, step, batch * world.size * accumulate)
+    clips = nets.data.batch([chosen[number] for number in numbers], step)
+    if isinstance(clips, tuple):  # not from a cache
+        video, captions = clips
+        with torch.no_grad(), autocast(nets.precision, world.device):
+            latents = nets.vae.encode(video.to(world.device))
+        clips = {"latents": latents, "text": nets.encoder.encode(captions), "captions": captions, "reward": None}
+    x, text = clips["latents"].float().to(world.device), clips["text"].to(world.device)
+    return Batch(x, text, clips["captions"], clips["reward"], (seed, step), numbers)
+
+
+def generate(nets, batch, j, steps, generator_input, transition):
+    """Line 8: x_hat = G(c, eps), with gradient through one of the student's steps alone; and the x_t and t it began at.
+
+    j: 0, 1, ... of the same batch have steps and noise of their own.
+    """
+    nodes = timesteps(steps)
+    k = distributed.randint(len(nodes), (*batch.key, "k", j))  # alike on all ranks: it decides how many calls
+    student, t = denoiser(nets.student, nets.schedule, batch.text), nodes[k]
+    if generator_input == "data":
+        x_t = nets.schedule.add_noise(batch.x, batch.noise("data", j), t)
+    else:
+        renoise = lambda i: batch.noise("renoise", j, i)
+        x_t = simulate(student, nets.schedule, batch.noise("start", j), nodes, k, renoise, transition)
+    return student(x_t, t), x_t, t
+
+
+def denoiser(model, schedule, text, w=0.0, null=None):
+    """A network as the losses and samplers want it: f(x_t, t) -> x_0; with w, guided (Eq. 9)."""
+    return lambda x_t, t: denoise(model, schedule, x_t, t, text, model.config.prediction, w, null)
+
+
+@torch.no_grad()
+def average(ema, model, decay):
+    """decay * ema + (1 - decay) * model, parameter by parameter."""
+    old, new = (list(network.parameters()) for network in (ema, model))
+    torch._foreach_lerp_(old, new, 1 - decay)
+
+
+def mean_of(parts):
+    """[{name: number}, ...] -> {name: its mean}."""
+    return {name: sum(part[name] / len(parts) for part in parts) for name in parts[0]}
+
+
+def finite(numbers):
+    return all(math.isfinite(number) for number in numbers.values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a run
 
 
 def train(cfg: Config, world) -> None:
-    if cfg.tune == "teacher":
-        if cfg.reward == "none" or cfg.student or cfg.prediction:
-            raise UserError("--tune teacher needs a --reward, and no --student or --prediction")
-        cfg = replace(cfg, beta_vsd=0.0, beta_cd=0.0)
+    """What stands around Algorithm 1: resuming, the log, measurements, pictures, checkpoints, and an end in order."""
     nets, out = build(cfg, world), Path(cfg.out)
-    each = cfg.batch * world.size
-    accumulate = cfg.global_batch // each if cfg.global_batch else 7 if nets.reward and each < 16 else 1
-    optimizers, modules = adam(cfg, nets), nets.modules
-    restarted = distributed.restarted(world)
-    if not (cfg.resume or restarted):
+    optimizers = adam(nets, cfg.lr, cfg.fake_lr, cfg.lrm_lr, (cfg.beta1, cfg.beta2))
+    forward = cfg.batch * world.size  # clips
+    accumulate = cfg.global_batch // forward if cfg.global_batch else 7 if nets.reward and forward < 16 else 1
+    going_on = cfg.resume or distributed.restarted(world)
+    if not going_on:
         set_aside(out / "checkpoints", world)
-    checkpoints = distributed.Checkpoints(out / "checkpoints", cfg.keep_last, cfg.keep_every)
-    stopper, first, skipped, in_a_row = distributed.Stopper(world), 0, 0, 0
-    trained, evaluated, watched = 0.0, 0, []  # seconds, evaluations of the reward, its measurements
-    if cfg.resume or restarted:
-        if newest := checkpoints.newest():
-            check_resumed(newest, cfg, nets, world)
-            extra = checkpoints.load(newest, modules, optimizers)
-            first, trained, evaluated, skipped = (extra[k] for k in ("step", "trained", "evaluated", "skipped"))
-            watched = extra["watched"]
-            nets.moments = nets.reward and Moments(**extra["moments"])
-            if world.main:
-                print(f"going on from {newest}")
-        elif cfg.resume:
-            raise UserError(f"{out} holds no checkpoint: leave out --resume to start")
+    checkpoints, stopper = distributed.Checkpoints(out / "checkpoints"), distributed.Stopper(world)
+    # seconds of training, evaluations of the reward, updates left out, measurements of the reward
+    state = {"step": 0, "trained": 0.0, "evaluated": 0, "skipped": 0, "watched": []}
+    if going_on and (newest := checkpoints.newest()):
+        check_resumed(newest, asdict(cfg), nets, world)
+        saved = checkpoints.load(newest, nets.modules, optimizers)
+        state = {name: saved[name] for name in state}
+        nets.moments = nets.reward and Moments(**saved["moments"])
+        if world.main:
+            print(f"going on from {newest}")
+    elif cfg.resume:
+        raise UserError(f"{out} holds no checkpoint: leave out --resume to start")
 
-    def save(step, wait=False):
+    def save(wait):
         about = {"config": asdict(cfg), "student": asdict(nets.student.config), "about": nets.about}
-        about |= {"step": step, "trained": trained, "evaluated": evaluated, "skipped": skipped, "watched": watched}
-        about["moments"] = nets.moments and asdict(nets.moments)
-        checkpoints.save(step, modules, optimizers, about, wait)
+        about |= {"moments": nets.moments and asdict(nets.moments), **state}
+        checkpoints.save(state["step"], nets.modules, optimizers, about, wait)
 
+    first, in_a_row, teacher_videos = state["step"], 0, []
     log, board = (open_log(out / "log.jsonl", first), tensorboard(out)) if world.main else (None, None)
-    teachers = [None]  # its pictures are drawn once
     begun = last = time.time()
-    every = range(first, cfg.iterations)
-    bar = tqdm(every, initial=first, total=cfg.iterations, disable=not world.main, dynamic_ncols=True)
-    for step in bar:
-        numbers, fine = iterate(cfg, world, nets, optimizers, step, accumulate)
-        numbers = distributed.means(numbers, world)
-        in_a_row, skipped = (0, skipped) if fine else (in_a_row + 1, skipped + 1)
+    iterations = algorithm_1(cfg, world, nets, optimizers, accumulate, first)
+    bar = tqdm(iterations, initial=first, total=cfg.iterations, disable=not world.main, dynamic_ncols=True)
+    for step, mine, made, scored in bar:
+        numbers = distributed.means(mine, world)
         took, ending = time.time() - last, stopper()
-        trained, evaluated = trained + took, evaluated + int(numbers.pop("evaluations", 0))
-        spent = 0 < cfg.max_seconds <= trained or 0 < cfg.max_evaluations <= evaluated
+        in_a_row = 0 if made else in_a_row + 1
+        state["step"] = step + 1
+        state["trained"] += took
+        state["evaluated"] += scored * world.size
+        state["skipped"] += not made
+        spent = 0 < cfg.max_seconds <= state["trained"] or 0 < cfg.max_evaluations <= state["evaluated"]
         final = step + 1 == cfg.iterations or distributed.any_rank(spent, world)
         if nets.reward and (final or (cfg.reward_every and step % cfg.reward_every == 0)):
-            over = look_at_reward(cfg, world, nets, out, step, watched)
-            numbers |= {name: value for name, value in watched[-1].items() if name != "step"}
-            final = final or (over and cfg.stop_on_overoptimisation)
+            how = cfg.steps, cfg.reward_samples, cfg.reward_repeats, cfg.batch, cfg.lrm_warmup
+            numbers |= measure_reward(nets, world, state["watched"], step, *how)
         if cfg.sample_every and (step + 1) % cfg.sample_every == 0 and not ending:
-            numbers |= look(cfg, world, nets, out, step + 1, teachers)
+            numbers |= show_progress(nets, world, out, step + 1, teacher_videos, cfg.steps, cfg.batch)
         if world.main:
-            numbers = {k: round(v, 6) for k, v in numbers.items()} | {"skipped": skipped}
-            numbers |= {"reward_evaluations": evaluated} if nets.reward else {}
-            speed = {"seconds": time.time() - begun, "iteration_s": took, "samples_s": each * accumulate / took}
-            speed |= {"trained_s": trained, "peak_gib": so_far(world.device) / 2**30}
-            speed = {k: round(v, 3) for k, v in speed.items()}
-            bar.set_postfix({k: f"{v:.3g}" for k, v in (numbers | speed).items() if k != "seconds"})
+            numbers = {name: round(value, 6) for name, value in numbers.items()} | {"skipped": state["skipped"]}
+            numbers |= {"reward_evaluations": state["evaluated"]} if nets.reward else {}
+            speed = {"seconds": time.time() - begun, "iteration_s": took, "samples_s": forward * accumulate / took}
+            speed |= {"trained_s": state["trained"], "peak_gib": so_far(world.device) / 2**30}
+            speed = {name: round(value, 3) for name, value in speed.items()}
+            bar.set_postfix({name: f"{v:.3g}" for name, v in (numbers | speed).items() if name != "seconds"})
             print(json.dumps({"step": step, **speed, **numbers}), file=log, flush=True)
             for name, value in (numbers | speed).items() if board else ():
                 board.add_scalar(name, value, step)
-        if in_a_row >= cfg.patience:
-            save(step + 1, wait=True)  # none of the skipped updates has touched the weights
+        if in_a_row >= PATIENCE:
+            save(wait=True)  # none of the skipped updates has touched the weights
             raise UserError(
                 f"{in_a_row} updates in a row were not finite: stopped, and saved the state before them in {out}"
             )
         if (step + 1) % cfg.save_every == 0 or ending or final:
-            save(step + 1, wait=ending or final)
+            save(wait=ending or final)
         if ending:
             if world.main:
                 print(f"stopped after step {step + 1}, saved: go on with --resume --out {out}")
@@ -306,72 +401,36 @@ def train(cfg: Config, world) -> None:
     if nets.lrm and world.main:
         about = {"reward": cfg.reward, "moments": asdict(nets.moments), "vae": fingerprint(nets.vae)}
         checkpoint.save_model(out / "lrm.safetensors", nets.lrm, **about, text_fingerprint=nets.encoder.fingerprint)
-    finish(cfg, world, nets, out)
+    rows = finish(nets, world, out, asdict(cfg), cfg.steps, cfg.batch, cfg.sample_every > 0)
+    if rows:
+        import results  # here, since training needs none of it
+
+        results.save(replace(cfg, out=str(out / "compare.json")), "compared", rows=rows)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# its parts
-
-
-def look_at_reward(cfg, world, nets, out, step, watched):
-    """Measure the true reward of fresh samples (watch.py), keep the best state. -> the sign of over-optimisation."""
-    who, heeded = sampler(cfg, nets, "student"), lambda: [w for w in watched if w["step"] >= cfg.lrm_warmup]
-    some = nets.prompts, few(cfg), cfg.reward_samples, cfg.batch
-    before = watch.overoptimised(heeded())
-    found = watch.measure(who, nets.reward, *some, world, nets.lrm, nets.moments, cfg.reward_repeats)
-    watched.append({"step": step} | found)
-    over, best = watch.overoptimised(heeded()), max(watched, key=watch.worth)
-    weights = distributed.gather(nets.ema) if best is watched[-1] else None
-    if weights and world.main:
-        write_student(out / "best", nets.student.config, weights, asdict(cfg), nets.about | {"step": step + 1})
-    if over and not before and world.main:
-        print(
-            f"over-optimised at step {step}: {over}. The true reward is {watched[-1]['true_reward']:.4g}; "
-            f"it was {best['true_reward']:.4g} at step {best['step']}: see {out}/best"
-        )
-    return over
-
-
-def batch_of(cfg, world, nets, step, micro, total):
-    """This rank's part of a batch. A sample's noise follows from (seed, step, its number in the global batch)."""
-    numbers = [(micro * world.size + world.rank) * cfg.batch + i for i in range(cfg.batch)]
-    chosen = nets.data.at(cfg.seed, step, total)
-    batch = nets.data.batch([chosen[i] for i in numbers], step)
-    if isinstance(batch, tuple):  # not from a cache
-        video, captions = batch
-        with torch.no_grad(), cli.autocast(cfg.precision, world.device):
-            x = nets.vae.encode(video.to(world.device))
-        batch = {"latents": x, "text": nets.encoder.encode(captions), "captions": captions, "reward": None}
-    shape = batch["latents"].shape[1:]  # of this batch: a cache has images too
-    draw = lambda *key: distributed.normal(shape, (cfg.seed, step, *key), numbers, world.device)
-    whole = lambda low, high, *key: torch.tensor(
-        [low + distributed.randint(high - low + 1, (cfg.seed, step, *key, i)) for i in numbers], device=world.device
-    )
-    return batch["latents"].float().to(world.device), batch["text"].to(world.device), batch, draw, whole
-
-
-def adam(cfg, nets):
+def adam(nets, lr, fake_lr, lrm_lr, betas):
     """An optimizer for each network that learns; fused where it can be: for sharded parameters all else is slow."""
-    fused, betas = nets.device.type in ("cpu", "cuda"), (cfg.beta1, cfg.beta2)
+    fused = nets.device.type in ("cpu", "cuda")
     make = lambda name, lr, *betas: torch.optim.AdamW(nets.modules[name].parameters(), lr, *betas, fused=fused)
-    hows = {"student": (cfg.lr, betas), "fake": (cfg.fake_lr, betas), "lrm": (cfg.lrm_lr,)}
-    return {name: make(name, *how) for name, how in hows.items() if name in nets.modules}
+    flags = {"student": (lr, betas), "fake": (fake_lr, betas), "lrm": (lrm_lr,)}
+    return {name: make(name, *values) for name, values in flags.items() if name in nets.modules}
 
 
-def denoiser(model, schedule, text, w=0.0, null=None):
-    """A network as the losses and samplers want it: f(x_t, t) -> x_0."""
-    return lambda x, t: denoise(model, schedule, x, t, text, model.config.prediction, w, null)
-
-
-def add(numbers, parts, **values):
-    for name, value in values.items():
-        numbers[name] = numbers.get(name, 0.0) + torch.as_tensor(value).detach().item() / parts
-
-
-@torch.no_grad()
-def average(ema, model, decay):
-    ours, theirs = (list(m.parameters()) for m in (ema, model))
-    torch._foreach_lerp_(ours, theirs, 1 - decay)
+def measure_reward(nets, world, watched, step, steps, samples, repeats, batch, lrm_warmup):
+    """Measure the true reward of fresh samples (watch.py), add it to `watched`, and warn of over-optimisation."""
+    generator, after_warmup = sampler(nets, "student"), lambda: [w for w in watched if w["step"] >= lrm_warmup]
+    before = watch.overoptimised(after_warmup())
+    how = nets.prompts, steps, samples, batch
+    found = watch.measure(generator, nets.reward, *how, world, nets.lrm, nets.moments, repeats)
+    watched.append({"step": step} | found)
+    sign = watch.overoptimised(after_warmup())
+    best = max(watched, key=lambda w: w["true_reward"] if math.isfinite(w["true_reward"]) else -math.inf)
+    if sign and not before and world.main:
+        print(
+            f"over-optimised at step {step}: {sign}. The true reward is {found['true_reward']:.4g}; "
+            f"it was {best['true_reward']:.4g} at step {best['step']}"
+        )
+    return found
 
 
 def main():

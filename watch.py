@@ -56,38 +56,33 @@ def measure(generator, reward, prompts, n, samples, batch, world, lrm=None, mome
     """
     if samples < 2 or repeats < 1 or samples % repeats:
         raise UserError(f"--reward-samples: at least 2, and a multiple of --reward-repeats, not {samples}")
-    share, rows = -(-samples // world.size), []  # all ranks make the same number of calls
-    mine = range(world.rank * share, (world.rank + 1) * share)
-    for some in (mine[i : i + batch] for i in range(0, share, batch)):
-        words = [prompts[i // repeats % len(prompts)] for i in some]
-        text = generator.encoder.encode(words).to(generator.device)
-        x = generator.latents(text, [SEED + i for i in some], n)
-        true = reward.each(generator.decode(x), words).double().cpu()  # (B, R)
-        guess = (lrm(x, text) if reward.text else lrm(x)).double().cpu() if lrm else true.new_zeros(len(x))
-        rows += torch.cat([guess[:, None], true], 1).tolist()
+    per_rank, rows = -(-samples // world.size), []  # all ranks make the same number of calls
+    numbers = range(world.rank * per_rank, (world.rank + 1) * per_rank)
+    for part in (numbers[i : i + batch] for i in range(0, per_rank, batch)):
+        captions = [prompts[i // repeats % len(prompts)] for i in part]
+        text = generator.encoder.encode(captions).to(generator.device)
+        x = generator.latents(text, [SEED + i for i in part], n)
+        scores = reward.scores(generator.decode(x), captions).double().cpu()  # (B, R)
+        estimate = (lrm(x, text) if reward.text else lrm(x)).double().cpu() if lrm else scores.new_zeros(len(x))
+        rows += torch.cat([estimate[:, None], scores], 1).tolist()
     if world.size > 1:
         dist.all_gather_object(parts := [None] * world.size, rows)
         rows = [row for part in parts for row in part]
-    rows = torch.tensor(rows[:samples], dtype=torch.float64)
-    guess, each = rows[:, 0], rows[:, 1:]
+    table = torch.tensor(rows[:samples], dtype=torch.float64)  # (n, 1 + R)
+    estimate, scores = table[:, 0], table[:, 1:]
     if moments and moments.count:
-        true, guess = moments.natural(moments.standardise(each)), moments.natural(guess)
+        true, estimate = moments.natural(moments.standardise(scores)), moments.natural(estimate)
     else:
-        true = each @ each.new_tensor(list(reward.weights.values()))
+        true = scores @ scores.new_tensor(list(reward.weights.values()))
     found = {"true_reward": true.mean().item(), "true_error": (true.std() / len(true) ** 0.5).item()}
-    if each.shape[1] > 1:
-        found |= {f"true_{name}": value.item() for name, value in zip(reward.weights, each.mean(0))}
+    if scores.shape[1] > 1:
+        found |= {f"true_{name}": value.item() for name, value in zip(reward.weights, scores.mean(0))}
     if lrm:
-        found |= {"lrm_estimate": guess.mean().item(), "rank_correlation": spearman(guess, true)}
+        found |= {"lrm_estimate": estimate.mean().item(), "rank_correlation": spearman(estimate, true)}
     if lrm and repeats > 1:
-        guess, true = (x.view(-1, repeats) - x.view(-1, repeats).mean(1, keepdim=True) for x in (guess, true))
-        found["rank_correlation_within"] = spearman(guess.flatten(), true.flatten())
+        less_the_prompt = lambda x: (x.view(-1, repeats) - x.view(-1, repeats).mean(1, keepdim=True)).flatten()
+        found["rank_correlation_within"] = spearman(less_the_prompt(estimate), less_the_prompt(true))
     return found
-
-
-def worth(found):
-    """By what the best of several measurements is chosen: one that is not finite is never the best."""
-    return found["true_reward"] if math.isfinite(found["true_reward"]) else -math.inf
 
 
 def overoptimised(history, window=WINDOW):
@@ -98,16 +93,16 @@ def overoptimised(history, window=WINDOW):
     """
     if len(history) < 2 * window:
         return ""
-    mean = lambda name, some: sum(h[name] for h in some) / window
-    # samples of one and the same reward have no order: an LRM tells none of them from the others
-    sighted = lambda h: h | {"rank_correlation": h["rank_correlation"] if math.isfinite(h["rank_correlation"]) else 0.0}
-    history = [sighted(h) for h in history]
     before, after = history[-2 * window : -window], history[-window:]
+    mean = lambda name, part: sum(found[name] for found in part) / window
     rise = mean("lrm_estimate", after) - mean("lrm_estimate", before)
     fall = mean("true_reward", before) - mean("true_reward", after)
     if rise > 0 and fall > mean("true_error", after):
         return "the LRM's estimate rises while the true reward falls"
-    if mean("rank_correlation", before) > BLIND > mean("rank_correlation", after):
+    # samples of one and the same reward have no order (NaN): the LRM tells none of them from the others
+    ordered = lambda found: found["rank_correlation"] if math.isfinite(found["rank_correlation"]) else 0.0
+    correlation = lambda part: sum(map(ordered, part)) / window
+    if correlation(before) > BLIND > correlation(after):
         return "the LRM no longer tells better samples from worse"
     return ""
 

@@ -8,7 +8,9 @@ import socket
 import subprocess
 import sys
 from collections import defaultdict, deque
+from functools import wraps
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ import ddpo
 import rewards
 from cli import run
 from ddpo import advantages, graded, log_probability, policy_loss, transition, walk
+from distributed import World
 from dit import DiT, DiTConfig
 from generate import Generator
 from schedule import Schedule, few_step, timesteps
@@ -282,6 +285,116 @@ def weights(tmp_path_factory):
     return folder
 
 
+# one update
+
+
+def named(video, prompts):
+    """A reward that reads its prompt: its length beside the mean of the pixels."""
+    return video.mean((1, 2, 3, 4)) + torch.tensor([0.1 * len(prompt) for prompt in prompts])
+
+
+@pytest.fixture
+def update(weights, monkeypatch):
+    """update(**flags) -> what one iteration was given and did; policy_loss answers with one bias of the student."""
+    entry = (lambda *_: named, True, True, True, "", "mean light, and the prompt's length")
+    monkeypatch.setitem(rewards.REWARDS, "named", entry)
+
+    def update(**changes):
+        files = {"weights": f"{weights}/student.safetensors", "vae": f"{weights}/vae.safetensors", "reward": "named"}
+        small = {"batch": 2, "global_batch": 4, "iterations": 1, "lr": 1e-3, "clip": 1e9, "device": "cpu"}
+        cfg = ddpo.Config(**files | small | {"precision": "fp32", "beta_kl": 0.5} | changes)
+        world = World(0, 1, torch.device("cpu"))
+        policy = ddpo.build(cfg, world, 4)
+        theta = lambda: policy.student.out.bias.view(-1)[0]
+        seen = SimpleNamespace(policy=policy, clips=[], moves=[], losses=[], gradients=[], theta=[theta().item()])
+        before = {name: p.clone() for name, p in policy.frozen.named_parameters()}
+
+        def sample(*args, **kwargs):
+            seen.clips.append(sample_clips(*args, **kwargs))
+            return seen.clips[-1]
+
+        def probability(schedule, x_t, x0, *move):
+            seen.moves.append((x_t, x0, *move))
+            return log_probability(schedule, x_t, x0, *move)
+
+        def loss(new, old, advantage, *how):
+            seen.losses.append((new, old, advantage, how))
+            return theta() + 0 * new.sum(), {"approx_kl": torch.tensor(2.0)}
+
+        def descend(module, *rest):
+            assert module is policy.student
+            seen.gradients.append(theta_gradient())
+            norm = gradient_descent(module, *rest)
+            seen.theta.append(theta().item())
+            return norm
+
+        theta_gradient = lambda: policy.student.out.bias.grad.view(-1)[0].item()
+        sample_clips, gradient_descent = ddpo.sample_clips, ddpo.distributed.gradient_descent
+        with monkeypatch.context() as patch:
+            patch.setattr(ddpo, "sample_clips", wraps(sample_clips)(sample))
+            patch.setattr(ddpo, "log_probability", probability)
+            patch.setattr(ddpo.distributed, "gradient_descent", descend)
+            if cfg.method == "ddpo":
+                patch.setattr(ddpo, "policy_loss", loss)
+            adam = torch.optim.AdamW(policy.student.parameters(), cfg.lr)
+            seen.step, seen.numbers, seen.reward, seen.made = next(ddpo.algorithm_2(cfg, world, policy, adam, 2, {}))
+        assert all(torch.equal(before[name], p) for name, p in policy.frozen.named_parameters())
+        return seen
+
+    return update
+
+
+def test_each_move_is_weighted_with_its_own_clips_reward(update):
+    seen = update(clip_range=0.2)
+    policy, order = seen.policy, [(clips, i) for clips in seen.clips for i in (1, 2)]  # 749 to 499 and 499 to 249
+    assert policy.moves == [1, 2] and len(seen.losses) == 4 and len(seen.moves) == 8
+    for (new, old, advantage, how), (clips, i), *both in zip(seen.losses, order, seen.moves[::2], seen.moves[1::2]):
+        (x_t, x0), (x_next, _) = clips.path[i], clips.path[i + 1]
+        for move in both:
+            assert move[0] is x_t and move[2] is x_next and move[3:] == (STEPS[i], STEPS[i + 1], "renoise", "mean")
+        sampled, again = both
+        assert sampled[1] is x0 and not x0.requires_grad and again[1].requires_grad  # as sampled, and with gradient
+        torch.testing.assert_close(again[1], x0, rtol=1e-4, atol=1e-4)
+        assert new.requires_grad and not old.requires_grad and how == ("sf", 0.2)
+        torch.testing.assert_close(advantage, clips.reward.to(advantage))
+    for clips in seen.clips:  # line 11: of the last step's x_0, with its own prompt
+        video = policy.vae.decode(clips.path[3][1]).clamp(-1, 1)
+        torch.testing.assert_close(clips.reward, named(video, clips.captions), rtol=1e-4, atol=1e-5)
+    assert [clips.numbers for clips in seen.clips] == [[0, 1], [2, 3]]
+    assert len(set(seen.reward.tolist())) == 4  # or no order would be seen
+    assert seen.reward.tolist() == [r for clips in seen.clips for r in clips.reward.tolist()]
+    noises = [clips.path[0][0] for clips in seen.clips]
+    assert not torch.equal(*noises) and not torch.equal(noises[0][0], noises[0][1])
+    # the mean over the parts of the sum over the moves; AdamW's first step is the learning rate, downhill
+    assert seen.gradients == [pytest.approx(2.0, abs=1e-4)] and seen.made
+    assert seen.theta[1] == pytest.approx(seen.theta[0] - 1e-3, abs=1e-5)
+    assert seen.numbers["approx_kl"] == pytest.approx(2.0)  # the mean over the moves
+    assert seen.numbers["loss"] == pytest.approx(2 * seen.theta[0], abs=1e-5) and seen.numbers["kl"] < 1e-9
+
+
+def test_several_updates_begin_anew_from_the_same_samples(update):
+    seen = update(variant="is", updates=3, advantage="batch", truncate=1, beta_kl=2.0)
+    assert len(seen.clips) == 2 and len(seen.losses) == 3 * 2 and seen.policy.moves == [2]
+    olds = [old for _, old, *_ in seen.losses]
+    assert all(torch.equal(olds[i], olds[i + 2]) for i in range(4))  # as sampled, whatever the student has become
+    assert [gradient > 0.5 for gradient in seen.gradients] == [True] * 3
+    assert seen.gradients[0] == pytest.approx(1.0, abs=1e-4) and seen.numbers["kl"] > 0
+    weight = torch.cat([advantage for _, _, advantage, _ in seen.losses[:2]])
+    torch.testing.assert_close(weight, (seen.reward - seen.reward.mean()) / seen.reward.std(correction=0))
+
+
+@pytest.mark.parametrize("method", ["refl", "draft"])
+def test_direct_gradients_descend_minus_the_reward(update, method):
+    seen = update(method=method)
+    assert seen.policy.moves == [2, 3] and not seen.losses and seen.numbers["kl"] < 1e-9
+    assert seen.numbers["loss"] == pytest.approx(-seen.reward.mean().item(), rel=1e-5)
+    for clips in seen.clips:
+        gradient = [x0.requires_grad for _, x0 in clips.path]
+        # ReFL goes to one of the last two steps and no further, DRaFT through both
+        assert gradient == [False, False, True, True] if method == "draft" else gradient[:2] == [False] * 2
+        assert method == "draft" or gradient[2:] in ([True], [False, True])
+
+
 @pytest.fixture
 def call(weights, tmp_path, monkeypatch, capsys):
     """call(*flags) -> (exit code, stderr), in this process; a later --weights replaces the tiny student."""
@@ -343,7 +456,8 @@ def test_refl_as_a_process(weights, tmp_path):
 
 
 def test_ddpo_on_two_ranks_is_ddpo_on_one(weights, tmp_path, call):
-    flags = ["--reward", "jpeg_compressibility", "--precision", "fp32", "--advantage", "batch", "--global-batch", 4]
+    # a smooth reward: the size of a JPEG jumps by a byte where one pixel is rounded
+    flags = ["--reward", "dynamic_degree", "--precision", "fp32", "--advantage", "batch", "--global-batch", 4]
     processes(weights, tmp_path, *flags, "--out", "two", ranks=2)
     assert call(*flags, "--batch", 4, "--out", "one")[0] == 0
     (two,), (one,) = lines("two"), lines("one")
@@ -391,7 +505,7 @@ def test_several_rewards_are_standardised_one_by_one_and_measured(call, monkeypa
     dark = rewards.Reward("dark", dark, True, False, "", None, "cpu")
     both = rewards.Reward("sum", None, True, False, "", None, "cpu", [(1.0, brightness()), (0.5, dark)])
     monkeypatch.setattr(rewards, "make", lambda *_: both)
-    flags = ["--reward", "object", "--method", "draft", "--precision", "fp32", "--lr", 1e-3]
+    flags = ["--reward", "bright", "--method", "draft", "--precision", "fp32", "--lr", 1e-3]
     assert call(*flags, "--iterations", 5, "--max-evaluations", 4)[0] == 0
     log = lines("runs/ddpo")
     assert [line["reward_evaluations"] for line in log] == [2, 4]  # the budget ends it
@@ -403,7 +517,7 @@ def test_several_rewards_are_standardised_one_by_one_and_measured(call, monkeypa
 @pytest.mark.parametrize("method", ["ddpo", "draft"])
 def test_the_reward_rises(call, monkeypatch, method):
     monkeypatch.setattr(rewards, "make", brightness)
-    flags = ["--reward", "object", "--method", method, "--iterations", 6, "--advantage", "batch", "--precision", "fp32"]
+    flags = ["--reward", "bright", "--method", method, "--iterations", 6, "--advantage", "batch", "--precision", "fp32"]
     assert call(*flags, "--batch", 32, "--global-batch", 32, "--lr", 1e-2)[0] == 0
     reward = [line["reward_mean"] for line in lines("runs/ddpo")]
     assert reward[-1] > reward[0] + 0.02, reward
@@ -412,7 +526,7 @@ def test_the_reward_rises(call, monkeypatch, method):
 @pytest.mark.parametrize("method", ["ddpo", "refl"])
 def test_beta_kl_holds_on_to_the_student(call, monkeypatch, method):
     monkeypatch.setattr(rewards, "make", brightness)
-    flags = ["--reward", "object", "--method", method, "--iterations", 3, "--truncate", 1, "--lr", 1e-2]
+    flags = ["--reward", "bright", "--method", method, "--iterations", 3, "--truncate", 1, "--lr", 1e-2]
     for beta in (1e-9, 1e3):
         assert call(*flags, "--precision", "fp32", "--beta-kl", beta, "--out", str(beta))[0] == 0
     free, held = ([line["kl"] for line in lines(str(beta))] for beta in (1e-9, 1e3))
@@ -420,14 +534,15 @@ def test_beta_kl_holds_on_to_the_student(call, monkeypatch, method):
 
 
 def test_a_reward_that_is_not_finite_touches_nothing(weights, call, monkeypatch):
+    monkeypatch.setattr(ddpo, "PATIENCE", 2)
     nan = lambda video, _: video.mean((1, 2, 3, 4)) * torch.tensor([1, math.nan])
     monkeypatch.setattr(rewards, "make", lambda *_: rewards.Reward("nan", nan, True, False, "", None, "cpu"))
     for method in ("ddpo", "refl"):
-        code, err = call("--reward", "object", "--method", method, "--iterations", 9, "--patience", 2, "--out", method)
+        code, err = call("--reward", "bright", "--method", method, "--iterations", 9, "--out", method)
         assert code == 2 and "2 iterations in a row were not finite" in err
         assert [line["skipped"] for line in lines(method)] == [1, 2]
         monkeypatch.setattr(rewards, "make", brightness)
-        assert call("--reward", "object", "--method", method, "--iterations", 2, "--resume", "--out", method)[0] == 0
+        assert call("--reward", "bright", "--method", method, "--iterations", 2, "--resume", "--out", method)[0] == 0
         assert same(weights, method)
         monkeypatch.setattr(rewards, "make", lambda *_: rewards.Reward("nan", nan, True, False, "", None, "cpu"))
 

@@ -92,7 +92,7 @@ def test_every_script_computes_as_the_cpu_can(able, tiny, tmp_path, monkeypatch,
     teacher = ["--teacher", f"{tiny}/teacher.safetensors", *vae, "--out", str(run), "--sample-every", "0"]
     reward = ["--reward", "jpeg_compressibility", "--reward-samples", "2", "--global-batch", "2"]
     for module, words in (
-        (train, [*teacher, *few, "--fake-updates", "1", "--m", "1", "--judged", "0"]),
+        (train, [*teacher, *few, "--fake-updates", "1", "--m", "1"]),
         (sample, [*student, "--prompt", "a red star", "--out", str(tmp_path / "samples")]),
         (ddpo, [*student, *few, *reward, "--out", str(tmp_path / "ddpo")]),
         (evaluation, ["world", *student, *world, "--batch", "20"]),

@@ -95,10 +95,11 @@ def test_the_docs_say_of_each_reward_where_it_comes_from():
 def test_each_of_several_and_their_moments():
     """Standardised one by one before they are weighted: their scales do not matter, their weights do."""
     video = torch.cat([still(smooth(48, 48, seed), 2) for seed in range(4)])
-    both = rewards.make("jpeg_compressibility=0.5,jpeg_incompressibility=-2")
-    each, jpeg = both.each(video), rewards.make("jpeg_compressibility")(video)
-    assert torch.equal(each, torch.stack([jpeg, -jpeg], 1)) and torch.equal(both(video), 0.5 * jpeg + 2 * jpeg)
-    assert torch.equal(rewards.make("jpeg_compressibility").each(video), jpeg[:, None])
+    both = rewards.make("jpeg_compressibility=0.5,dynamic_degree=-2")
+    jpeg, motion = rewards.make("jpeg_compressibility")(video), rewards.make("dynamic_degree")(video)
+    assert torch.equal(both.scores(video), torch.stack([jpeg, motion], 1))
+    assert torch.equal(both(video), 0.5 * jpeg - 2 * motion)
+    assert torch.equal(rewards.make("jpeg_compressibility").scores(video), jpeg[:, None])
 
     scores = torch.randn(40, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     scores = scores * torch.tensor([3.0, 0.01]) + torch.tensor([5.0, -0.2])
@@ -119,7 +120,7 @@ def test_each_of_several_and_their_moments():
     assert one == before  # one broken clip does not spoil them for ever
 
 
-@pytest.mark.parametrize("name", ["jpeg_compressibility", "jpeg_incompressibility", "dynamic_degree"])
+@pytest.mark.parametrize("name", ["jpeg_compressibility", "dynamic_degree"])
 def test_finite_and_blind_to_batch_order(name):
     clips = [torch.zeros(3, 40, 56), torch.full((3, 40, 56), 255), GREY[:, :40, :56], RAMP[:, :40, ::6][..., :56]]
     video = torch.cat([still(F.interpolate(c[None].float(), (40, 56))[0], 3) for c in clips])
@@ -206,9 +207,6 @@ def test_jpeg_sizes():
 def test_jpeg_order_and_mean():
     score = rewards.jpeg_compressibility(torch.cat([still(i) for i in (NOISE, RAMP, GREY)]))
     assert score[0] * 0.1 < score[1] < score[2] < 0
-    assert torch.equal(
-        rewards.make("jpeg_incompressibility")(torch.cat([still(i) for i in (NOISE, RAMP, GREY)])), -score
-    )
     mixed = torch.cat([still(NOISE, 1), still(RAMP, 1), still(GREY, 1)], 2)
     assert rewards.jpeg_compressibility(mixed).item() == pytest.approx(score.mean().item(), abs=1e-5)
 
@@ -228,14 +226,10 @@ def test_judge_probabilities(tmp_path):
     with torch.no_grad():
         p = {name: logits.softmax(1) for name, logits in judge(video).items()}
     at = lambda factor, i, value: p[factor][i, shapes.FACTORS[factor].index(value)].item()
-    read = lambda name: rewards.make(name, str(file))(video, prompts).tolist()
-    top = lambda factor, i: p[factor][i].max().item()  # what a prompt leaves open
-    assert read("object") == pytest.approx([at("object", 0, "circle"), top("object", 1), at("object", 2, "star")])
-    assert read("colour") == pytest.approx([at("colour", 0, "red"), top("colour", 1), at("colour", 2, "blue")])
-    assert read("action") == pytest.approx([at("action", 0, "left"), top("action", 1), top("action", 2)])
     first = (at("object", 0, "circle") + at("colour", 0, "red") + at("action", 0, "left")) / 3
     third = (at("object", 2, "star") + at("colour", 2, "blue")) / 2
-    assert read("agreement") == pytest.approx([first, at("scene", 1, "night"), third])
+    agreement = rewards.make("agreement", str(file))(video, prompts).tolist()
+    assert agreement == pytest.approx([first, at("scene", 1, "night"), third])
     assert rewards.make("agreement", str(file), frames=4).frames is None  # it sees motion, so it takes every frame
     moved = rewards.make("agreement", str(file))(video.requires_grad_(), prompts, with_grad=True)
     assert torch.autograd.grad(moved.sum(), video)[0].abs().sum() > 0

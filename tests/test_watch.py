@@ -139,8 +139,3 @@ def test_curves_are_drawn_where_the_numbers_are(tmp_path):
     assert len({line.get("stroke") for line in lines}) == 2
     with pytest.raises(UserError, match="cannot read"):
         watch.read_log(tmp_path)
-
-
-def test_what_is_not_finite_is_never_the_best():
-    found = [{"true_reward": math.nan}, {"true_reward": -3.0}, {"true_reward": -2.0}, {"true_reward": math.nan}]
-    assert max(found, key=watch.worth) is found[2]
