@@ -25,7 +25,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from cli import UserError, atomic
+from cli import UserError, atomic, read_prompts, read_text
 from video import frames, timeline
 
 # dimension as in the paper's Table 2: (which total, minimum, maximum, weight); from VBench's scripts/constant.py
@@ -113,13 +113,15 @@ def suite(prompts="", long=""):
     cannot be a file's name.
     """
     prompts = prompts or full_info()
-    text = _read(prompts)
     try:
-        listed = json.loads(text) if Path(prompts).suffix == ".json" else [{"prompt_en": p} for p in _lines(text)]
+        if Path(prompts).suffix == ".json":
+            listed = json.loads(read_text(prompts))
+        else:
+            listed = [{"prompt_en": prompt} for prompt in read_prompts(prompts)]
         short = [(entry["prompt_en"], list(entry.get("dimension", []))) for entry in listed]
     except (ValueError, TypeError, KeyError, AttributeError) as e:
         raise UserError(f"{prompts} is not a list of prompts as VBench's: {e!r}") from e
-    drawn = _lines(_read(long)) if long else [name for name, _ in short]
+    drawn = read_prompts(long) if long else [name for name, _ in short]
     if len(drawn) != len(short):
         raise UserError(
             f"{long} has {len(drawn)} prompts, {prompts} has {len(short)}: line by line they belong together"
@@ -135,17 +137,6 @@ def suite(prompts="", long=""):
         folder = dimensions[0] if same and dimensions else f"other{len(same)}" if same else ""
         entries[folder, name] = {"name": name, "prompt": prompt, "dimensions": dimensions, "folder": folder}
     return list(entries.values())
-
-
-def _read(path):
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"cannot read the prompts in {path}: {getattr(e, 'strerror', None) or e}") from e
-
-
-def _lines(text):
-    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def plan(entries, copies, seed, suffix=".mp4"):

@@ -10,6 +10,7 @@ float32 elsewhere. Without them PyTorch emulates bfloat16, 20 to 170 times slowe
 """
 
 import argparse
+import codecs
 import contextlib
 import errno
 import json
@@ -202,6 +203,31 @@ def run(main):
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def read_text(path):
+    """A text file's content, UTF-8 or, where a mark at its start says so, UTF-16; the mark itself is left out.
+
+    Raises UserError for a file that is missing and for any other encoding.
+    """
+    try:
+        data = Path(path).read_bytes()
+        text = data.decode("utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror}") from e
+    except UnicodeDecodeError as e:
+        raise UserError(f"cannot read {path}: it is no text in UTF-8 ({e.reason})") from e
+    if "\0" in text:
+        raise UserError(f"cannot read {path}: it is no text in UTF-8 (it has zero bytes)")
+    return text
+
+
+def read_prompts(path):
+    """The lines of a text file, a prompt each; empty ones are passed over. Raises UserError as `read_text`."""
+    prompts = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    if not prompts:
+        raise UserError(f"{path} is empty: want a prompt a line")
+    return prompts
 
 
 @contextlib.contextmanager

@@ -8,7 +8,6 @@ tensor alone: one encoder thread, no dates in the file.
 """
 
 import contextlib
-import functools
 import io
 import itertools
 from fractions import Fraction
@@ -53,6 +52,9 @@ class Listing(NamedTuple):
     stamped: bool  # whether decoded frames carry their own times
 
 
+LISTINGS = {}  # (path, size, time of its last change) -> Listing
+
+
 def listing(path):
     """The Listing of `path`, found by reading it through without decoding; once, and kept while it does not change.
 
@@ -64,13 +66,11 @@ def listing(path):
         found = Path(path).stat()
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from e
-    return _listing(str(path), found.st_size, found.st_mtime_ns)
-
-
-@functools.cache
-def _listing(path, size, changed):
-    stamps, base, stamped = _stamps(path)
-    return Listing(len(stamps), float((stamps[-1] - stamps[0]) * base), stamps[0], stamped)
+    key = str(path), found.st_size, found.st_mtime_ns
+    if key not in LISTINGS:
+        stamps, base, stamped = _stamps(path)
+        LISTINGS[key] = Listing(len(stamps), float((stamps[-1] - stamps[0]) * base), stamps[0], stamped)
+    return LISTINGS[key]
 
 
 def _stamps(path):
@@ -284,14 +284,23 @@ def _fit(text, width, font):
     return next((s for n in range(len(text), 0, -1) if font.getlength(s := text[:n].rstrip() + "...") <= width), "")
 
 
-def write_grid(path, videos, captions=None, frames=8):
-    """Write a PNG contact sheet: a row a video (3, F, H, W), `frames` of its frames evenly spread, captions above."""
+def write_grid(path, videos, captions=None, frames=8, fps=None):
+    """Write a PNG contact sheet: a row a video (3, F, H, W), `frames` of its frames evenly spread, captions above.
+
+    fps: the frames' times stand above the columns (of the longest video; the others have as many frames or one).
+    """
+    longest = max(video.shape[1] for video in videos)
+    times = [f"{i / fps:.2f} s" for i in _spread(longest, frames)] if fps else None
     rows = []
     for video in videos:
-        picked = torch.linspace(0, video.shape[1] - 1, min(frames, video.shape[1])).round().long()
-        rows.append(list(to_uint8(video[:, picked])))
+        rows.append(list(to_uint8(video[:, _spread(video.shape[1], frames)])))
     with atomic(path) as part:
-        Image.fromarray(_sheet(rows, captions, None)).save(part, "PNG")
+        Image.fromarray(_sheet(rows, captions, times)).save(part, "PNG")
+
+
+def _spread(n, frames):
+    """The numbers of at most `frames` of n frames, evenly spread."""
+    return torch.linspace(0, n - 1, min(frames, n)).round().long().tolist()
 
 
 def write_video_grid(path, rows, fps, captions=None, titles=None):

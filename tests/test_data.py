@@ -73,7 +73,10 @@ def test_captions_from_the_table_and_from_beside_the_file(clips):
         "d.png": "picture of a ball", "short.mp4": "a ball", "sub/b.webm.mp4": "a blue ball", "text.png": "a ball",
     }  # fmt: skip
     assert list(captions) == sorted(captions)
-    assert skipped == {"gone.mp4": "it is not there", "silent.mp4": "it has no caption"}
+    assert skipped == {
+        "gone.mp4": "it is not there, though a table names it", "silent.mp4": "it has no caption",
+        "notes.pdf": ".pdf files are not read",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("line", ["{", '{"text": "a"}', "[1]", '{"file_name": 3, "text": "a"}'])
@@ -140,12 +143,15 @@ def test_a_circle_stays_round_and_in_the_middle(tmp_path):
     assert rows.tolist() == cols.tolist() == list(range(5, 25))
 
 
-def test_folder_skips_counts_and_names_once(clips, capsys):
+def test_folder_says_what_it_uses_and_what_it_leaves_out(clips, capsys):
+    (clips / "mute.mp4").write_bytes((clips / "a.mp4").read_bytes())
     folder = Folder(clips, 16, 32, 48, 8.0)
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and "skipped 5 of 10 files" in lines[0]
-    for name in ("short.mp4", "silent.mp4", "broken.mp4", "text.png", "gone.mp4"):
-        assert lines[0].count(f"{name} (") == 1, lines[0]
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first == f"{clips}: 5 clips of 12 files are used"
+    assert lines[:2] == ["  as 16 x 48x32 (3), 1 x 48x32 (2)", "  filmed in 30x50 (2), 60x40 (1), 160x90 (1), 48x64 (1)"]
+    assert lines[2] == "  left out: 2, e.g. mute.mp4 (it has no caption)" and len(lines) == 8
+    for name, why in (("short.mp4", "it is too short, 8 frames"), ("gone.mp4", "it is not"), ("notes.pdf", ".pdf files")):
+        assert any(line.startswith(f"  left out: 1, e.g. {name} ({why}") for line in lines), lines
     assert folder.names == ["E.JPG", "a.mp4", "c.mkv", "d.png", "sub/b.webm.mp4"] and len(folder) == 5
     assert folder.shapes == [1, 16, 16, 1, 16]
     video, captions = folder.batch([1, 4, 2])
@@ -255,8 +261,9 @@ def test_cache_holds_what_the_encoders_give(clips, tmp_path, capsys):
     reward = lambda video, captions: video.square().mean((1, 2, 3, 4)) + len(captions[0])
     made = MADE | {"reward": "mean"}
     assert cache(clips, tmp_path / "cache", VAE, TEXT, made, reward, shard=2) == 5
-    lines = [line for line in capsys.readouterr().err.splitlines() if "skipped" in line]
-    assert len(lines) == 1 and "skipped 5 of 10 files" in lines[0] and lines[0].count("broken.mp4 (") == 1
+    said = capsys.readouterr()
+    assert f"{clips}: 5 clips of 11 files are used\n  as 16 x 48x32 (3), 1 x 48x32 (2)\n" in said.out
+    assert said.out.count("broken.mp4 (") == 1 and "broken.mp4" not in said.err
     got = LatentCache(tmp_path / "cache", vae=MADE["vae"], text=TEXT.fingerprint)
     assert len(got) == 5 and sorted(got.captions) == sorted(
         list_clips(clips)[0][n] for n in Folder(clips, 16, 32, 48, 8).names
@@ -360,11 +367,7 @@ def test_ranks_take_their_share(clips, tmp_path, capsys):
     assert cache(clips, out, VAE, TEXT, MADE, shard=1, rank=2, world=3) == 5 == len(LatentCache(out))
     found, _ = stems(out)
     assert sorted(found) == Folder(clips, 16, 32, 48, 8.0).names
-    # together the ranks name each skipped file once (the folder above names them again)
-    said = [line for line in capsys.readouterr().err.splitlines() if "skipped" in line][:-1]
-    assert all(
-        sum(line.count(f"{n} (") for line in said) == 1 for n in ("short.mp4", "silent.mp4", "gone.mp4", "text.png")
-    )
+    assert capsys.readouterr().out.count("clips of 11 files are used") == 2  # rank 0 says it, and the folder above
 
 
 def test_a_rank_without_a_share_is_content(clips, tmp_path):
