@@ -44,7 +44,7 @@ from cli import Machine, UserError, atomic, opt, parse, run, start, uses_bfloat1
 from video import IMAGES, LISTINGS, frames, listing, write_grid
 
 PRESETS = {
-    "shapes": {"frames": 16, "height": 64, "width": 64, "fps": 8.0, "text_length": 32},
+    "shapes": {"frames": 16, "height": 64, "width": 64, "fps": 8.0, "text_length": 20},
     "dollar": {"frames": 128, "height": 192, "width": 320, "fps": 12.0, "text_length": 256},
     "cogvideox-2b": {"frames": 49, "height": 480, "width": 720, "fps": 8.0, "text_length": 226},
     "cogvideox-5b": {"frames": 49, "height": 480, "width": 720, "fps": 8.0, "text_length": 226},

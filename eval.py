@@ -231,8 +231,11 @@ def models(cfg):
     pairs = [("student" if cfg.label == "" else cfg.label, cfg.load(), n, cfg.w) for n in cfg.steps]
     for _, generator, n, _ in pairs:
         generator.steps(n)
-    teacher = cfg.teacher.lower() != "none"
-    return ([("teacher", cfg.load(cfg.teacher), cfg.teacher_steps, cfg.w)] if teacher else []) + pairs
+    if cfg.teacher.lower() == "none":
+        return pairs
+    if (teacher := cfg.load(cfg.teacher)).student:
+        raise UserError(f"--teacher {cfg.teacher} says that it is a student")
+    return [("teacher", teacher, cfg.teacher_steps, cfg.w), *pairs]
 
 
 def time_(cfg):

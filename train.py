@@ -31,7 +31,7 @@ import distributed
 import watch
 from cli import Machine, UserError, open_log, opt, parse, run
 from cost import so_far
-from data import fingerprint
+from data import Ahead, fingerprint
 from dit import Prediction
 from losses import GRID, conjugate_velocity_loss, consistency_loss, lrm_loss, reward_loss, vsd_loss
 from nets import Nets, build, memory_table
@@ -44,6 +44,8 @@ from schedule import denoise, simulate, timesteps
 class Config(Machine):
     preset: str = opt("shapes", "the values of one world")
     data: str = opt("shapes", "shapes (rendered), a folder of captioned videos and images, or a cache made by data.py")
+    caption_column: str = opt("text", "of a folder: the captions' column in metadata.jsonl, .csv or .parquet")
+    workers: int = opt(4, "threads that decode or render the clips of the coming batches (0: none ahead)")
     teacher: str = opt("weights/teacher.safetensors", "the teacher: a .safetensors file or a CogVideoX folder")
     vae: str = opt("weights/vae.safetensors", "its VAE: a file or a CogVideoX folder; with a cache for pictures alone")
     text: str = opt("words", "its text encoder: words (the small world's) or a T5 folder; with a cache to compare")
@@ -303,6 +305,8 @@ def train(cfg: Config, world) -> None:
         if final:
             break
         last = time.time()
+    if world.main and nets.clips:
+        print(f"waited for clips in {nets.clips.waited / (time.time() - begun):.1%} of the time")
     if nets.lrm and world.main:
         about = {"reward": cfg.reward, "moments": asdict(nets.moments), "vae": fingerprint(nets.vae)}
         checkpoint.save_model(out / "lrm.safetensors", nets.lrm, **about, text_fingerprint=nets.encoder.fingerprint)
@@ -334,9 +338,17 @@ def look_at_reward(cfg, world, nets, out, step, watched):
 
 def batch_of(cfg, world, nets, step, micro, total):
     """This rank's part of a batch. A sample's noise follows from (seed, step, its number in the global batch)."""
-    numbers = [(micro * world.size + world.rank) * cfg.batch + i for i in range(cfg.batch)]
-    chosen = nets.data.at(cfg.seed, step, total)
-    batch = nets.data.batch([chosen[i] for i in numbers], step)
+    accumulate = total // (cfg.batch * world.size)
+    numbers_of = lambda micro: [(micro * world.size + world.rank) * cfg.batch + i for i in range(cfg.batch)]
+
+    def make(k):  # in another thread, ahead of its update
+        step, micro = divmod(k, accumulate)
+        chosen = nets.data.at(cfg.seed, step, total)
+        return nets.data.batch([chosen[i] for i in numbers_of(micro)], step)
+
+    if nets.clips is None:  # rendered clips wait for no file
+        nets.clips = Ahead(make, 0 if cfg.data == "shapes" else cfg.workers, cfg.iterations * accumulate)
+    batch, numbers = nets.clips(step * accumulate + micro), numbers_of(micro)
     if isinstance(batch, tuple):  # not from a cache
         video, captions = batch
         with torch.no_grad(), cli.autocast(cfg.precision, world.device):

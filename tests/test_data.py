@@ -148,9 +148,10 @@ def test_folder_says_what_it_uses_and_what_it_leaves_out(clips, capsys):
     folder = Folder(clips, 16, 32, 48, 8.0)
     first, *lines = capsys.readouterr().out.splitlines()
     assert first == f"{clips}: 5 clips of 12 files are used"
-    assert lines[:2] == ["  as 16 x 48x32 (3), 1 x 48x32 (2)", "  filmed in 30x50 (2), 60x40 (1), 160x90 (1), 48x64 (1)"]
+    assert lines[0] == "  as 16 x 48x32 (3), 1 x 48x32 (2)"
+    assert lines[1] == "  filmed in 30x50 (2), 60x40 (1), 160x90 (1), 48x64 (1)"
     assert lines[2] == "  left out: 2, e.g. mute.mp4 (it has no caption)" and len(lines) == 8
-    for name, why in (("short.mp4", "it is too short, 8 frames"), ("gone.mp4", "it is not"), ("notes.pdf", ".pdf files")):
+    for name, why in (("short.mp4", "it is too short, 8"), ("gone.mp4", "it is not"), ("notes.pdf", ".pdf files")):
         assert any(line.startswith(f"  left out: 1, e.g. {name} ({why}") for line in lines), lines
     assert folder.names == ["E.JPG", "a.mp4", "c.mkv", "d.png", "sub/b.webm.mp4"] and len(folder) == 5
     assert folder.shapes == [1, 16, 16, 1, 16]
