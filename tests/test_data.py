@@ -66,27 +66,6 @@ def clips(tmp_path):
     return root
 
 
-def test_captions_from_the_table_and_from_beside_the_file(clips):
-    captions, skipped = list_clips(clips)
-    assert captions == {
-        "E.JPG": "picture of a red ball", "a.mp4": "A red ball", "broken.mp4": "a ball", "c.mkv": "A ball rolls",
-        "d.png": "picture of a ball", "short.mp4": "a ball", "sub/b.webm.mp4": "a blue ball", "text.png": "a ball",
-    }  # fmt: skip
-    assert list(captions) == sorted(captions)
-    assert skipped == {
-        "gone.mp4": "it is not there, though a table names it", "silent.mp4": "it has no caption",
-        "notes.pdf": ".pdf files are not read",
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize("line", ["{", '{"text": "a"}', "[1]", '{"file_name": 3, "text": "a"}'])
-def test_a_broken_table_is_named_with_its_line(clips, line):
-    with open(clips / "metadata.jsonl", "a") as f:
-        f.write(line)
-    with pytest.raises(UserError, match=r"metadata\.jsonl, line 8"):
-        list_clips(clips)
-
-
 def test_clips_are_resampled_in_time(tmp_path):
     """At 8 fps from 20: the frames nearest to multiples of 1/8 s after the section's start."""
     path = film(tmp_path / "a.mp4")
@@ -162,6 +141,60 @@ def test_folder_says_what_it_uses_and_what_it_leaves_out(clips, capsys):
     images, captions = folder.batch([0, 3])
     assert images.shape == (2, 3, 1, 32, 48) and captions[0] == "picture of a red ball"
     assert images[:, 0, 0, 5, 5] == pytest.approx([200 / 127.5 - 1, 100 / 127.5 - 1], abs=0.02)
+
+
+def test_look_draws_clips_as_training_sees_them(clips, tmp_path):
+    """A row a clip: its caption, and its frames under their times, cut out and at the frame rate of training."""
+    command = [sys.executable, "data.py", "look", clips, "--frames", 4, "--fps", 2, "--height", 32, "--width", 48]
+    done = subprocess.run(
+        [str(c) for c in [*command, "--out", tmp_path / "look.png"]], capture_output=True, text=True, cwd=HERE
+    )
+    assert done.returncode == 0, done.stderr
+    assert "5 clips of 11 files are used\n  as 4 x 48x32 (3), 1 x 48x32 (2)" in done.stdout
+    sheet = np.array(Image.open(tmp_path / "look.png")).astype(int)
+    height, width = 2 * 32 + 4 + 16, 2 * 48 + 4  # enlarged twice, a gap, a line for the caption
+    assert sheet.shape == (16 + 4 + 5 * height, 4 + 4 * width, 3)
+    folder, ends = Folder(clips, 4, 32, 48, 2.0), [4 + width * x + 48 for x in range(4)]
+    for y, (i,) in enumerate(folder.order(0, 0)):
+        frames = folder.batch([i])[0][0, 0, :, 16, 24]  # (4,) or (1,)
+        want = ((frames + 1) * 127.5).round().tolist()
+        assert sheet[16 + height * (y + 1) - 32, ends[: len(want)], 0].tolist() == pytest.approx(want, abs=2)
+    assert subprocess.run([*map(str, command[:2]), "look"], capture_output=True, cwd=HERE).returncode == 2
+
+
+def test_batches_are_made_ahead_and_in_order():
+    asked, made = [], []
+
+    def make(k):
+        time.sleep(0.01 * (k % 3))
+        made.append(k)
+        return 10 * k
+
+    ahead = data.Ahead(make, 3, 9)
+    for k in range(2, 9):
+        asked.append(ahead(k))
+        time.sleep(0.05)
+        if k < 6:
+            assert set(made) == set(range(2, k + 4))  # the next three are made while nobody waits
+    assert asked == [10 * k for k in range(2, 9)] and sorted(made) == list(range(2, 9))  # each once, none beyond
+    assert 0 < ahead.waited < 0.1
+    with pytest.raises(ZeroDivisionError):
+        data.Ahead(lambda k: 1 / 0, 2, 9)(0)
+    assert data.Ahead(make, 0, 9)(4) == 40
+
+
+def test_a_clip_costs_as_much_in_a_long_file_as_in_a_short_one(tmp_path):
+    """In files of 4 s and of 10 minutes; from the second clip on, for the first lists its file."""
+    seconds = {}
+    for name, n in (("short.mp4", 4 * 10), ("long.mp4", 600 * 10)):
+        film(tmp_path / name, n=n, fps=10, height=64, width=96, step=0)
+        taken = []
+        for seed in range(9):
+            begun = time.perf_counter()
+            load_clip(tmp_path / name, 16, 64, 64, 8.0, seed)
+            taken.append(time.perf_counter() - begun)
+        seconds[name] = sorted(taken[1:])[3]
+    assert seconds["long.mp4"] < 4 * seconds["short.mp4"], seconds  # twice, and room for a busy machine
 
 
 def test_folder_without_usable_clips(tmp_path, clips):

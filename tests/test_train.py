@@ -166,7 +166,7 @@ def test_resume_refuses_another_student_and_names_other_flags(tiny, tmp_path, ca
 
 
 def test_another_text_encoder_than_the_teachers_is_refused(tiny, tmp_path):
-    model = checkpoint.load_model(tiny / "teacher.safetensors", dit.DiT)[0]
+    model, about = checkpoint.load_model(tiny / "teacher.safetensors", dit.DiT)
     checkpoint.save_model(tmp_path / "t.safetensors", model, **about | {"text_fingerprint": "another"})
     with pytest.raises(UserError, match="another text encoder"):
         fit(config(tiny, tmp_path / "run", teacher=str(tmp_path / "t.safetensors")))
