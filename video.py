@@ -46,7 +46,7 @@ def _stream(path):
 class Listing(NamedTuple):
     """What must be known of a file before a section of it can be chosen and found."""
 
-    count: int  # frames
+    count: int  # frames, by the mean rate
     last: float  # seconds from the first frame to the last
     origin: int  # the first frame's time stamp
     stamped: bool  # whether decoded frames carry their own times
@@ -56,7 +56,7 @@ LISTINGS = {}  # (path, size, time of its last change) -> Listing
 
 
 def listing(path):
-    """The Listing of `path`, found by reading it through without decoding; once, and kept while it does not change.
+    """The Listing of `path`, from its first frame and its last packets; found once, kept while the file is the same.
 
     Raises UserError where the file cannot be read or has no frames.
     """
@@ -68,34 +68,52 @@ def listing(path):
         raise UserError(f"cannot read {path}: {e.strerror}") from e
     key = str(path), found.st_size, found.st_mtime_ns
     if key not in LISTINGS:
-        stamps, base, stamped = _stamps(path)
-        LISTINGS[key] = Listing(len(stamps), float((stamps[-1] - stamps[0]) * base), stamps[0], stamped)
+        stamps, base, stamped, rate = _stamps(path, ends=True)
+        last = float((stamps[-1] - stamps[0]) * base)
+        LISTINGS[key] = Listing(round(last * rate) + 1, last, stamps[0], stamped)
     return LISTINGS[key]
 
 
-def _stamps(path):
-    """-> the time stamps of all frames in the order of display, their unit in seconds, and Listing.stamped."""
+def _stamps(path, ends=False):
+    """-> time stamps of the frames in the order of display, their unit in seconds, Listing.stamped, frames a second.
+
+    ends: where the file has an index (.mp4, .mov, .mkv, .webm) only the first and the last few, which a long file gives
+    as fast as a short one.
+    """
     with _stream(path) as (container, stream):
+        # .avi keeps the times of decoding alone, and what is made of them goes backward where frames are reordered
+        stamped = container.format.name != "avi" or not stream.codec_context.has_b_frames
+        ends = ends and container.duration and container.format.name.split(",")[0] in ("mov", "matroska")
         stamps, first = [], []
         for packet in container.demux(stream):
             first = first or packet.decode()
-            if packet.size and not packet.is_discard:
-                stamps.append(packet.dts if packet.pts is None else packet.pts)
-        # .avi keeps the times of decoding alone, and what is made of them goes backward where frames are reordered
-        stamped = container.format.name != "avi" or not stream.codec_context.has_b_frames
-        stamps = sorted(s for s in stamps if s is not None)
+            stamps += _stamp(packet)
+            if ends and first:
+                break
+        if ends and first:
+            container.seek((container.start_time or 0) + container.duration)  # to the last key frame
+            final = [stamp for packet in container.demux(stream) for stamp in _stamp(packet)]
+            if not final:  # it is cut off
+                return _stamps(path)
+            stamps += final
         if first and stamped and first[0].pts is not None:  # a recording may begin with frames that nothing can decode
             stamps = [s for s in stamps if s >= first[0].pts]
         if not first or not stamps:
             raise UserError(f"cannot read {path}: it has no frames that carry a time")
-        return stamps, stream.time_base, stamped
+        return sorted(stamps), stream.time_base, stamped, stream.average_rate or stream.guessed_rate or 1
+
+
+def _stamp(packet):
+    """The time stamp of a packet, in a list; [] if it holds no frame to be shown."""
+    stamp = packet.dts if packet.pts is None else packet.pts
+    return [stamp] if packet.size and not packet.is_discard and stamp is not None else []
 
 
 def timeline(path):
     """Seconds after the first frame at which each frame of `path` is shown, sorted; found without decoding."""
     if Path(path).suffix.lower() in IMAGES:
         return [0.0]
-    stamps, base, _ = _stamps(path)
+    stamps, base, *_ = _stamps(path)
     return [float((s - stamps[0]) * base) for s in stamps]
 
 

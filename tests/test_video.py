@@ -61,48 +61,52 @@ def test_frames_are_the_nearest_in_time(tmp_path, name):
     assert pictures.shape == (20, 48, 64, 3) and pictures.dtype == np.uint8
     assert rate == pytest.approx(fps, rel=1e-4)
     assert timeline(path) == pytest.approx([i / fps for i in range(20)], abs=2e-3)
+    count, last, *_ = video.listing(path)
+    assert count == 20 and last == pytest.approx(19 / fps, abs=2e-3)
     assert np.abs(np.array(brightness(pictures)) - 10 * np.arange(20)).max() <= 3
     for times in ([i / 8.3 for i in range(6)], [0.29, 0.31, 0.61], [0.51], [0.41], [0.0, 0.0], [0.01, 0.59, 0.63]):
         want = np.array([10 * round(t * fps) for t in times])
         assert np.abs(np.array(brightness(frames(path, times))) - want).max() <= 3, times
 
 
-def test_only_the_section_is_decoded(tmp_path, monkeypatch):
-    class Counting:
-        def __init__(self, container):
-            self.seek, self.demux, self.format, self.inner = (
-                container.seek,
-                container.demux,
-                container.format,
-                container,
-            )
+class Counting:
+    """A container that tells how many packets and frames it gave."""
 
-        def decode(self, stream):
-            for frame in self.inner.decode(stream):
-                decoded.append(frame)
-                yield frame
+    def __init__(self, container, given):
+        self.inner, self.given = container, given
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def demux(self, stream):
+        for packet in self.inner.demux(stream):
+            self.given["packets"] += 1
+            yield packet
+
+    def decode(self, stream):
+        for frame in self.inner.decode(stream):
+            self.given["frames"] += 1
+            yield frame
+
+
+def test_a_long_file_costs_what_a_short_one_does(tmp_path, monkeypatch):
+    """It is listed once, from its ends, and only the section is decoded."""
 
     @contextlib.contextmanager
     def counted(path, really=video._stream):
         with really(path) as (container, stream):
-            yield Counting(container), stream
+            yield Counting(container, given), stream
 
-    decoded = []
-    path = film(tmp_path / "long.mp4", n=25, fps=5, g="5", bf="0")
+    path, given = film(tmp_path / "long.mp4", n=25, fps=5, g="5", bf="0"), {"packets": 0, "frames": 0}
     monkeypatch.setattr(video, "_stream", counted)
+    listed = video.listing(path)
+    assert listed == (25, pytest.approx(4.8), 0, True) and given["packets"] < 25
+    read = given["packets"]
     assert brightness(frames(path, [3.0, 3.2, 3.4])) == pytest.approx([150, 160, 170], abs=3)
-    assert len(decoded) <= 6  # the file's first, 15 (a key frame), 16, 17, and one to know that 17 was nearest
-
-
-def test_a_file_is_listed_once(tmp_path, monkeypatch):
-    """What a clip costs must not grow with its file: from the second clip on, nothing reads the file through."""
-    path, listed = film(tmp_path / "long.mp4", n=25, fps=5, g="5", bf="0"), []
-    monkeypatch.setattr(video, "_stamps", lambda path, really=video._stamps: listed.append(path) or really(path))
-    for start in (0.0, 1.0, 3.0):
-        assert brightness(frames(path, [start])) == pytest.approx([50 * start], abs=3)
-    assert listed == [str(path)]
+    assert given == {"packets": read, "frames": pytest.approx(5, abs=1)}  # 15, a key frame, to 17, and what is nearer
+    assert video.listing(path) is listed
     film(path, n=15, fps=5)
-    assert video.listing(path).count == 15 and len(listed) == 2  # another file under the same name
+    assert video.listing(path).count == 15  # another file under the same name
 
 
 def write_track(path, matrix):
