@@ -44,10 +44,10 @@ KINDS = {
     "bframes.avi": {"codec": "mpeg4", "bf": "2"},  # its seek lands behind the wanted frame
     "vp9.webm": {"codec": "libvpx-vp9"},
     "reordered.avi": {"bf": "2"},  # its times go backward
-    "short.ts": {},  # its clock does not begin at 0
-    "disc.mpg": {"codec": "mpeg2video", "bf": "2"},
+    "short.ts": {"g": "5"},  # its clock does not begin at 0
+    "disc.mpg": {"codec": "mpeg2video", "bf": "2", "g": "5"},
     "old.wmv": {"codec": "wmv2"},
-    "web.flv": {"bf": "2"},
+    "web.flv": {"bf": "2", "g": "5"},
     "drawn.gif": {"codec": "gif", "pixels": "gray"},
     "gop.mkv": {"g": "5", "bf": "2"},
 }
