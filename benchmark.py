@@ -6,6 +6,8 @@ videos that it wants and reads the numbers that it gives. What one has to know f
 
 - 946 prompts, 5 videos each, in one flat folder, named PROMPT-0.mp4 .. PROMPT-4.mp4. With long prompts a file is still
   named by its short one: the package finds the prompt of a file, and human action even its label, in the name.
+- Temporal flickering has prompts of its own and takes 25 videos of each, of which a filter keeps the first 5 that stand
+  still: where things move, a change from frame to frame is no flicker. The paper's 4,730 videos are 5 for these too.
 - Two short prompts stand twice in the list (under appearance style and under overall consistency): 944 names. Drawn
   from the short prompts they are one video; their long prompts differ, and in one folder the second would overwrite the
   first. Here the second goes into a folder of its own, named like its dimension, and is the one that dimension sees.
@@ -15,6 +17,7 @@ videos that it wants and reads the numbers that it gives. What one has to know f
   gets a folder of links to the files that are whole, and the others are named.
 """
 
+import argparse
 import contextlib
 import importlib
 import importlib.util
@@ -25,7 +28,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from cli import UserError, atomic
+from cli import UserError, atomic, read_prompts, read_text
 from video import frames, timeline
 
 # dimension as in the paper's Table 2: (which total, minimum, maximum, weight); from VBench's scripts/constant.py
@@ -113,13 +116,15 @@ def suite(prompts="", long=""):
     cannot be a file's name.
     """
     prompts = prompts or full_info()
-    text = _read(prompts)
     try:
-        listed = json.loads(text) if Path(prompts).suffix == ".json" else [{"prompt_en": p} for p in _lines(text)]
+        if Path(prompts).suffix == ".json":
+            listed = json.loads(read_text(prompts))
+        else:
+            listed = [{"prompt_en": prompt} for prompt in read_prompts(prompts)]
         short = [(entry["prompt_en"], list(entry.get("dimension", []))) for entry in listed]
     except (ValueError, TypeError, KeyError, AttributeError) as e:
         raise UserError(f"{prompts} is not a list of prompts as VBench's: {e!r}") from e
-    drawn = _lines(_read(long)) if long else [name for name, _ in short]
+    drawn = read_prompts(long) if long else [name for name, _ in short]
     if len(drawn) != len(short):
         raise UserError(
             f"{long} has {len(drawn)} prompts, {prompts} has {len(short)}: line by line they belong together"
@@ -137,15 +142,9 @@ def suite(prompts="", long=""):
     return list(entries.values())
 
 
-def _read(path):
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"cannot read the prompts in {path}: {getattr(e, 'strerror', None) or e}") from e
-
-
-def _lines(text):
-    return [line.strip() for line in text.splitlines() if line.strip()]
+def copies_of(entry, copies=5):
+    """How many videos of a prompt are drawn, where most have `copies`: where they are filtered, five times as many."""
+    return copies * (5 if "temporal_flickering" in entry["dimensions"] else 1)
 
 
 def plan(entries, copies, seed, suffix=".mp4"):
@@ -157,7 +156,7 @@ def plan(entries, copies, seed, suffix=".mp4"):
             "seed": random.Random(f"vbench {seed} {entry['folder']}/{entry['name']} {copy}").getrandbits(31),
         }
         for entry in entries
-        for copy in range(copies)
+        for copy in range(copies_of(entry, copies))
     ]
 
 
@@ -173,11 +172,11 @@ def whole(path):
 # the scores
 
 
-def stage(videos, entries, dimension, folder, copies=5):
+def stage(videos, entries, dimension, folder):
     """Fill `folder` with links to the whole files that `dimension` looks at. -> files that are missing or broken"""
     left_out = []
     for entry in entries:
-        for copy in range(copies) if key(dimension) in entry["dimensions"] else ():
+        for copy in range(copies_of(entry)) if key(dimension) in entry["dimensions"] else ():
             name = f"{entry['name']}-{copy}.mp4"
             source = Path(videos, entry["folder"], name).resolve()
             if whole(source):
@@ -203,14 +202,28 @@ def run_package(videos, entries, dimension, info, out, device):
         if not any(Path(links).iterdir()):
             raise UserError(f"{videos} has no readable video for {dimension}")
         try:
+            folder = static(links, work, device) if dimension == "Temporal Flickering" else links
             judge = vbench.VBench(device, str(info), work)
-            judge.evaluate(videos_path=links, name=key(dimension), dimension_list=[key(dimension)])
+            judge.evaluate(videos_path=folder, name=key(dimension), dimension_list=[key(dimension)])
         except Exception as e:  # whatever happens inside fifteen foreign networks, the other dimensions go on
             raise UserError(f"vbench failed on {dimension}: {type(e).__name__}: {e}") from e
         done = Path(out) / f"{key(dimension)}_eval_results.json"
         with atomic(done) as part:
             shutil.copy(Path(work) / done.name, part)
     return left_out
+
+
+def static(videos, work, device):
+    """VBench's own filter: of each prompt the first 5 videos that stand still, named PROMPT-0 .. -> their folder."""
+    module = importlib.import_module("vbench.cli.static_filter")
+    module.DEVICE = device  # it would take a GPU in any case
+    parser = argparse.ArgumentParser()
+    module.register_subparsers(parser.add_subparsers())
+    args = parser.parse_args(["static_filter", "--videos_path", str(videos), "--result_path", str(work)])
+    args.func(args)
+    if not any((folder := Path(work) / "filtered_videos").iterdir()):
+        raise UserError("none of these videos stands still")
+    return str(folder)
 
 
 def read_package_results(folder):

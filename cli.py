@@ -10,6 +10,7 @@ float32 elsewhere. Without them PyTorch emulates bfloat16, 20 to 170 times slowe
 """
 
 import argparse
+import codecs
 import contextlib
 import errno
 import json
@@ -34,7 +35,7 @@ class UserError(Exception):
 LIMITS = (  # flags mean the same in every script, and so does what they may be: (names, least, most)
     ("batch iterations m fake_updates save_every log_every warmup clips copies pairs", 1, math.inf),
     ("frames height width shard text_length reward_repeats truncate updates repeats every", 1, math.inf),
-    ("threads global_batch fake_warmup lrm_warmup max_seconds max_evaluations sample_every", 0, math.inf),
+    ("threads workers global_batch fake_warmup lrm_warmup max_seconds max_evaluations sample_every", 0, math.inf),
     ("reward_every prompt_count images stop_at held_out vendi_prompts fps", 0, math.inf),
     ("lr fake_lr lrm_lr beta_vsd beta_cd beta_ft beta_kl kl object_weight", 0, math.inf),
     ("reward_samples", 2, math.inf),
@@ -203,6 +204,31 @@ def run(main):
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def read_text(path):
+    """A text file's content, UTF-8 or, where a mark at its start says so, UTF-16; the mark itself is left out.
+
+    Raises UserError for a file that is missing and for any other encoding.
+    """
+    try:
+        data = Path(path).read_bytes()
+        text = data.decode("utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror}") from e
+    except UnicodeDecodeError as e:
+        raise UserError(f"cannot read {path}: it is no text in UTF-8 ({e.reason})") from e
+    if "\0" in text:
+        raise UserError(f"cannot read {path}: it is no text in UTF-8 (it has zero bytes)")
+    return text
+
+
+def read_prompts(path):
+    """The lines of a text file, a prompt each; empty ones are passed over. Raises UserError as `read_text`."""
+    prompts = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    if not prompts:
+        raise UserError(f"{path} is empty: want a prompt a line")
+    return prompts
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Captioned clips from real files: a folder of videos and images, and a cache of their latents.
 
+    python data.py look CLIPS --preset cogvideox-2b                 # a sheet of what training will see
     python data.py cache --preset cogvideox-2b --data CLIPS --vae FOLDER --text FOLDER --out CACHE
 
 `Folder` reads files of any size, length and frame rate as clips of one size: `frames` frames at `fps` from a section
@@ -16,11 +17,15 @@ must remember. A batch holds clips of one shape, over all ranks; an incomplete o
 """
 
 import contextlib
+import itertools
 import json
 import math
 import os
 import random
+import re
 import sys
+import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -34,46 +39,16 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import shapes
+from captions import list_clips
 from cli import Machine, UserError, atomic, opt, parse, run, start, uses_bfloat16
-from video import IMAGES, VIDEOS, frames, timeline
+from video import IMAGES, LISTINGS, frames, listing, write_grid
 
 PRESETS = {
-    "shapes": {"frames": 16, "height": 64, "width": 64, "fps": 8.0, "text_length": 32},
+    "shapes": {"frames": 16, "height": 64, "width": 64, "fps": 8.0, "text_length": 20},
     "dollar": {"frames": 128, "height": 192, "width": 320, "fps": 12.0, "text_length": 256},
     "cogvideox-2b": {"frames": 49, "height": 480, "width": 720, "fps": 8.0, "text_length": 226},
     "cogvideox-5b": {"frames": 49, "height": 480, "width": 720, "fps": 8.0, "text_length": 226},
 }
-
-
-def list_clips(folder):
-    """All videos and images below `folder` -> ({name: caption}, {name: why it is skipped}), sorted by name.
-
-    Captions stand in metadata.jsonl (`{"file_name": ..., "text": ...}`, Hugging Face's convention) or in a .txt beside
-    the file. Raises UserError for a folder that is missing or a metadata.jsonl that cannot be read.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"no such folder: {folder}")
-    names = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.suffix.lower() in IMAGES + VIDEOS}
-    said, captions, skipped = {}, {}, {}
-    if (table := folder / "metadata.jsonl").exists():
-        for number, line in enumerate(table.read_text("utf-8", errors="replace").split("\n"), 1):
-            try:
-                if line.strip():
-                    row = json.loads(line)
-                    said[Path(row["file_name"]).as_posix()] = row.get("text")
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise UserError(f"{table}, line {number}: not a JSON object with file_name and text") from None
-    for name in sorted(names | set(said)):
-        beside = (folder / name).with_suffix(".txt")
-        text = said.get(name) or (beside.read_text("utf-8", errors="replace") if beside.is_file() else "")
-        if name not in names:
-            skipped[name] = "it is not there" if not (folder / name).exists() else "it is neither video nor image"
-        elif not (text := " ".join(str(text).split())):
-            skipped[name] = "it has no caption"
-        else:
-            captions[name] = text
-    return captions, skipped
 
 
 def section(path, n, fps, seed=0):
@@ -81,12 +56,12 @@ def section(path, n, fps, seed=0):
 
     Raises UserError where the file cannot be opened or is too short.
     """
-    shown = timeline(path)
     if Path(path).suffix.lower() in IMAGES:
-        return shown
-    room = shown[-1] - (n - 1) / fps
-    if room < -0.5 * shown[-1] / max(1, len(shown) - 1) or len(shown) < min(n, 2):  # each needs a frame close by
-        there = f"{len(shown)} frames in {shown[-1]:.2f} s"
+        return [0.0]
+    count, last, *_ = listing(path)
+    room = last - (n - 1) / fps
+    if room < -0.5 * last / max(1, count - 1) or count < min(n, 2):  # each needs a frame close by
+        there = f"{count} frames in {last:.2f} s"
         raise UserError(f"cannot read {path}: it is too short, {there}, where {n} at {fps:g} fps are wanted")
     start = max(0.0, room) * random.Random(f"{seed}/{Path(path).name}").random()
     return [start + i / fps for i in range(n)]
@@ -121,15 +96,16 @@ class _Samples:
 
     def order(self, seed, epoch, size=1):
         """The epoch's batches: lists of `size` indices of one shape; every sample is in at least one of them."""
-        if self._memo[0] != (seed, epoch, size):
+        known, batches = self._memo
+        if known != (seed, epoch, size):
             draw, batches = random.Random(f"{seed}/{epoch}"), []
             for group in self.groups.values():
                 group = draw.sample(group, len(group))
                 full = group + group * math.ceil(size / len(group))
                 batches += [full[i : i + size] for i in range(0, len(group), size)]
             draw.shuffle(batches)
-            self._memo = (seed, epoch, size), batches
-        return self._memo[1]
+            self._memo = (seed, epoch, size), batches  # at once, for several threads ask
+        return batches
 
     def at(self, seed, position, size, rank=0, world=1):
         """Indices of this rank's batch at step `position` of training, counted from 0 over all epochs."""
@@ -139,6 +115,8 @@ class _Samples:
 
 class Shapes:
     """Rendered clips of shapes.py, none of them twice: sample i is clip i of the world `seed`, with a caption."""
+
+    sizes = ((shapes.FRAMES, shapes.SIZE, shapes.SIZE),)
 
     def __init__(self, seed=0):
         self.seed = seed
@@ -158,26 +136,33 @@ class Shapes:
 class Folder(_Samples):
     """Clips (F, H, W) = (n, height, width) at `fps` of a folder's videos and images, decoded when asked for.
 
-    Files that cannot be used are skipped and named in one line; raises UserError if none is left.
+    What is used and what is left out is said in a few lines; raises UserError if no clip is left. column: the captions'
+    in tables. workers: files opened at a time. Of several ranks each opens its part of the files, and share(mine) gives
+    the list of what all ranks have found.
     """
 
-    def __init__(self, folder, n, height, width, fps, seed=0):
-        self.folder, self.how, self.seed = Path(folder), (n, height, width, fps), seed
-        self.captions, skipped = list_clips(folder)
-        for name in list(self.captions):
-            try:
-                next(frames(self.folder / name, section(self.folder / name, n, fps)[:1]))
-            except UserError as e:
-                skipped[name] = str(e)
-                del self.captions[name]
+    def __init__(self, folder, n, height, width, fps, seed=0, column="text", workers=1, rank=0, world=1, share=None):
+        self.folder, self.how, self.seed, self.damaged = Path(folder), (n, height, width, fps), seed, set()
+        captions, skipped = list_clips(folder, column)
+        mine = (*probe(folder, list(captions)[rank::world], n, fps, workers), LISTINGS)
+        filmed = {}
+        for sizes, bad, listings in share(mine) if share else [mine]:
+            filmed |= sizes
+            skipped |= bad
+            LISTINGS.update(listings)
+        self.captions = {name: caption for name, caption in captions.items() if name in filmed}
         self.names = list(self.captions)
-        _report(folder, len(self.names), skipped)
-        super().__init__([1 if Path(name).suffix.lower() in IMAGES else n for name in self.names])
+        self.sizes = sizes_of(self.names, n, height, width)
+        if rank == 0:
+            report(folder, self.sizes, skipped, filmed.values())
+        if not self.names:
+            raise UserError(f"no usable clip in {folder}: it needs videos or images with captions")
+        super().__init__([frames for frames, *_ in self.sizes])
 
     def batch(self, indices, step=0):
         """-> video (B, 3, F, H, W) in [-1, 1], list of B captions. Each step shows other sections of the files.
 
-        A file that turns out to be damaged further in is named and gives way to the next of its shape.
+        A file that turns out to be damaged further in is named once and gives way to the next of its shape.
         """
         videos, captions = [], []
         for i in indices:
@@ -188,18 +173,75 @@ class Folder(_Samples):
                     captions.append(self.captions[name])
                     break
                 except UserError as e:
-                    print(f"skipped: {e}", file=sys.stderr)
+                    if name not in self.damaged:
+                        print(f"skipped: {e}", file=sys.stderr)
+                    self.damaged.add(name)
             else:
                 raise UserError(f"no usable clip in {self.folder}")
         return torch.stack(videos), captions
 
 
-def _report(folder, usable, skipped):
-    why = [f"{name} ({text.removeprefix(f'cannot read {Path(folder) / name}: ')})" for name, text in skipped.items()]
-    if why:
-        print(f"skipped {len(why)} of {usable + len(why)} files in {folder}: {'; '.join(why)}", file=sys.stderr)
-    if not usable:
-        raise UserError(f"no usable clip in {folder}: it needs videos or images with captions")
+def sizes_of(names, n, height, width):
+    """(frames, height, width) of each file's clip."""
+    return [(1 if Path(name).suffix.lower() in IMAGES else n, height, width) for name in names]
+
+
+def probe(folder, names, n, fps, workers=1):
+    """Open each file as training will -> {name: (width, height) as filmed}, {name: why it cannot be used}."""
+
+    def one(name):
+        path = Path(folder) / name
+        try:
+            height, width, _ = next(frames(path, section(path, n, fps)[:1])).shape
+            return width, height
+        except UserError as e:
+            return str(e).removeprefix(f"cannot read {path}: ")
+
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        found = list(tqdm(pool.map(one, names), "opening the files", len(names), unit="file", leave=False))
+    filmed = {name: value for name, value in zip(names, found) if not isinstance(value, str)}
+    return filmed, {name: value for name, value in zip(names, found) if isinstance(value, str)}
+
+
+def report(folder, sizes, skipped, filmed=()):
+    """Say how many clips of which sizes are used, and how many files are left out, by reason, with an example each.
+
+    sizes: (frames, height, width) of each clip; skipped: {name: why}; filmed: (width, height) of each file.
+    """
+    count = lambda words: ", ".join(f"{word} ({k})" for word, k in Counter(words).most_common(5))
+    print(f"{folder}: {len(sizes)} clips of {len(sizes) + len(skipped)} files are used")
+    if sizes:
+        print(f"  as {count(f'{f} x {w}x{h}' for f, h, w in sizes)}")
+    if filmed:
+        print(f"  filmed in {count(f'{w}x{h}' for w, h in filmed)}")
+    reasons = {}
+    for name, why in skipped.items():
+        reasons.setdefault(re.split("[,:('\"]", why)[0].strip(), []).append(f"{name} ({why})")  # without its details
+    for names in sorted(reasons.values(), key=len, reverse=True):
+        print(f"  left out: {len(names)}, e.g. {names[0]}")
+
+
+class Ahead:
+    """Makes the batches that come next in other threads, so that no update waits for a file.
+
+    make(k) gives batch k < end from k alone. With 0 workers it is made when asked for. `waited`: seconds, so far.
+    """
+
+    def __init__(self, make, workers, end):
+        self.make, self.workers, self.end, self.coming, self.waited = make, workers, end, {}, 0.0
+        self.pool = ThreadPoolExecutor(workers) if workers else None
+
+    def __call__(self, k):
+        begun = time.perf_counter()
+        try:
+            if not self.workers:
+                return self.make(k)
+            for j in range(k, min(k + self.workers + 1, self.end)):
+                if j not in self.coming:
+                    self.coming[j] = self.pool.submit(self.make, j)
+            return self.coming.pop(k).result()
+        finally:
+            self.waited += time.perf_counter() - begun
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -212,44 +254,55 @@ def fingerprint(model):
     return sha256(json.dumps([asdict(model.config), some], sort_keys=True).encode()).hexdigest()
 
 
-def cache(data, out, vae, text, made, reward=None, shard=64, rank=0, world=1, device="cpu"):
+def cache(data, out, vae, text, made, reward=None, shard=64, rank=0, world=1, device="cpu", column="text", workers=1):
     """Encode every clip of the folder `data` once into the folder `out`; goes on where an earlier run stopped.
 
     vae and text as in vae3d.py and text.py; `reward(video (1, 3, F, H, W), [caption]) -> (1,)`, of the decoded latents.
     `made` says how, and must be the same each time: frames, height, width, fps, seed, vae (its fingerprint), reward
     (its name or None), reward_frames, reward_weights (the file's name). Files that are new in `data` since the last run
-    are added. Of `world` processes each makes its share of the shards. Returns how many clips the finished ones hold.
-    Raises UserError for a cache that was made otherwise, and where no clip is usable.
+    are added. Of `world` processes each makes its share of the shards, and the first says what all of them will use.
+    column, workers: as in `Folder`. Returns how many clips the finished shards hold. Raises UserError for a cache that
+    was made otherwise, and where no clip is usable.
     """
     data, out, made = Path(data), Path(out), made | {"text": text.fingerprint}
-    captions, skipped = list_clips(data)
+    captions, skipped = list_clips(data, column)
     shards = _plan(out, made)["shards"] if (out / "index.json").exists() else []
     new = sorted(set(captions).difference(*shards))
     shards += [new[i : i + shard] for i in range(0, len(new), shard)]
-    if not shards:
-        _report(data, 0, skipped)
+    todo = [k for k in range(len(shards)) if not _shard(out, k).exists()]
+    size, said = [made[key] for key in ("frames", "height", "width", "fps", "seed")], {}
+    if rank == 0:
+        heads = [_head(_shard(out, k)) for k in range(len(shards)) if k not in todo]
+        names = [name for k in todo for name in shards[k] if name in captions]
+        filmed, said = probe(data, names, made["frames"], made["fps"], workers)
+        for _, left_out in heads:
+            skipped |= left_out
+        used = [sample["name"] for samples, _ in heads for sample in samples] + list(filmed)
+        report(data, sizes_of(used, *size[:3]), skipped | said, filmed.values())
+        if not used:
+            raise UserError(f"no usable clip in {data}: it needs videos or images with captions")
     with atomic(out / "null.safetensors") as part:
         save_file({"text": text.null.to("cpu", text.dtype)}, part)
     with atomic(out / "index.json") as part:  # every process writes the same
         part.write_text(json.dumps({"made": made, "shards": shards}))
 
     mine = range(rank, len(shards), world)
-    todo = [k for k in mine if not _shard(out, k).exists()]
-    total, left = (sum(len(shards[k]) for k in some) for some in (mine, todo))
-    size = [made[key] for key in ("frames", "height", "width", "fps", "seed")]
-    with ThreadPoolExecutor(1) as pool, tqdm(total=total, initial=total - left, unit="clip", disable=rank > 0) as bar:
+    todo = [k for k in mine if k in todo]
+    total, names = sum(len(shards[k]) for k in mine), [name for k in todo for name in shards[k]]
+    clips, number = Ahead(lambda i: load_clip(data / names[i], *size), workers, len(names)), itertools.count()
+    with tqdm(total=total, initial=total - len(names), unit="clip", disable=rank > 0) as bar:
         for k in todo:
             tensors, samples, bad = {}, [], {}
-            ahead = pool.submit(load_clip, data / shards[k][0], *size)
-            for name, after in zip(shards[k], [*shards[k][1:], None]):
-                now, ahead = ahead, after and pool.submit(load_clip, data / after, *size)  # decodes while we encode
+            for name in shards[k]:
                 try:
-                    video = now.result()[None].to(device)  # (1, 3, F, H, W)
+                    video = clips(next(number))[None].to(device)  # (1, 3, F, H, W)
                     if (caption := captions.get(name)) is None:
                         raise UserError("its caption is gone")
                     embedding = text.encode([caption])  # (1, L, D)
                 except UserError as e:
-                    bad[name] = str(e)
+                    bad[name] = str(e).removeprefix(f"cannot read {data / name}: ")
+                    if name not in said:
+                        bar.write(f"skipped: {name} ({bad[name]})", sys.stderr)
                 else:
                     try:
                         with torch.no_grad():
@@ -267,14 +320,13 @@ def cache(data, out, vae, text, made, reward=None, shard=64, rank=0, world=1, de
             with atomic(_shard(out, k)) as part:
                 save_file(tensors, part, {"samples": json.dumps(samples), "skipped": json.dumps(bad)})
 
-    heads = {k: _head(_shard(out, k)) for k in range(len(shards)) if _shard(out, k).exists()}
-    skipped = {} if rank else skipped  # each process names its own, the first those without a shard
-    for k in mine:
-        skipped |= heads[k][1]
-    usable, finished = sum(len(samples) for samples, _ in heads.values()), len(heads) == len(shards)
-    for junk in out.glob(".shard-*.tmp*") if finished else []:  # what was half written when a run was killed
-        junk.unlink(missing_ok=True)
-    _report(data, usable if finished else max(1, usable), skipped)
+    finished = [_shard(out, k) for k in range(len(shards)) if _shard(out, k).exists()]
+    usable = sum(len(_head(file)[0]) for file in finished)
+    if len(finished) == len(shards):
+        for junk in out.glob(".shard-*.tmp*"):  # what was half written when a run was killed
+            junk.unlink(missing_ok=True)
+        if not usable:
+            raise UserError(f"no usable clip in {data}: it needs videos or images with captions")
     return usable
 
 
@@ -333,6 +385,8 @@ class LatentCache(_Samples):
         with _opened(self.folder / "null.safetensors") as f:
             self.null = f.get_tensor("text").float()
         super().__init__([tuple(sample["shape"]) for *_, sample in samples])
+        self.sizes = [(self.made["frames"] if t > 1 else 1, 8 * h, 8 * w) for _, t, h, w in self.shapes]
+        self.left_out = {name: why for file in files for name, why in _head(file)[1].items()}
 
     def batch(self, indices, step=0):
         """-> dict: latents (B, C, T, h, w), text (B, L, D), float32; captions; reward (B,) if one was cached, or None.
@@ -367,13 +421,32 @@ class Config(Machine):
     reward_weights: str | None = opt(None, "the reward's weights, file or folder")
     reward_frames: int | None = opt(None, "frames an image reward looks at (none: all)")
     shard: int = opt(64, "clips a shard")
-    seed: int = opt(0, "which section of a longer video is taken")
+    seed: int = opt(0, "which section of a longer video is taken, and which clips are looked at")
+    caption_column: str = opt("text", "the captions' column in metadata.jsonl, .csv or .parquet")
+    workers: int = opt(4, "threads that open files and decode clips ahead")
+
+
+def look(cfg):
+    """Draw a sheet of eight clips with their captions as training sees them: the crop, the frames, their times."""
+    size, clips, captions = (cfg.frames, cfg.height, cfg.width, cfg.fps), [], []
+    folder = Folder(cfg.data, *size, cfg.seed, cfg.caption_column, cfg.workers)
+    for chosen in folder.order(cfg.seed, 0)[:8]:
+        video, (caption,) = folder.batch(chosen)
+        small = [max(1, side * 256 // max(256, cfg.height, cfg.width)) for side in size[1:3]]
+        clips.append(F.interpolate(video[0].transpose(0, 1), small, mode="area").transpose(0, 1))
+        captions.append(caption)
+    write_grid(out := cfg.out or "look.png", clips, captions, fps=cfg.fps)
+    print(f"wrote {out}: {len(clips)} clips, each as frames at the times above them")
 
 
 def main():
-    if sys.argv[1:2] != ["cache"]:
-        raise UserError("say what to do: python data.py cache --data CLIPS --out CACHE (and see cache --help)")
-    cfg = parse(Config, sys.argv[2:], "Encode a folder of captioned clips once, for training.", PRESETS)
+    words = sys.argv[2:]
+    if sys.argv[1:2] not in (["cache"], ["look"]):
+        raise UserError("say what to do: data.py look CLIPS, or data.py cache --data CLIPS --out CACHE (see --help)")
+    if sys.argv[1] == "look":
+        words = ["--data", *words] if words and not words[0].startswith("-") else words
+        return look(parse(Config, words, look.__doc__, PRESETS))
+    cfg = parse(Config, words, "Encode a folder of captioned clips once, for training.", PRESETS)
     if not cfg.data or not cfg.out:
         raise UserError("--data and --out are required")
     if cfg.height % 8 or cfg.width % 8 or not cfg.fps:  # found now: a cache that has begun remembers how it was made
@@ -390,10 +463,13 @@ def main():
     vae = VAE3D.load(cfg.vae)
     vae = vae if uses_bfloat16(cfg.precision, device) else vae.float()  # published ones may be in half precision
     reward = rewards.make(cfg.reward, cfg.reward_weights, cfg.reward_frames, device) if cfg.reward else None
+    if reward:
+        reward.check(sizes_of(list_clips(cfg.data, cfg.caption_column)[0], cfg.frames, cfg.height, cfg.width))
     made = {k: getattr(cfg, k) for k in ("frames", "height", "width", "fps", "seed", "reward", "reward_frames")}
     made |= {"vae": fingerprint(vae), "reward_weights": Path(cfg.reward_weights or "").name}
     score = reward and (reward.scores if len(reward.weights) > 1 else reward)  # of a sum, each by itself
-    n = cache(cfg.data, cfg.out, vae.eval().to(device), text, made, score, cfg.shard, rank, world, device)
+    files = cfg.caption_column, cfg.workers
+    n = cache(cfg.data, cfg.out, vae.eval().to(device), text, made, score, cfg.shard, rank, world, device, *files)
     print(f"{cfg.out}: {n} clips" + (f" of rank {rank}" if world > 1 else ""))
 
 

@@ -45,7 +45,7 @@ import distributed
 import rewards
 import shapes
 import watch
-from cli import Machine, UserError, autocast, open_log, opt, parse, run, uses_bfloat16
+from cli import Machine, UserError, autocast, open_log, opt, parse, read_prompts, run, uses_bfloat16
 from dit import DiT
 from generate import Generator
 from progress import PATIENCE, set_aside
@@ -377,13 +377,7 @@ def captions(cfg):
         words = lambda i: random.Random(f"caption {cfg.seed} {i}")
         clips = range(cfg.prompt_count or 4096)
         return [shapes.caption(shapes.Clip.make(cfg.seed, i), "train", words(i))[0] for i in clips]
-    try:
-        lines = [line.strip() for line in Path(cfg.prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"cannot read the prompts in {cfg.prompts}: {getattr(e, 'strerror', None) or e}") from e
-    if not lines:
-        raise UserError(f"{cfg.prompts} is empty: want a prompt a line")
-    return lines[: cfg.prompt_count or None]
+    return read_prompts(cfg.prompts)[: cfg.prompt_count or None]
 
 
 def build(cfg, world, clips):

@@ -204,6 +204,14 @@ def any_rank(flag, world):
     return mean(bool(flag), world) > 0
 
 
+def every(value, world):
+    """The list of what each rank's value is; anything that can be pickled."""
+    values = [value] * world.size
+    if world.size > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
 def restarted(world):
     """Whether torchrun --max-restarts has started this run anew after a death, which its own node alone counts."""
     return any_rank(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0, world)

@@ -340,6 +340,14 @@ def _to_diffusers(config):
     return made | {"sample_height": height, "sample_width": width}
 
 
+def read_about(folder):
+    """What `save_cogvideox` noted of the network beside its size; {} for a folder that others wrote."""
+    try:
+        return json.loads((Path(folder) / "config.json").read_text()).get("_dollar", {})
+    except (OSError, ValueError, AttributeError) as e:
+        raise UserError(f"cannot read {folder}/config.json: {e}") from e
+
+
 def read_config(folder):
     """The DiTConfig of a diffusers folder; a field that is not there has diffusers' default, which is the 2B's."""
     folder = Path(folder)
@@ -361,8 +369,12 @@ def read_config(folder):
                 scheduler |= json.loads(path.read_text())
             check(scheduler, SCHEDULER)
             kind = scheduler["prediction_type"]
+            if kind not in ("v_prediction", "sample", "epsilon"):
+                raise ValueError(f"prediction_type is {kind}, not v_prediction")
             made = {"prediction": "velocity" if kind == "v_prediction" else kind, "schedule": "cogvideox"}
             made["snr_shift"] = scheduler["snr_shift_scale"]
+        if (made["prediction"], made["schedule"]) == ("epsilon", "cogvideox"):
+            raise ValueError("prediction_type is epsilon, but at zero terminal SNR x_0 cannot be had from epsilon")
         frames = (get["sample_frames"] - 1) // get["temporal_compression_ratio"] + 1
         return DiTConfig(
             **{ours: get[theirs] for ours, theirs in CONFIG.items()} | {name: made[name] for name in MADE},

@@ -8,7 +8,7 @@
     python eval.py reward-memory                             # of latent and pixel rewards, Tables 1 and 10
     python eval.py tuned RUNS...                             # students tuned to a reward, side by side (Table 5)
     python eval.py curves RUNS... --out FILE                 # rewards and LRM over the iterations (Fig. 8, 10, 11)
-    python eval.py videos --weights W --out DIR              # VBench's 4,730 videos; torchrun shares them out
+    python eval.py videos --weights W --out DIR              # VBench's 6,220 videos; torchrun shares them out
     python eval.py vbench --videos DIR --results DIR         # VBench's sixteen dimensions and totals
     python eval.py vendi --videos DIR --inception FILE       # diversity of video files (Eq. 17, Table 3)
     python eval.py people --a DIR --b DIR --out PAGE.html    # pairs of videos for people to compare (section 8.1)
@@ -204,8 +204,11 @@ def models(cfg):
     pairs = [("student" if cfg.label == "" else cfg.label, cfg.load(), n, cfg.w) for n in cfg.steps]
     for _, generator, n, _ in pairs:
         generator.steps(n)
-    teacher = cfg.teacher.lower() != "none"
-    return ([("teacher", cfg.load(cfg.teacher), cfg.teacher_steps, cfg.w)] if teacher else []) + pairs
+    if cfg.teacher.lower() == "none":
+        return pairs
+    if (teacher := cfg.load(cfg.teacher)).student:
+        raise UserError(f"--teacher {cfg.teacher} says that it is a student")
+    return [("teacher", teacher, cfg.teacher_steps, cfg.w), *pairs]
 
 
 def time_(cfg):
@@ -246,7 +249,7 @@ def device_name(device):
 class VideosConfig(ModelConfig):
     prompts: str = opt("", "VBench_full_info.json or a text file, a prompt a line (default: the installed package's)")
     long: str = opt("", "text file with the long prompt of each, line by line")
-    copies: int = opt(5, "videos a prompt, each of its own seed")
+    copies: int = opt(5, "videos a prompt, each of its own seed; of temporal flickering's, five times as many")
     steps: int = opt(4, "steps a video")
     fps: float = opt(0.0, "frame rate in the files (0: the model's own); dynamic degree depends on it")
     batch: int = opt(8, "videos at a time")
@@ -349,13 +352,13 @@ def diversity_of_files(cfg):
     groups = {}
     for file in sorted(f for f in Path(cfg.videos).rglob("*") if f.suffix.lower() in VIDEOS):
         groups.setdefault(re.sub(r"-\d+$", "", str(file.with_suffix(""))), []).append(file)
-    names = sorted(name for name, files in groups.items() if len(files) == cfg.copies)
+    names = sorted(name for name, files in groups.items() if len(files) >= cfg.copies)
     random.Random(f"vendi {cfg.seed}").shuffle(names)
     kinds = {"pixel": pixel_features} | ({"inception": Inception(cfg.inception, cfg.device)} if cfg.inception else {})
     scores, left_out = {kind: [] for kind in kinds}, len(groups) - len(names)
     for name in tqdm(names[: cfg.prompts], desc="vendi", dynamic_ncols=True, leave=False):
         try:
-            clips = [read_video(file)[0] for file in groups[name]]
+            clips = [read_video(file)[0] for file in groups[name][: cfg.copies]]
         except UserError as e:
             print(f"{e}: its prompt is left out", file=sys.stderr)
             left_out += 1

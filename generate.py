@@ -14,7 +14,7 @@ import torch
 import checkpoint
 import shapes
 from cli import UserError, atomic, autocast, uses_bfloat16
-from dit import DiT
+from dit import DiT, read_about
 from schedule import Schedule, ddim, denoise, few_step, timesteps
 from text import WordTable, load_encoder
 from vae3d import VAE3D
@@ -51,8 +51,8 @@ class Generator:
             if not (folder / "transformer").is_dir():
                 raise UserError(f"{weights} has no transformer/: want a .safetensors file or a CogVideoX folder")
             model = DiT.from_cogvideox(folder / "transformer")
-            said = json.loads((folder / "transformer" / "config.json").read_text()).get("_dollar", {})
-            about = {"kind": "teacher", "w": 5.0} | said  # published weights are made for a guidance scale of 6
+            about = {"kind": "teacher", "w": 5.0}  # published weights are made for a guidance scale of 6
+            about |= read_about(folder / "transformer")
         else:
             model, about = checkpoint.load_model(weights, DiT)
         c, place = model.config, Path(vae or weights)

@@ -19,9 +19,10 @@ import lrm as latent_rewards
 import rewards
 from cli import UserError
 from data import PRESETS as CLIPS
-from data import Folder, LatentCache, Shapes, fingerprint
+from data import Ahead, Folder, LatentCache, Shapes, fingerprint, report
+from distributed import every
 from dit import PRESETS as SIZES
-from dit import DiT, read_config, read_weights
+from dit import DiT, read_about, read_config, read_weights
 from judge import Judge
 from losses import GRID
 from schedule import Schedule, timesteps
@@ -58,6 +59,7 @@ class Nets:
     moments: rewards.Moments | None = None
     frozen: DiT | None = None  # the student as it begins, where --beta-kl holds on to it
     precision: str = "auto"  # in which they compute, see cli.py
+    clips: Ahead | None = None  # the batches of data, made ahead
 
     def __post_init__(self):
         self.schedule = Schedule(self.teacher.config.schedule, self.teacher.config.snr_shift)
@@ -108,12 +110,14 @@ def build(cfg, world) -> Nets:
             raise UserError(f"--{name} is needed: the preset {cfg.preset} has no {name} of its own")
     if folder := Path(cfg.teacher).is_dir():
         place = checkpoint.below(cfg.teacher, "transformer")  # read anew by each network: no rank holds a whole one
-        config, w, texts = read_config(place), 5.0, {}  # made for a guidance scale of 6
+        config, w, texts, said = read_config(place), 5.0, {}, read_about(place)  # made for a guidance scale of 6
         weights = lambda: read_weights(place, config)
     else:
         said = checkpoint.metadata(cfg.teacher, "DiT")
         config, w, weights = DiT.Config(**said["config"]), said.get("w", 2.0), lambda: cfg.teacher
         texts = {cfg.teacher: said.get("text_fingerprint")}
+    if said.get("kind", "teacher") != "teacher":
+        raise UserError(f"--teacher {cfg.teacher} says that it is a {said['kind']}: name the teacher it was made from")
     for name in ("channels", "rotary"):
         there, here = getattr(config, name), getattr(SIZES[cfg.preset], name)
         if there != here:
@@ -147,6 +151,8 @@ def build(cfg, world) -> Nets:
         data = LatentCache(cfg.data, **{name: value for name, value in used.items() if value})
         if any(s[0] != config.channels or s[2] % config.patch or s[3] % config.patch for s in data.shapes):
             raise UserError(f"{cfg.data} holds latents {data.shapes[0]} (C, T, H, W) that {cfg.teacher} does not take")
+        if world.main:
+            report(cfg.data, data.sizes, data.left_out)
         here = {"reward_frames": cfg.reward_frames, "reward_weights": Path(cfg.reward_weights or "").name}
         for key, value in ({"reward": cfg.reward} | here).items() if cfg.reward != "none" else ():
             if data.made["reward"] and (there := data.made.get(key)) != value:
@@ -158,7 +164,8 @@ def build(cfg, world) -> Nets:
         data = Shapes(cfg.seed)
     else:
         size = CLIPS[cfg.preset]
-        data = Folder(cfg.data, size["frames"], size["height"], size["width"], size["fps"], cfg.seed)
+        size, share = [size[key] for key in ("frames", "height", "width", "fps")], lambda mine: every(mine, world)
+        data = Folder(cfg.data, *size, cfg.seed, cfg.caption_column, cfg.workers, world.rank, world.size, share)
     if (width := encoder.encode([""]).shape[2]) != config.text_dim:
         raise UserError(f"the text of {cfg.text or cfg.data} is {width} wide, {cfg.teacher} takes {config.text_dim}")
     for file, known in texts.items():
@@ -192,6 +199,7 @@ def build(cfg, world) -> Nets:
     reward = lrm = judge = moments = None
     if cfg.reward != "none":
         reward = rewards.make(cfg.reward, cfg.reward_weights, cfg.reward_frames, world.device)
+        reward.check(data.sizes)
         make = latent_rewards.TextVideoLRM if reward.text else latent_rewards.VideoLRM
         sizes = {"text_dim": config.text_dim} if reward.text else {}
         if cfg.lrm:

@@ -38,6 +38,7 @@ class Reward:
     scale: str  # one line on its scale
     frames: int | None  # how many evenly spaced frames are scored; None: all
     device: str | torch.device
+    size: tuple | None = None  # the only (frames, height, width) that it reads; None: any
     parts: list = field(default_factory=list)  # of a weighted sum: (weight, Reward) each
 
     def __call__(self, video: torch.Tensor, prompts: list[str] | None = None, with_grad: bool = False) -> torch.Tensor:
@@ -51,6 +52,7 @@ class Reward:
             raise ValueError(f"{self.name} needs one prompt a clip: {len(video)} clips, {len(prompts or [])} prompts")
         if with_grad and not self.differentiable:
             raise ValueError(f"{self.name} has no gradient")
+        self.check([tuple(video.shape[2:])])
         if self.frames and self.frames < video.shape[2]:  # the middles of equal intervals
             video = video[:, :, [int((i + 0.5) * video.shape[2] / self.frames) for i in range(self.frames)]]
         x = video.to(self.device, torch.float32)
@@ -58,6 +60,14 @@ class Reward:
         with torch.set_grad_enabled(with_grad), torch.autocast(x.device.type, enabled=False):
             bad = ~torch.isfinite(x).flatten(1).all(1)
             return self.score(x, prompts).float().masked_fill(bad, torch.nan).to(video.device)
+
+    def check(self, sizes):
+        """UserError if clips of these sizes, (frames, height, width) each, have some that the reward cannot read."""
+        for part in [r for _, r in self.parts] or [self]:
+            if part.size and (others := [size for size in sizes if tuple(size) != part.size]):
+                (f, h, w), (frames, height, width) = part.size, others[0]
+                there = f"{len(others)} of {len(sizes)} clips have others, e.g. {frames} of {height}x{width}"
+                raise UserError(f"the reward {part.name} reads {f} frames of {h}x{w}; {there}")
 
     @property
     def weights(self):
@@ -148,13 +158,14 @@ def make(name: str, weights: str | None = None, frames: int | None = None, devic
             there = f"there is nothing at {file}" if file else "name them with --reward-weights"
             raise UserError(f"the reward {n} needs weights ({needs}); {there}")
         score, many = build(n, file, device), None if moving else frames
-        parts.append((weight, Reward(n, score, differentiable, text, scale, many, device)))
+        size = (FRAMES, SIZE, SIZE) if build is _judged else None
+        parts.append((weight, Reward(n, score, differentiable, text, scale, many, device, size)))
     if list(spec.values()) == [1.0]:
         return parts[0][1]
     smooth = all(part.differentiable for _, part in parts)
     total = lambda video, prompts: sum(w * r(video, prompts, torch.is_grad_enabled()) for w, r in parts)
     reads, scale = any(r.text for _, r in parts), "the weighted sum of its parts, not standardised"
-    return Reward(name, total, smooth, reads, scale, None, device, parts)
+    return Reward(name, total, smooth, reads, scale, None, device, parts=parts)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -191,8 +202,6 @@ def _judged(name, file, device):
     judge = checkpoint.load_model(file, Judge, device)[0].requires_grad_(False)
 
     def score(video, prompts):
-        if tuple(video.shape[2:]) != (FRAMES, SIZE, SIZE):
-            raise UserError(f"the reward {name} reads clips of the shapes world: {FRAMES} frames of {SIZE}x{SIZE}")
         return judge.agreement(video, prompts)
 
     return score

@@ -23,6 +23,7 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
+import cli
 import shapes
 from cli import Machine, UserError, opt, parse, run, start
 from generate import Generator
@@ -66,14 +67,7 @@ def read_prompts(cfg):
         return PROMPTS
     prompts = list(cfg.prompt or [])
     if cfg.prompts:
-        try:
-            lines = Path(cfg.prompts).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as e:
-            raise UserError(f"cannot read the prompts in {cfg.prompts}: {getattr(e, 'strerror', None) or e}") from e
-        lines = [line.strip() for line in lines if line.strip()]
-        if not lines:
-            raise UserError(f"{cfg.prompts} is empty: want a prompt a line")
-        prompts += lines
+        prompts += cli.read_prompts(cfg.prompts)
     if not prompts or not all(re.search(r"\w", prompt) for prompt in prompts):
         raise UserError('an empty prompt: say what to draw, e.g. --prompt "a red star spins at night"')
     return prompts

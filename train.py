@@ -31,7 +31,7 @@ import distributed
 import watch
 from cli import Machine, UserError, autocast, open_log, opt, parse, run
 from cost import so_far
-from data import fingerprint
+from data import Ahead, fingerprint
 from distributed import gradient_descent
 from dit import Prediction
 from losses import GRID, conjugate_velocity_loss, consistency_loss, lrm_loss, reward_loss, vsd_loss
@@ -45,6 +45,8 @@ from schedule import denoise, simulate, timesteps
 class Config(Machine):
     preset: str = opt("shapes", "The world whose values are the defaults.")
     data: str = opt("shapes", "The clips: shapes (rendered), a folder of captioned films, or a cache made by data.py.")
+    caption_column: str = opt("text", "The column of captions in a folder's metadata.jsonl, .csv or .parquet.")
+    workers: int = opt(4, "The threads that read the clips of the coming batches. 0: each is read when it is needed.")
     teacher: str = opt("weights/teacher.safetensors", "The teacher: a .safetensors file or a CogVideoX folder.")
     vae: str = opt(
         "weights/vae.safetensors", "Its VAE: a file or a CogVideoX folder. A cache asks for it with a reward."
@@ -135,6 +137,7 @@ def algorithm_1(cfg, world, nets, optimizers, accumulate=1, first=0):
     of_batch, of_generator, of_fake, of_lrm = map(flags, (sample_batch, generator_step, fake_score_step, lrm_step))
     updates = range(cfg.fake_updates if nets.fake else 0)
     lrm_learns = nets.lrm and not cfg.lrm_frozen
+    nets.clips = read_ahead(nets, world, accumulate, **flags(read_ahead))
     for step in range(first, cfg.iterations):  # 5
         batches = [sample_batch(nets, world, step, i, accumulate, **of_batch) for i in range(accumulate)]  # 6
         x_hats, numbers = generator_step(nets, world, optimizers, batches, step, **of_generator)  # 7-11, 18-19
@@ -272,18 +275,32 @@ class Batch:
         return torch.tensor(values, device=self.x.device)
 
 
+def read_ahead(nets, world, accumulate, *, seed, batch, data, workers, iterations):
+    """Line 6's reading of clips, in other threads: part k = step * accumulate + micro of all parts of this rank."""
+
+    def read(k):
+        step, micro = divmod(k, accumulate)
+        chosen = nets.data.at(seed, step, batch * world.size * accumulate)
+        return nets.data.batch([chosen[n] for n in sample_numbers(world, micro, batch)], step)
+
+    return Ahead(read, 0 if data == "shapes" else workers, iterations * accumulate)  # a rendered clip waits for no file
+
+
+def sample_numbers(world, micro, batch):
+    """The numbers that this rank's samples have in the global batch, of its part `micro`."""
+    return [(micro * world.size + world.rank) * batch + i for i in range(batch)]
+
+
 def sample_batch(nets, world, step, micro, accumulate, *, seed, batch):
     """Line 6: (c, i) ~ D, x = Encoder(i); the part `micro` of `accumulate` of it."""
-    numbers = [(micro * world.size + world.rank) * batch + i for i in range(batch)]
-    chosen = nets.data.at(seed, step, batch * world.size * accumulate)
-    clips = nets.data.batch([chosen[number] for number in numbers], step)
+    clips = nets.clips(step * accumulate + micro)
     if isinstance(clips, tuple):  # not from a cache
         video, captions = clips
         with torch.no_grad(), autocast(nets.precision, world.device):
             latents = nets.vae.encode(video.to(world.device))
         clips = {"latents": latents, "text": nets.encoder.encode(captions), "captions": captions, "reward": None}
     x, text = clips["latents"].float().to(world.device), clips["text"].to(world.device)
-    return Batch(x, text, clips["captions"], clips["reward"], (seed, step), numbers)
+    return Batch(x, text, clips["captions"], clips["reward"], (seed, step), sample_numbers(world, micro, batch))
 
 
 def generate(nets, batch, j, steps, generator_input, transition):
@@ -398,6 +415,8 @@ def train(cfg: Config, world) -> None:
         if final:
             break
         last = time.time()
+    if world.main and nets.clips:
+        print(f"waited for clips in {nets.clips.waited / (time.time() - begun):.1%} of the time")
     if nets.lrm and world.main:
         about = {"reward": cfg.reward, "moments": asdict(nets.moments), "vae": fingerprint(nets.vae)}
         checkpoint.save_model(out / "lrm.safetensors", nets.lrm, **about, text_fingerprint=nets.encoder.fingerprint)

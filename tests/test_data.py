@@ -66,24 +66,6 @@ def clips(tmp_path):
     return root
 
 
-def test_captions_from_the_table_and_from_beside_the_file(clips):
-    captions, skipped = list_clips(clips)
-    assert captions == {
-        "E.JPG": "picture of a red ball", "a.mp4": "A red ball", "broken.mp4": "a ball", "c.mkv": "A ball rolls",
-        "d.png": "picture of a ball", "short.mp4": "a ball", "sub/b.webm.mp4": "a blue ball", "text.png": "a ball",
-    }  # fmt: skip
-    assert list(captions) == sorted(captions)
-    assert skipped == {"gone.mp4": "it is not there", "silent.mp4": "it has no caption"}
-
-
-@pytest.mark.parametrize("line", ["{", '{"text": "a"}', "[1]", '{"file_name": 3, "text": "a"}'])
-def test_a_broken_table_is_named_with_its_line(clips, line):
-    with open(clips / "metadata.jsonl", "a") as f:
-        f.write(line)
-    with pytest.raises(UserError, match=r"metadata\.jsonl, line 8"):
-        list_clips(clips)
-
-
 def test_clips_are_resampled_in_time(tmp_path):
     """At 8 fps from 20: the frames nearest to multiples of 1/8 s after the section's start."""
     path = film(tmp_path / "a.mp4")
@@ -140,12 +122,16 @@ def test_a_circle_stays_round_and_in_the_middle(tmp_path):
     assert rows.tolist() == cols.tolist() == list(range(5, 25))
 
 
-def test_folder_skips_counts_and_names_once(clips, capsys):
+def test_folder_says_what_it_uses_and_what_it_leaves_out(clips, capsys):
+    (clips / "mute.mp4").write_bytes((clips / "a.mp4").read_bytes())
     folder = Folder(clips, 16, 32, 48, 8.0)
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and "skipped 5 of 10 files" in lines[0]
-    for name in ("short.mp4", "silent.mp4", "broken.mp4", "text.png", "gone.mp4"):
-        assert lines[0].count(f"{name} (") == 1, lines[0]
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first == f"{clips}: 5 clips of 12 files are used"
+    assert lines[0] == "  as 16 x 48x32 (3), 1 x 48x32 (2)"
+    assert lines[1] == "  filmed in 30x50 (2), 60x40 (1), 160x90 (1), 48x64 (1)"
+    assert lines[2] == "  left out: 2, e.g. mute.mp4 (it has no caption)" and len(lines) == 8
+    for name, why in (("short.mp4", "it is too short, 8"), ("gone.mp4", "it is not"), ("notes.pdf", ".pdf files")):
+        assert any(line.startswith(f"  left out: 1, e.g. {name} ({why}") for line in lines), lines
     assert folder.names == ["E.JPG", "a.mp4", "c.mkv", "d.png", "sub/b.webm.mp4"] and len(folder) == 5
     assert folder.shapes == [1, 16, 16, 1, 16]
     video, captions = folder.batch([1, 4, 2])
@@ -155,6 +141,60 @@ def test_folder_skips_counts_and_names_once(clips, capsys):
     images, captions = folder.batch([0, 3])
     assert images.shape == (2, 3, 1, 32, 48) and captions[0] == "picture of a red ball"
     assert images[:, 0, 0, 5, 5] == pytest.approx([200 / 127.5 - 1, 100 / 127.5 - 1], abs=0.02)
+
+
+def test_look_draws_clips_as_training_sees_them(clips, tmp_path):
+    """A row a clip: its caption, and its frames under their times, cut out and at the frame rate of training."""
+    command = [sys.executable, "data.py", "look", clips, "--frames", 4, "--fps", 2, "--height", 32, "--width", 48]
+    done = subprocess.run(
+        [str(c) for c in [*command, "--out", tmp_path / "look.png"]], capture_output=True, text=True, cwd=HERE
+    )
+    assert done.returncode == 0, done.stderr
+    assert "5 clips of 11 files are used\n  as 4 x 48x32 (3), 1 x 48x32 (2)" in done.stdout
+    sheet = np.array(Image.open(tmp_path / "look.png")).astype(int)
+    height, width = 2 * 32 + 4 + 16, 2 * 48 + 4  # enlarged twice, a gap, a line for the caption
+    assert sheet.shape == (16 + 4 + 5 * height, 4 + 4 * width, 3)
+    folder, ends = Folder(clips, 4, 32, 48, 2.0), [4 + width * x + 48 for x in range(4)]
+    for y, (i,) in enumerate(folder.order(0, 0)):
+        frames = folder.batch([i])[0][0, 0, :, 16, 24]  # (4,) or (1,)
+        want = ((frames + 1) * 127.5).round().tolist()
+        assert sheet[16 + height * (y + 1) - 32, ends[: len(want)], 0].tolist() == pytest.approx(want, abs=2)
+    assert subprocess.run([*map(str, command[:2]), "look"], capture_output=True, cwd=HERE).returncode == 2
+
+
+def test_batches_are_made_ahead_and_in_order():
+    asked, made = [], []
+
+    def make(k):
+        time.sleep(0.01 * (k % 3))
+        made.append(k)
+        return 10 * k
+
+    ahead = data.Ahead(make, 3, 9)
+    for k in range(2, 9):
+        asked.append(ahead(k))
+        time.sleep(0.05)
+        if k < 6:
+            assert set(made) == set(range(2, k + 4))  # the next three are made while nobody waits
+    assert asked == [10 * k for k in range(2, 9)] and sorted(made) == list(range(2, 9))  # each once, none beyond
+    assert 0 < ahead.waited < 0.1
+    with pytest.raises(ZeroDivisionError):
+        data.Ahead(lambda k: 1 / 0, 2, 9)(0)
+    assert data.Ahead(make, 0, 9)(4) == 40
+
+
+def test_a_clip_costs_as_much_in_a_long_file_as_in_a_short_one(tmp_path):
+    """In files of 4 s and of 10 minutes; from the second clip on, for the first lists its file."""
+    seconds = {}
+    for name, n in (("short.mp4", 4 * 10), ("long.mp4", 600 * 10)):
+        film(tmp_path / name, n=n, fps=10, height=64, width=96, step=0)
+        taken = []
+        for seed in range(9):
+            begun = time.perf_counter()
+            load_clip(tmp_path / name, 16, 64, 64, 8.0, seed)
+            taken.append(time.perf_counter() - begun)
+        seconds[name] = sorted(taken[1:])[3]
+    assert seconds["long.mp4"] < 4 * seconds["short.mp4"], seconds  # twice, and room for a busy machine
 
 
 def test_folder_without_usable_clips(tmp_path, clips):
@@ -255,8 +295,9 @@ def test_cache_holds_what_the_encoders_give(clips, tmp_path, capsys):
     reward = lambda video, captions: video.square().mean((1, 2, 3, 4)) + len(captions[0])
     made = MADE | {"reward": "mean"}
     assert cache(clips, tmp_path / "cache", VAE, TEXT, made, reward, shard=2) == 5
-    lines = [line for line in capsys.readouterr().err.splitlines() if "skipped" in line]
-    assert len(lines) == 1 and "skipped 5 of 10 files" in lines[0] and lines[0].count("broken.mp4 (") == 1
+    said = capsys.readouterr()
+    assert f"{clips}: 5 clips of 11 files are used\n  as 16 x 48x32 (3), 1 x 48x32 (2)\n" in said.out
+    assert said.out.count("broken.mp4 (") == 1 and "broken.mp4" not in said.err
     got = LatentCache(tmp_path / "cache", vae=MADE["vae"], text=TEXT.fingerprint)
     assert len(got) == 5 and sorted(got.captions) == sorted(
         list_clips(clips)[0][n] for n in Folder(clips, 16, 32, 48, 8).names
@@ -360,11 +401,7 @@ def test_ranks_take_their_share(clips, tmp_path, capsys):
     assert cache(clips, out, VAE, TEXT, MADE, shard=1, rank=2, world=3) == 5 == len(LatentCache(out))
     found, _ = stems(out)
     assert sorted(found) == Folder(clips, 16, 32, 48, 8.0).names
-    # together the ranks name each skipped file once (the folder above names them again)
-    said = [line for line in capsys.readouterr().err.splitlines() if "skipped" in line][:-1]
-    assert all(
-        sum(line.count(f"{n} (") for line in said) == 1 for n in ("short.mp4", "silent.mp4", "gone.mp4", "text.png")
-    )
+    assert capsys.readouterr().out.count("clips of 11 files are used") == 2  # rank 0 says it, and the folder above
 
 
 def test_a_rank_without_a_share_is_content(clips, tmp_path):

@@ -567,7 +567,7 @@ def test_wrong_input_is_one_clear_line(weights, call, tmp_path):
         ([*jpeg, "--global-batch", 3], "no multiple of 2"),
         ([*jpeg, "--truncate", 0], "at least 1"),
         ([*jpeg, "--batch", 0], "at least 1"),
-        ([*jpeg, "--prompts", "missing.txt"], "cannot read the prompts in missing.txt"),
+        ([*jpeg, "--prompts", "missing.txt"], "cannot read missing.txt"),
         ([*jpeg, "--prompts", "empty.txt"], "is empty"),
         ([*jpeg, "--prompts", "odd.txt"], "hippopotamus"),
         ([*jpeg, "--resume"], "holds no checkpoint"),

@@ -348,21 +348,25 @@ def test_prediction_and_schedule(published, tmp_path):
     folder, model = published
     assert DiT.from_cogvideox(folder).config == model.config  # alone: as published for its family
     scheduler = diffusers.CogVideoXDDIMScheduler(
-        beta_schedule="scaled_linear", rescale_betas_zero_snr=True, prediction_type="epsilon", snr_shift_scale=2.0
+        beta_schedule="scaled_linear", rescale_betas_zero_snr=True, prediction_type="sample", snr_shift_scale=2.0
     )
     scheduler.save_pretrained(folder.parent / "scheduler")
     config = DiT.from_cogvideox(folder).config
-    assert (config.prediction, config.schedule, config.snr_shift) == ("epsilon", "cogvideox", 2.0)
+    assert (config.prediction, config.schedule, config.snr_shift) == ("sample", "cogvideox", 2.0)
     made = perturbed(replace(model.config, prediction="conjugate", schedule="ddpm", snr_shift=5.0))
     (folder / WEIGHTS).unlink()
     made.save_cogvideox(folder)  # our own word goes before the scheduler that happens to stand beside it
     assert DiT.from_cogvideox(folder).config == made.config
     (folder / "config.json").write_text(json.dumps({"_class_name": dit.CLASS} | dit._to_diffusers(model.config)))
-    for key, value in (("rescale_betas_zero_snr", False), ("beta_schedule", "linear"), ("prediction_type", "flow")):
+    refused = [("rescale_betas_zero_snr", False), ("beta_schedule", "linear"), ("prediction_type", "flow")]
+    for key, value in [
+        *refused,
+        ("prediction_type", "epsilon"),
+    ]:  # with zero SNR at the end
         file = folder.parent / "scheduler" / "scheduler_config.json"
         good = file.read_text()
         file.write_text(json.dumps(json.loads(good) | {key: value}))
-        with pytest.raises(UserError, match=key if key != "prediction_type" else "flow"):
+        with pytest.raises(UserError, match=value if key == "prediction_type" else key):
             DiT.from_cogvideox(folder)
         file.write_text(good)
 

@@ -611,6 +611,78 @@ def test_suite_and_its_collisions(info):
             benchmark.suite(*bad)
 
 
+# the dimensions of VBench's prompts/README.md, how many prompts each suite has, and how many videos of each are drawn
+SUITES = {
+    ("subject_consistency", "dynamic_degree", "motion_smoothness"): (72, 5),
+    ("scene", "background_consistency"): (86, 5),
+    ("overall_consistency", "aesthetic_quality", "imaging_quality"): (93, 5),
+    ("temporal_flickering",): (75, 25),
+    ("object_class",): (79, 5),
+    ("multiple_objects",): (82, 5),
+    ("human_action",): (100, 5),
+    ("color",): (85, 5),
+    ("spatial_relationship",): (84, 5),
+    ("temporal_style",): (100, 5),
+    ("appearance_style",): (90, 5),
+}
+
+
+def test_videos_of_the_packages_own_prompts():
+    """All sixteen dimensions: which prompts, how many videos of each, and their names."""
+    try:
+        info = json.loads(benchmark.full_info().read_text())
+    except UserError:
+        pytest.skip("VBench's prompts are not here: pip install --no-deps vbench")
+    entries = benchmark.suite()
+    files = {job["file"] for job in benchmark.plan(entries, 5, 0)}
+    assert sorted(d for suite in SUITES for d in suite) == sorted(map(benchmark.key, DIMENSIONS))
+    wanted = set()
+    for names, (prompts, copies) in SUITES.items():
+        listed = [entry["prompt_en"] for entry in info if tuple(entry["dimension"]) == names]
+        assert len(listed) == prompts
+        wanted |= {f"{prompt}-{i}.mp4" for prompt in listed for i in range(copies)}
+        for name in names:
+            assert {e["name"] for e in entries if name in e["dimensions"]} == set(listed)
+    assert files == wanted and len(files) == 944 * 5 + 75 * 20  # two of the 946 prompts stand there twice
+
+
+def test_temporal_flickering_is_filtered_before_it_is_scored(tmp_path, package, monkeypatch):
+    entry = {"name": "a quiet room", "prompt": "a quiet room", "dimensions": ["temporal_flickering"], "folder": ""}
+    jobs = benchmark.plan([entry], 5, 0)
+    assert len(jobs) == len({job["seed"] for job in jobs}) == 25
+    for i, job in enumerate(jobs):
+        write_video(tmp_path / job["file"], torch.zeros(3, 16 + i, 16, 16), 8)
+    still = [0, 3, 7, 8, 20, 21]
+
+    def filter_static(args):
+        files = sorted(Path(args.videos_path).iterdir(), key=lambda f: int(f.stem.split("-")[-1]))
+        assert len(files) == 25 and module.DEVICE == "cpu"
+        Path(args.result_path, "filtered_videos").mkdir()
+        for new, old in enumerate(still[:5]):
+            shutil.copy(files[old], Path(args.result_path, "filtered_videos", f"a quiet room-{new}.mp4"))
+
+    def register_subparsers(subparsers):
+        parser = subparsers.add_parser("static_filter")
+        parser.add_argument("--videos_path")
+        parser.add_argument("--result_path")
+        parser.set_defaults(func=filter_static)
+
+    module = types.SimpleNamespace(DEVICE="cuda", register_subparsers=register_subparsers)
+    monkeypatch.setitem(sys.modules, "vbench.cli.static_filter", module)
+    (tmp_path / "info.json").write_text("[]")
+    run = lambda: benchmark.run_package(
+        tmp_path, [entry], "Temporal Flickering", tmp_path / "info.json", tmp_path / "out", "cpu"
+    )
+    assert run() == []
+    (dimension, names, _), frames = package[0], [16 + i for i in still[:5]]
+    assert dimension == "temporal_flickering" and names == [f"a quiet room-{i}.mp4" for i in range(5)]
+    score = benchmark.read_package_results(tmp_path / "out")[0]["Temporal Flickering"]
+    assert score == pytest.approx(100 * sum(frames) / 5 / 32)
+    still.clear()
+    with pytest.raises(UserError, match="stands still"):
+        run()
+
+
 def test_videos_killed_and_restarted_makes_each_file_once(tiny, info, tmp_path, monkeypatch):
     out, written = tmp_path / "videos", []
     words = ["--prompts", info / "info.json", "--long", info / "long.txt", "--copies", 2, "--steps", 1, "--out", out]

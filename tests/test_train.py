@@ -16,9 +16,12 @@ import dit
 import nets
 import progress
 import results
+import shapes
 import train
 from cli import UserError
 from distributed import World
+from judge import Judge, JudgeConfig
+from video import to_uint8, write_video
 
 SPEED = {"seconds", "trained_s", "iteration_s", "samples_s", "peak_gib"}  # in the log, and never the same twice
 
@@ -214,6 +217,52 @@ def test_what_cannot_be_meant_is_refused(tiny, tmp_path):
             fit(config(tiny, tmp_path / "run", **changes))
     with pytest.raises(UserError, match="--device cuda cannot be used here"):
         train.distributed.start("cuda") if not torch.cuda.is_available() else pytest.skip("there is a GPU")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Clips of a user: four videos and two images of the small world's size."""
+    clips = shapes.render_batch([shapes.Clip.make(5, i) for i in range(4)])
+    for i, clip in enumerate(clips):
+        write_video(tmp_path / f"clips/v{i}.mp4", clip, 8)
+        (tmp_path / f"clips/v{i}.txt").write_text("a red star")
+    for i in range(2):
+        Image.fromarray(to_uint8(clips[i])[0]).save(tmp_path / f"clips/i{i}.png")
+        (tmp_path / f"clips/i{i}.txt").write_text("a blue ring")
+    return tmp_path / "clips"
+
+
+def test_clips_decoded_ahead_are_the_same_clips(tiny, tmp_path, folder, capsys):
+    made = [fit(config(tiny, tmp_path / f"{n}", data=str(folder), workers=n))[0] for n in (0, 3)]
+    assert all(torch.equal(made[0][name], made[1][name]) for name in made[0])
+    said = capsys.readouterr().out
+    assert f"{folder}: 6 clips of 6 files are used\n  as 16 x 64x64 (4), 1 x 64x64 (2)" in said
+    assert "waited for clips in" in said
+
+
+def test_weights_that_are_something_else_are_refused(tiny, tmp_path):
+    model = checkpoint.load_model(tiny / "teacher.safetensors", dit.DiT)[0]
+    checkpoint.save_model(tmp_path / "s.safetensors", model, kind="student", timesteps=[999, 749, 499, 249])
+    with pytest.raises(UserError, match=r"s\.safetensors says that it is a student"):
+        fit(config(tiny, tmp_path / "run", teacher=f"{tmp_path}/s.safetensors"))
+    published = dit.DiT(replace(dit.PRESETS["cogvideox-2b"], width=64, depth=1, heads=1))
+    published.save_cogvideox(tmp_path / "s/transformer", kind="student")
+    paths = {name: str(tmp_path / "s") for name in ("teacher", "vae", "text", "data")}
+    with pytest.raises(UserError, match="s says that it is a student"):
+        fit(train.Config(preset="cogvideox-2b", **paths))
+
+
+def test_a_reward_that_reads_clips_refuses_images_before_the_first_step(tiny, tmp_path, folder):
+    checkpoint.save_model(tmp_path / "judge.safetensors", Judge(JudgeConfig(width=8)))
+    cfg = config(
+        tiny, tmp_path / "run", data=str(folder), reward="agreement", reward_weights=f"{tmp_path}/judge.safetensors"
+    )
+    with pytest.raises(UserError, match="reads 16 frames of 64x64; 2 of 6 clips"):
+        fit(cfg)
+    assert not (tmp_path / "run").exists()
+    for image in folder.glob("*.png"):
+        image.unlink()
+    fit(replace(cfg, iterations=1, reward_samples=2, global_batch=2))
 
 
 def test_tensorboard_gets_what_the_log_gets(tiny, tmp_path, monkeypatch):

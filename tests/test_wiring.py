@@ -280,6 +280,7 @@ def test_a_step_along_the_reward_raises_what_the_lrm_says(tiny, tmp_path):
     cfg = config(tiny, tmp_path, **alone, lr=1e-3, clip=1e9)
     made = nets.build(cfg, ALONE)
     optimizers = train.adam(made, cfg.lr, cfg.fake_lr, cfg.lrm_lr, (0.9, 0.999))
+    made.clips = train.read_ahead(made, ALONE, 1, seed=cfg.seed, batch=4, data="shapes", workers=0, iterations=1)
     (batch,) = [train.sample_batch(made, ALONE, 0, 0, 1, seed=cfg.seed, batch=4)]
     says = lambda: made.lrm(train.generate(made, batch, 0, 4, "simulate", "renoise")[0]).mean().item()
     lrm, before = deepcopy(made.lrm), says()
