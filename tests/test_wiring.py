@@ -43,7 +43,8 @@ def record(tiny, tmp_path, monkeypatch):
         cfg = config(tiny, tmp_path / "run", **CHANGES | {"reward": "light"} | changes)
         made = nets.build(cfg, ALONE)
         seen = SimpleNamespace(cfg=cfg, nets=made, calls=[], batches=[], samples=[], integers={}, gradients={})
-        generator = torch.Generator().manual_seed(5)
+        decode, generator = made.vae.decode, torch.Generator().manual_seed(5)
+        made.vae.decode = lambda z: 4 * decode(z)  # pixels beyond -1..1
         for network in (made.student, made.fake, made.ema):  # no two alike
             for p in network.parameters():
                 p.data += 0.05 * torch.randn(p.shape, generator=generator)
