@@ -301,12 +301,13 @@ def update(weights, monkeypatch):
 
     def update(**changes):
         files = {"weights": f"{weights}/student.safetensors", "vae": f"{weights}/vae.safetensors", "reward": "named"}
-        small = {"batch": 2, "global_batch": 4, "iterations": 1, "lr": 1e-3, "clip": 1e9, "device": "cpu"}
+        small = {"batch": 2, "global_batch": 4, "iterations": 8, "lr": 1e-3, "clip": 1e9, "device": "cpu"}
         cfg = ddpo.Config(**files | small | {"precision": "fp32", "beta_kl": 0.5} | changes)
         world = World(0, 1, torch.device("cpu"))
         policy = ddpo.build(cfg, world, 4)
         theta = lambda: policy.student.out.bias.view(-1)[0]
-        seen = SimpleNamespace(policy=policy, clips=[], moves=[], losses=[], gradients=[], theta=[theta().item()])
+        seen = SimpleNamespace(policy=policy, clips=[], moves=[], losses=[], noise=[])
+        seen.gradients, seen.theta = [], [theta().item()]
         before = {name: p.clone() for name, p in policy.frozen.named_parameters()}
 
         def sample(*args, **kwargs):
@@ -328,16 +329,22 @@ def update(weights, monkeypatch):
             seen.theta.append(theta().item())
             return norm
 
+        def draw(shape, key, numbers, device):
+            seen.noise.append((*key, *numbers))
+            return normal(shape, key, numbers, device)
+
+        normal = ddpo.distributed.normal
         theta_gradient = lambda: policy.student.out.bias.grad.view(-1)[0].item()
         sample_clips, gradient_descent = ddpo.sample_clips, ddpo.distributed.gradient_descent
         with monkeypatch.context() as patch:
             patch.setattr(ddpo, "sample_clips", wraps(sample_clips)(sample))
             patch.setattr(ddpo, "log_probability", probability)
             patch.setattr(ddpo.distributed, "gradient_descent", descend)
+            patch.setattr(ddpo.distributed, "normal", draw)
             if cfg.method == "ddpo":
                 patch.setattr(ddpo, "policy_loss", loss)
             adam = torch.optim.AdamW(policy.student.parameters(), cfg.lr)
-            seen.step, seen.numbers, seen.reward, seen.made = next(ddpo.algorithm_2(cfg, world, policy, adam, 2, {}))
+            seen.step, seen.numbers, seen.reward, seen.made = next(ddpo.algorithm_2(cfg, world, policy, adam, 2, {}, 7))
         assert all(torch.equal(before[name], p) for name, p in policy.frozen.named_parameters())
         return seen
 
@@ -363,8 +370,8 @@ def test_each_move_is_weighted_with_its_own_clips_reward(update):
     assert [clips.numbers for clips in seen.clips] == [[0, 1], [2, 3]]
     assert len(set(seen.reward.tolist())) == 4  # or no order would be seen
     assert seen.reward.tolist() == [r for clips in seen.clips for r in clips.reward.tolist()]
-    noises = [clips.path[0][0] for clips in seen.clips]
-    assert not torch.equal(*noises) and not torch.equal(noises[0][0], noises[0][1])
+    # noise of its own for each (seed, step, move) and clip
+    assert seen.noise == [(0, 7, i, *part) for part in ([0, 1], [2, 3]) for i in ("start", 0, 1, 2)] and seen.step == 7
     # the mean over the parts of the sum over the moves; AdamW's first step is the learning rate, downhill
     assert seen.gradients == [pytest.approx(2.0, abs=1e-4)] and seen.made
     assert seen.theta[1] == pytest.approx(seen.theta[0] - 1e-3, abs=1e-5)
@@ -379,6 +386,7 @@ def test_several_updates_begin_anew_from_the_same_samples(update):
     assert all(torch.equal(olds[i], olds[i + 2]) for i in range(4))  # as sampled, whatever the student has become
     assert [gradient > 0.5 for gradient in seen.gradients] == [True] * 3
     assert seen.gradients[0] == pytest.approx(1.0, abs=1e-4) and seen.numbers["kl"] > 0
+    assert {how for *_, how in seen.losses} == {("is", 1e-4)}
     weight = torch.cat([advantage for _, _, advantage, _ in seen.losses[:2]])
     torch.testing.assert_close(weight, (seen.reward - seen.reward.mean()) / seen.reward.std(correction=0))
 

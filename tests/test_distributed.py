@@ -490,6 +490,21 @@ def move(modules, optimizers):
     optimizers["adam"].step()
 
 
+def test_gradient_descent_clips_and_leaves_out_what_is_not_finite():
+    alone, p = World(0, 1, torch.device("cpu")), nn.Parameter(torch.zeros(2))
+    module, sgd = nn.ParameterList([p]), torch.optim.SGD([p], 1.0)
+    for gradient, limit, finite, norm, place in (
+        ([3.0, 4.0], 10.0, True, 5.0, [-3.0, -4.0]),
+        ([3.0, 4.0], 1.0, True, 5.0, [-3.6, -4.8]),  # scaled down to norm 1
+        ([3.0, 4.0], 1.0, False, math.nan, [-3.6, -4.8]),
+        ([math.inf, 4.0], 1.0, True, math.nan, [-3.6, -4.8]),
+    ):
+        p.grad = torch.tensor(gradient)
+        said = distributed.gradient_descent(module, sgd, limit, alone, finite)
+        assert said == pytest.approx(norm, nan_ok=True) and p.grad is None
+        torch.testing.assert_close(p.detach(), torch.tensor(place), rtol=1e-5, atol=1e-5)
+
+
 def test_which_checkpoints_are_kept(tmp_path, small):
     checkpoints = Checkpoints(tmp_path, keep_last=2)
     assert checkpoints.newest() is None

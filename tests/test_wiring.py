@@ -21,7 +21,7 @@ from losses import GRID
 from schedule import guide, timesteps
 
 ALONE = World(0, 1, torch.device("cpu"))
-CHANGES = {"batch": 2, "global_batch": 4, "iterations": 1, "fake_updates": 3, "m": 2, "w_vsd": 2.0, "w_cd": 5.0}
+CHANGES = {"batch": 2, "global_batch": 4, "iterations": 8, "fake_updates": 3, "m": 2, "w_vsd": 2.0, "w_cd": 5.0}
 CHANGES |= {"beta_vsd": 0.5, "beta_cd": 0.25, "beta_ft": 2.0, "ema": 0.9, "clip": 1e9, "t_min": 30, "t_max": 700}
 CHANGES |= {"lr": 1e-3, "fake_lr": 2e-3, "lrm_lr": 4e-3}
 KEYS = ((0, 1), (1, 0))  # another step, another seed
@@ -43,7 +43,8 @@ def record(tiny, tmp_path, monkeypatch):
         cfg = config(tiny, tmp_path / "run", **CHANGES | {"reward": "light"} | changes)
         made = nets.build(cfg, ALONE)
         seen = SimpleNamespace(cfg=cfg, nets=made, calls=[], batches=[], samples=[], integers={}, gradients={})
-        generator = torch.Generator().manual_seed(5)
+        decode, generator = made.vae.decode, torch.Generator().manual_seed(5)
+        made.vae.decode = lambda z: 4 * decode(z)  # pixels beyond -1..1
         for network in (made.student, made.fake, made.ema):  # no two alike
             for p in network.parameters():
                 p.data += 0.05 * torch.randn(p.shape, generator=generator)
@@ -113,7 +114,7 @@ def record(tiny, tmp_path, monkeypatch):
             monkeypatch.setattr(train, name, function)
         monkeypatch.setattr(train.Batch, "integers", draw)
         optimizers = train.adam(made, cfg.lr, cfg.fake_lr, cfg.lrm_lr, (0.9, 0.999))
-        seen.step, seen.numbers, seen.made, seen.scored = next(train.algorithm_1(cfg, ALONE, made, optimizers, 2))
+        seen.step, seen.numbers, seen.made, seen.scored = next(train.algorithm_1(cfg, ALONE, made, optimizers, 2, 7))
         seen.of = lambda name: [given for call, given in seen.calls if call == name]
         return seen
 
@@ -145,7 +146,10 @@ def test_the_order_is_that_of_the_listing(record):
     assert order[2:9] == [*losses * 2, ("step", "student")]  # 7-11 and 18-19
     assert order[9:18] == [("fake", None), ("fake", None), ("step", "fake")] * 3  # 12-14
     assert order[18:] == [("lrm", None), ("lrm", None), ("step", "lrm")]  # 15-17
-    assert seen.made and seen.step == 0 and seen.scored == 8
+    assert seen.made and seen.step == 7 and seen.scored == 8
+    assert [(batch.key, batch.numbers) for batch in seen.batches] == [((0, 7), [0, 1]), ((0, 7), [2, 3])]
+    clips = torch.cat([batch.x for batch in seen.batches])
+    assert not any(torch.equal(a, b) for a, b in combinations(clips, 2))
 
 
 def test_vsd_compares_the_guided_teacher_with_the_fake_score_on_the_students_samples(record):
@@ -233,7 +237,7 @@ def test_the_reward_is_asked_of_the_students_samples(record):
 
 
 def test_warmups_hold_the_student_back(record):
-    seen = record(fake_warmup=1, lrm_warmup=1)
+    seen = record(fake_warmup=8, lrm_warmup=8)
     assert not seen.of("vsd") and not seen.of("ft") and seen.of("fake") and seen.of("lrm")
     assert seen.gradients["student"] == [0.25 * 16]
 
