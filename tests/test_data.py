@@ -197,6 +197,19 @@ def test_a_clip_costs_as_much_in_a_long_file_as_in_a_short_one(tmp_path):
     assert seconds["long.mp4"] < 4 * seconds["short.mp4"], seconds  # twice, and room for a busy machine
 
 
+def test_ranks_open_their_part_of_the_files(clips, monkeypatch, capsys):
+    opened, alone = [], Folder(clips, 16, 32, 48, 8.0)
+    monkeypatch.setattr(data, "probe", lambda *a, really=data.probe: opened.append(a[1]) or really(*a))
+    found = []
+    with pytest.raises(UserError, match="no usable clip"):  # as if nobody had found anything
+        Folder(clips, 16, 32, 48, 8.0, rank=1, world=2, share=lambda mine: found.append(mine) or [])
+    capsys.readouterr()
+    both = Folder(clips, 16, 32, 48, 8.0, rank=0, world=2, share=lambda mine: [mine, *found])
+    assert sorted(opened[0] + opened[1]) == list(list_clips(clips)[0]) and len(opened[0]) == len(opened[1]) == 4
+    assert (both.names, both.sizes, both.captions) == (alone.names, alone.sizes, alone.captions)
+    assert "5 clips of 11 files are used" in capsys.readouterr().out
+
+
 def test_folder_without_usable_clips(tmp_path, clips):
     with pytest.raises(UserError, match="no such folder"):
         Folder(tmp_path / "nowhere", 16, 32, 48, 8.0)
