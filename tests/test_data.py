@@ -480,6 +480,7 @@ def test_the_command(clips, tmp_path):
     """`python data.py cache` with a VAE from a file, the small world's words, and a reward; and its mistakes."""
     import checkpoint
     import shapes
+    from judge import Judge, JudgeConfig
     from rewards import jpeg_compressibility
     from vae3d import VAE3D, VAEConfig
 
@@ -513,6 +514,11 @@ def test_the_command(clips, tmp_path):
     assert kept == pytest.approx(jpeg_compressibility(decoded).item(), abs=1e-4)
     assert abs(kept - jpeg_compressibility(video).item()) > 0.1  # the file's own pixels are others
     assert torch.equal(got.batch([0])["text"], words.encode(["a red circle"]))
+    judge = tmp_path / "judge.safetensors"
+    checkpoint.save_model(judge, Judge(JudgeConfig(width=8)))
+    done = run("--reward", "agreement", "--reward-weights", judge)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert "the reward agreement reads 16 frames of 64x64; 4 of 4 clips have others" in done.stderr
     done = run("--frames", "20")
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith("error: ") and "another frames" in done.stderr
