@@ -187,12 +187,13 @@ def sizes_of(names, n, height, width):
 
 
 def probe(folder, names, n, fps, workers=1):
-    """Open each file as training will -> {name: (width, height) as filmed}, {name: why it cannot be used}."""
+    """Look at each file's length and first frame -> {name: (width, height) as filmed}, {name: why it is not used}."""
 
     def one(name):
         path = Path(folder) / name
         try:
-            height, width, _ = next(frames(path, section(path, n, fps)[:1])).shape
+            section(path, n, fps)  # is it long enough?
+            height, width, _ = next(frames(path, [0.0])).shape
             return width, height
         except UserError as e:
             return str(e).removeprefix(f"cannot read {path}: ")

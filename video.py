@@ -142,9 +142,7 @@ def frames(path, times):
         else:  # frames come in the order of display, so the k-th has the k-th smallest time
             shown = zip(map(seconds, _stamps(path)[0]), container.decode(stream))
         for now, frame in shown:
-            while (
-                last is not None and wanted and abs(wanted[0] - before) <= now - wanted[0]
-            ):  # the last frame is nearer
+            while last is not None and wanted and wanted[0] - before <= now - wanted[0]:  # the last is nearer
                 yield rgb(last, aspect, reformatter)
                 wanted.pop(0)
             if not wanted:

@@ -112,7 +112,7 @@ def test_tables_of_each_kind_and_the_column_of_the_captions(tmp_path, kind):
             writer.writeheader()
             writer.writerows(rows)
     else:
-        pyarrow = pytest.importorskip("pyarrow")
+        pyarrow = pytest.importorskip("pyarrow", exc_type=ImportError)
         pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(rows), table)
     none = "it has no caption"
     assert list_clips(tmp_path) == ({"a.mp4": "a cat"}, {"b.mp4": none, "c.mp4": none})
@@ -122,7 +122,7 @@ def test_tables_of_each_kind_and_the_column_of_the_captions(tmp_path, kind):
 
 
 def test_a_broken_parquet_file(tmp_path):
-    pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow", exc_type=ImportError)
     make(tmp_path, {"a.mp4": b"", "metadata.parquet": b"PAR1 and no more"})
     with pytest.raises(UserError, match=r"cannot read .*metadata\.parquet"):
         list_clips(tmp_path)

@@ -9,7 +9,7 @@ from typing import Literal
 
 import pytest
 
-from cli import UserError, atomic, opt, parse, writable
+from cli import UserError, atomic, opt, parse, read_prompts, writable
 
 
 @dataclass
@@ -197,3 +197,16 @@ def test_writable_leaves_what_is_there(tmp_path):
     assert (tmp_path / "a.json").read_text() == "kept" and not list((tmp_path / "new").iterdir())
     with pytest.raises(UserError, match="cannot write"):
         writable("/proc/nothing/a.json")
+
+
+def test_files_of_prompts(tmp_path):
+    file = tmp_path / "prompts.txt"
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        file.write_text("a café\n\n  a cat \r\n", encoding)
+        assert read_prompts(file) == ["a café", "a cat"]
+    for content, said in ((b" \n", "is empty"), (b"\xe9t\xe9", "no text in UTF-8"), (b"a\0b\0", "zero bytes")):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=said):
+            read_prompts(file)
+    with pytest.raises(UserError, match=r"cannot read .*nowhere\.txt: No such file"):
+        read_prompts(tmp_path / "nowhere.txt")

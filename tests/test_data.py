@@ -197,6 +197,19 @@ def test_a_clip_costs_as_much_in_a_long_file_as_in_a_short_one(tmp_path):
     assert seconds["long.mp4"] < 4 * seconds["short.mp4"], seconds  # twice, and room for a busy machine
 
 
+def test_ranks_open_their_part_of_the_files(clips, monkeypatch, capsys):
+    opened, alone = [], Folder(clips, 16, 32, 48, 8.0)
+    monkeypatch.setattr(data, "probe", lambda *a, really=data.probe: opened.append(a[1]) or really(*a))
+    found = []
+    with pytest.raises(UserError, match="no usable clip"):  # as if nobody had found anything
+        Folder(clips, 16, 32, 48, 8.0, rank=1, world=2, share=lambda mine: found.append(mine) or [])
+    capsys.readouterr()
+    both = Folder(clips, 16, 32, 48, 8.0, rank=0, world=2, share=lambda mine: [mine, *found])
+    assert sorted(opened[0] + opened[1]) == list(list_clips(clips)[0]) and len(opened[0]) == len(opened[1]) == 4
+    assert (both.names, both.sizes, both.captions) == (alone.names, alone.sizes, alone.captions)
+    assert "5 clips of 11 files are used" in capsys.readouterr().out
+
+
 def test_folder_without_usable_clips(tmp_path, clips):
     with pytest.raises(UserError, match="no such folder"):
         Folder(tmp_path / "nowhere", 16, 32, 48, 8.0)
@@ -467,6 +480,7 @@ def test_the_command(clips, tmp_path):
     """`python data.py cache` with a VAE from a file, the small world's words, and a reward; and its mistakes."""
     import checkpoint
     import shapes
+    from judge import Judge, JudgeConfig
     from rewards import jpeg_compressibility
     from vae3d import VAE3D, VAEConfig
 
@@ -500,6 +514,11 @@ def test_the_command(clips, tmp_path):
     assert kept == pytest.approx(jpeg_compressibility(decoded).item(), abs=1e-4)
     assert abs(kept - jpeg_compressibility(video).item()) > 0.1  # the file's own pixels are others
     assert torch.equal(got.batch([0])["text"], words.encode(["a red circle"]))
+    judge = tmp_path / "judge.safetensors"
+    checkpoint.save_model(judge, Judge(JudgeConfig(width=8)))
+    done = run("--reward", "agreement", "--reward-weights", judge)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert "the reward agreement reads 16 frames of 64x64; 4 of 4 clips have others" in done.stderr
     done = run("--frames", "20")
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith("error: ") and "another frames" in done.stderr

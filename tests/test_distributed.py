@@ -29,7 +29,7 @@ import distributed
 import nets
 import train
 from cli import UserError
-from distributed import Checkpoints, Stopper, World, any_rank, local, mean, normal, randint, shard, start, stop
+from distributed import Checkpoints, Stopper, World, any_rank, every, local, mean, normal, randint, shard, start, stop
 from dit import DiT, DiTConfig
 from losses import lrm_loss, reward_loss
 
@@ -180,6 +180,7 @@ def trouble(folder):
     out, last = {}, world.size - 1
     bad = math.nan if world.rank == last else 1.0
     out["mean"], out["nan"] = mean(world.rank, world), mean(bad, world)
+    out["every"] = every({"rank": world.rank}, world)
     out["any"] = [any_rank(flag, world) for flag in (False, world.rank == last, bad != bad)]
     modules, optimizers = build(world, "full")
     x, t, text = normal((4, 2, 4, 4), (0,), [0]), torch.tensor([3]), normal((4, 8), (1,), [0])
@@ -406,6 +407,7 @@ def load(path):
 
 def test_what_happens_on_one_rank_is_seen_by_all(troubled):
     for a in troubled:
+        assert a["every"] == [{"rank": 0}, {"rank": 1}]
         assert a["mean"] == 0.5 and math.isnan(a["nan"]) and a["any"] == [False, True, True]
         assert math.isnan(a["nan norm"])
     assert [a["stop"] for a in troubled] == [[False, True, False], [False, True, True]]

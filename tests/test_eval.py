@@ -593,6 +593,12 @@ def info(tmp_path):
     return tmp_path
 
 
+def test_a_student_is_no_teacher(tiny, monkeypatch):
+    words = ["time", *flags(tiny, judge=False), "--teacher", tiny / "student.safetensors", "--repeats", "1"]
+    with pytest.raises(UserError, match="says that it is a student"):
+        call(monkeypatch, *words)
+
+
 def test_suite_and_its_collisions(info):
     short = benchmark.suite(info / "info.json")
     assert [(e["name"], e["folder"]) for e in short] == [("a cat", ""), ("a bund, oil painting", "")]
