@@ -112,7 +112,7 @@ class T5:
         self.dim, self.length, self.dtype, self.device = self.model.config.d_model, length, dtype, torch.device(device)
         config = self.model.config.to_dict()
         weights = list(self.model.parameters())
-        some = [p.flatten()[:16].tolist() for p in weights[:: 1 + len(weights) // 8]]
+        some = [p.flatten()[:16].bfloat16().tolist() for p in weights[:: 1 + len(weights) // 8]]  # in any precision
         same = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads", "feed_forward_proj")
         self.fingerprint = _sha(["t5", [config[k] for k in same], some, length])
         self._warned = False
