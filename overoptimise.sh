@@ -28,7 +28,7 @@ for name in before reward reward-kl; do
     [ "$name" = before ] && weights=$student
     rm -rf "$out/pictures-$name"
     $python sample.py --weights "$weights" --out "$out/pictures-$name" --prompt "a red star spins at night" \
-        "a white ring moves in a circle over the blue sea" "a large yellow heart bounces before bricks"
+        "a white ring moves left over the sea" "a large yellow heart stands still on a checkerboard"
     $python -c "import sys, PIL.Image as I; I.open(sys.argv[1]).quantize(64).save(sys.argv[2], optimize=True)" \
         "$out/pictures-$name"/*.png "assets/over-$reward-$name.png"
 done
