@@ -67,11 +67,11 @@ class VAEConfig(Config):
 class TeacherConfig(Config):
     vae: str = opt("weights/vae.safetensors", "the autoencoder")
     preset: str = opt("shapes", "size of the transformer, a name in dit.PRESETS")
-    iterations: int = opt(11000, "optimizer steps")
+    iterations: int = opt(12000, "optimizer steps")
     batch: int = opt(32, "clips a step")
     lr: float = opt(2e-3, "peak learning rate")
     clips: int = opt(16000, "clips encoded before training; their captions are drawn anew at every step")
-    images: int = opt(2500, "first steps, on the middle frames of clips alone: what is drawn before how it moves")
+    images: int = opt(2000, "first steps, on the middle frames of clips alone: what is drawn before how it moves")
     stills: int = opt(32000, "middle frames encoded before training")
     drop_text: float = opt(0.1, "share of captions left empty, for classifier-free guidance")
     ema: float = opt(0.999, "decay of the averaged weights, which are the ones kept")
@@ -85,7 +85,7 @@ class JudgeRunConfig(Config):
         "conv", "conv (the one that evaluates) or attention (the one that rewards)"
     )
     width: int = opt(16, "channels after the stem")
-    iterations: int = opt(2400, "optimizer steps")
+    iterations: int = opt(2200, "optimizer steps")
     batch: int = opt(32, "clips a step")
     held_out: int = opt(4096, "clips on which the result is measured")
     lr: float = opt(2e-3, "peak learning rate")
