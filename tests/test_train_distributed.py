@@ -283,7 +283,10 @@ def test_another_number_of_ranks_goes_on_to_rounding(tiny, place, two, four):
     out = left_at(2, place / "two", place / "two to one")
     runs = [*several(tiny, [(out, {"resume": True})]), *(resumed for *_, resumed in four)]
     for run in runs:
-        assert len(updates(run)) == STEPS - 2 and close(updates(run)[0], updates(two["straight"][0])[2])
+        found = updates(two["straight"][0])[2]
+        assert len(updates(run)) == STEPS - 2 and close(updates(run)[0][:-1], found[:-1])
+        # the LRM's labels are divided by their deviation, and so is their rounding
+        assert close(updates(run)[0][-1:], found[-1:], 1e-4)
 
 
 def test_sigterm_to_one_rank_saves_and_leaves_in_order(two):
