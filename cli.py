@@ -39,6 +39,7 @@ LIMITS = (  # flags mean the same in every script, and so does what they may be:
     ("reward_every prompt_count images stop_at held_out vendi_prompts fps", 0, math.inf),
     ("lr fake_lr lrm_lr beta_vsd beta_cd beta_ft beta_kl kl object_weight", 0, math.inf),
     ("reward_samples", 2, math.inf),
+    ("colours", 2, 255),
     ("w w_vsd w_cd", -1, math.inf),
     ("ema drop_text", 0, 1),
     ("beta1 beta2", 0, 0.9999),

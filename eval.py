@@ -419,10 +419,12 @@ def votes(cfg):
 class CompareConfig(ModelConfig):
     out: str = opt("samples/compare.gif", "a moving sheet, FILE.gif or FILE.mp4")
     teacher: str = opt(str(HERE / "teacher.safetensors"), "what the student is compared with")
-    teacher_steps: tuple[int, ...] = opt((50, 4), "its steps")
+    teacher_steps: tuple[int, ...] = opt((50, 4, 1), "its steps")
     steps: tuple[int, ...] = opt((4, 1), "the student's steps")
     prompts: int = opt(3, "the first so many held-out prompts")
     captions: Literal["train", "long", "short", "object"] = opt("train", "what they name, as in `world`")
+    every: int = opt(1, "one frame in so many is shown")
+    colours: int = opt(255, "of each frame of a .gif; fewer make a smaller file")
 
 
 def compare(cfg):
@@ -436,7 +438,8 @@ def compare(cfg):
         columns.append(generator.decode(generator.latents(text, seeds, n, cfg.w)).cpu())
     titles = [f"{name}, {n} step{'s' * (n > 1)}" for name, _, n in models]
     fps = models[-1][1].about.get("fps", shapes.FPS)
-    write_video_grid(cfg.out, [list(row) for row in zip(*columns)], fps, words, titles)
+    rows = [[video[:, :: cfg.every] for video in row] for row in zip(*columns)]
+    write_video_grid(cfg.out, rows, fps / cfg.every, words, titles, cfg.colours)
     print(f"wrote {cfg.out}: {'; '.join(titles)}")
 
 

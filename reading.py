@@ -169,23 +169,14 @@ def reference_rows(cfg, eye, reference):
     return rows
 
 
-def identity(eye, video):
-    """Whether the object read in the first four frames, shown slowly, is that of the last four: {"identity": (B,)}."""
-    parts = (video[:, :, :4], video[:, :, -4:])
-    first, last = (eye(part.repeat_interleave(4, 2))[0]["object"].argmax(1) for part in parts)
-    return {"identity": (first == last).double()}
-
-
 def look(cfg, eye, reference, first, named, more, numbers):
     """All that is measured of videos 0..n-1, one a prompt, and of further videos `numbers` (5 * prompt + copy)."""
-    measure = lambda video: identity(eye, video) | (dimensions.quality(eye, video) if cfg.dimensions else {})
+    measure = (lambda video: dimensions.quality(eye, video)) if cfg.dimensions else None
     looked = eye.over(first, cfg.prompts, "drawing and looking", measure)
     index, seen = looked["index"], [named[i] for i in looked["index"]]
     if len(index) < 20:
         raise UserError(f"{looked['broken']} of {cfg.prompts} videos are not finite: these weights are broken")
     row = {"seconds": looked["seconds"], "broken": looked["broken"]}
-    kept = looked["measured"].pop("identity")
-    row["identity"] = mean_error(kept[[i for i, asked in enumerate(seen) if "relation" not in asked]])
     row |= accuracy(looked["beliefs"], seen) | compare(looked["features"], reference)
     if numbers:
         others = eye.over(more, len(numbers), "diversity")

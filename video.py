@@ -237,14 +237,14 @@ def write_video(path, video, fps):
     _write(path, to_uint8(video), fps)
 
 
-def _write(path, pictures, fps):
+def _write(path, pictures, fps, colours=255):
     kind = Path(path).suffix.lower()
     if kind not in (".mp4", ".gif"):
         raise UserError(f"cannot write {path}: a video file ends in .mp4 or .gif")
     with atomic(path) as part:
         if kind == ".gif":  # a gif counts in hundredths of a second: spread the rounding so that the whole keeps time
             ends = [round(100 * i / fps) for i in range(len(pictures) + 1)]
-            first, *rest = [_palette(p, i % 2) for i, p in enumerate(pictures)]
+            first, *rest = [_palette(p, i % 2, colours) for i, p in enumerate(pictures)]
             lasts = [10 * (b - a) for a, b in itertools.pairwise(ends)]
             first.save(part, save_all=True, append_images=rest, duration=lasts, loop=0)
             return
@@ -265,9 +265,9 @@ def _write(path, pictures, fps):
             container.mux(stream.encode())
 
 
-def _palette(picture, odd):
+def _palette(picture, odd, colours):
     """256 colours. Pillow drops a frame that equals the last, so every other one has a corner one step bluer."""
-    image = Image.fromarray(picture).quantize(255)
+    image = Image.fromarray(picture).quantize(colours)
     red, green, blue = image.convert("RGB").getpixel((0, 0))
     image.putpalette([*(image.getpalette() + [0] * 765)[:765], red, green, blue ^ odd])
     image.putpixel((0, 0), 255)
@@ -319,12 +319,13 @@ def _spread(n, frames):
     return torch.linspace(0, n - 1, min(frames, n)).round().long().tolist()
 
 
-def write_video_grid(path, rows, fps, captions=None, titles=None):
+def write_video_grid(path, rows, fps, captions=None, titles=None, colours=255):
     """Write one video that shows many: `rows` lists of videos (3, F, H, W) of one size; a shorter one holds its end.
 
-    `captions` has a text for each row, `titles` one for each column.
+    `captions` has a text for each row, `titles` one for each column. colours: of each frame of
+    a .gif; fewer make a smaller file.
     """
     rows = [[to_uint8(video) for video in row] for row in rows]
     length = max(len(video) for row in rows for video in row)
     sheets = [_sheet([[v[min(i, len(v) - 1)] for v in row] for row in rows], captions, titles) for i in range(length)]
-    _write(path, np.stack(sheets), fps)
+    _write(path, np.stack(sheets), fps, colours)
