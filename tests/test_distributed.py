@@ -37,7 +37,10 @@ TINY = DiTConfig(channels=4, width=32, depth=2, heads=2, text_dim=8, text_length
 SIZED = DiTConfig(width=192, depth=1, text_dim=64, text_length=8, latents=(2, 4, 4))  # 0.6 million parameters
 ALONE = World(0, 1, torch.device("cpu"))
 TOTAL = 8  # samples in a global batch
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # DCP, of one process
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
+]  # DCP, of one process
 
 # Algorithm 1 in small
 

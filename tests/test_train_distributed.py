@@ -37,7 +37,7 @@ from distributed import start, stop
 BATCH = 4  # clips an update, whatever the number of ranks
 STEPS = 5
 UPDATES = 4  # of an iteration: student, fake score twice, LRM
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
 
 
 @pytest.fixture(scope="module")
