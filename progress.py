@@ -139,8 +139,8 @@ def export(out):
 
 
 @torch.no_grad()
-def compare_with_teacher(nets, n, batch):
-    """What the judge sees in n steps of the teacher, in n of the student, and the gain: three rows.
+def compare_with_teacher(nets, steps, batch):
+    """What the judge sees of the teacher, of the student, and the gain: three rows for each number of `steps`.
 
     Both draw the same prompts from the same noise, so the errors of the gains are those of pairs: much of what makes a
     score uncertain, which prompts and which rendered clips, is common to both. A gain in Frechet distance is a fall.
@@ -148,22 +148,25 @@ def compare_with_teacher(nets, n, batch):
     read = lambda videos: nets.judge.features(videos.to(nets.device)).float().cpu()
     parts = [range(i, min(i + READ_AT_ONCE, JUDGED)) for i in range(0, JUDGED, READ_AT_ONCE)]
     rendered = torch.cat([read(render_batch([Clip.make(HELD_OUT, i) for i in part])) for part in parts])
-    rows, named, features = [], {}, {}
-    for who in ("teacher", "student"):
-        shares, vectors = [], []
-        for part in parts:
-            prompts = [nets.prompts[i] for i in part]
-            videos = draw_videos(nets, who, prompts, 1 + part[0], n, batch)
-            shares.append(nets.judge.score(videos.to(nets.device), prompts))
-            vectors.append(read(videos))
-        named[who], features[who] = torch.cat(shares), torch.cat(vectors)
-        distance = {"mean": frechet(features[who], rendered), "error": jackknife(frechet, features[who], rendered)}
-        rows.append({"label": who, "steps": n, "named": mean_error(named[who].tolist()), "frechet": distance})
     fall = lambda teacher, student, rendered: frechet(teacher, rendered) - frechet(student, rendered)
-    both = features["teacher"], features["student"], rendered
-    distance = {"mean": fall(*both), "error": jackknife(fall, *both)}
-    gain = mean_error((named["student"] - named["teacher"]).tolist())
-    return [*rows, {"label": "gain", "steps": "", "named": gain, "frechet": distance}]
+    rows = []
+    for n in steps:
+        named, features = {}, {}
+        for who in ("teacher", "student"):
+            shares, vectors = [], []
+            for part in parts:
+                prompts = [nets.prompts[i] for i in part]
+                videos = draw_videos(nets, who, prompts, 1 + part[0], n, batch)
+                shares.append(nets.judge.score(videos.to(nets.device), prompts))
+                vectors.append(read(videos))
+            named[who], features[who] = torch.cat(shares), torch.cat(vectors)
+            distance = {"mean": frechet(features[who], rendered), "error": jackknife(frechet, features[who], rendered)}
+            rows.append({"label": who, "steps": n, "named": mean_error(named[who].tolist()), "frechet": distance})
+        both = features["teacher"], features["student"], rendered
+        distance = {"mean": fall(*both), "error": jackknife(fall, *both)}
+        gain = mean_error((named["student"] - named["teacher"]).tolist())
+        rows.append({"label": "gain", "steps": n, "named": gain, "frechet": distance})
+    return rows
 
 
 def finish(nets, world, out, settings, n, batch, pictures):
@@ -177,9 +180,10 @@ def finish(nets, world, out, settings, n, batch, pictures):
     if not nets.vae or not pictures:
         return []
     prompts = nets.prompts[:3]
-    columns = [("teacher", 50), ("teacher", n), *(("student", k) for k in (4, 2, 1) if k <= n)]
+    few = [k for k in (4, 2, 1) if k <= n]
+    columns = [("teacher", 50), ("teacher", n), *(("student", k) for k in few)]
     videos = [draw_videos(nets, who, prompts, 0, k, batch) for who, k in columns]
-    compared = compare_with_teacher(nets, n, batch) if nets.judge else []
+    compared = compare_with_teacher(nets, few, batch) if nets.judge else []
     if not world.main:
         return []
     titles = [f"{who}, {k} step{'s' * (k > 1)}" for who, k in columns]
@@ -187,15 +191,12 @@ def finish(nets, world, out, settings, n, batch, pictures):
     write_video_grid(out / "compare.mp4", [list(row) for row in rows], nets.about["fps"], titles=titles)
     write_grid(out / "compare.png", [video for row in rows for video in row], words)
     print(f"wrote {out}/compare.mp4 and compare.png: {'; '.join(titles)}")
-    if compared:
-        teacher, student, gain = compared
-        sigmas = lambda what: f"{gain[what]['mean'] / max(gain[what]['error'], 1e-9):+.1f} standard errors"
+    for teacher, student, gain in zip(compared[::3], compared[1::3], compared[2::3]):
+        sigmas = lambda what, gain=gain: f"{gain[what]['mean'] / max(gain[what]['error'], 1e-9):+.1f} standard errors"
         print(
-            f"of what {student['named']['n']} prompts name, the judge reads {student['named']['mean']:.1%} in the "
-            f"student's {n} steps and {teacher['named']['mean']:.1%} in the teacher's {n}: {sigmas('named')}"
-        )
-        print(
-            f"Frechet distance from rendered clips, in the judge's features: {pm(student['frechet'], 1, 2)} and "
-            f"{pm(teacher['frechet'], 1, 2)}: nearer by {sigmas('frechet')}"
+            f"{student['steps']} step{'s' * (student['steps'] > 1)}: of what {student['named']['n']} prompts name, the "
+            f"student has {student['named']['mean']:.1%} right, the teacher {teacher['named']['mean']:.1%} "
+            f"({sigmas('named')}); Frechet distance from rendered clips {pm(student['frechet'], 1, 2)} and "
+            f"{pm(teacher['frechet'], 1, 2)} (nearer by {sigmas('frechet')})"
         )
     return compared
