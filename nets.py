@@ -30,7 +30,7 @@ from shapes import held_out_prompts
 from text import load_encoder
 from vae3d import VAE3D
 
-JUDGED = 256  # prompts of the small world on which student and teacher are compared at the end
+JUDGED = 192  # prompts of the small world on which student and teacher are compared at the end
 PROMPTS = [  # what pictures show where the data has no captions to lend
     "a red car drives along a road by the sea",
     "a cat walks over a wooden floor",
