@@ -278,11 +278,13 @@ def table(results, kind=""):
 
 
 def block(name, folder="results"):
-    """The table NAME or NAME/KIND (another view), and below it the commands that made it."""
+    """The table NAME and below it the commands that made it, or NAME/KIND, another view."""
     name, _, kind = name.partition("/")
     results = read(name, folder)
+    if kind:  # the commands stand where the table itself does
+        return table(results, kind)
     commands = "\n".join(dict.fromkeys(f"    {result['command']}" for result in results))
-    return f"{table(results, kind)}\n\n{commands}"
+    return f"{table(results)}\n\n{commands}"
 
 
 PAGES = ("README.md", "docs/*.md")
