@@ -109,7 +109,7 @@ class Config(Machine):
     sample_every: int = opt(500, "The iterations between pictures. 0: none, and no comparison at the end.")
 
 
-PRESETS = {  # the field defaults are the paper's (section 4.1); the small world's were measured, see README
+PRESETS = {  # the field defaults are the paper's (section 4.1); the small world's were measured in its first edition
     "shapes": {
         "iterations": 130, "batch": 16, "lr": 1e-4, "fake_lr": 2e-4, "beta1": 0.0, "beta2": 0.99, "ema": 0.95,
         "fake_updates": 2, "w_vsd": 2.0, "w_cd": 2.0, "checkpoint_activations": False, "save_every": 50,
