@@ -7,7 +7,7 @@ the world is infinite, offline and the same on every machine.
 Each of VBench's semantic dimensions has its factor here: object class (OBJECTS), multiple objects (the second object),
 colour (COLOURS), spatial relationship (RELATIONS), human action (ACTIONS), scene (SCENES), temporal style (CAMERAS)
 and appearance style (LOOKS). A caption names a random few of them and leaves the rest open: what is left open is what
-makes few-step sampling hard. Only what can be seen is ever named: a circle never spins, black and white has no colour
+makes few-step sampling hard. Only what can be seen is ever named: a circle never spins, monochrome has no colour
 word, no object has the colours of its scene.
 
 Nothing has a free place. A single object passes the centre in the middle of the clip, and its path follows from its
