@@ -38,10 +38,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-import shapes
 from captions import list_clips
 from cli import Machine, UserError, atomic, opt, parse, run, start, uses_bfloat16
 from video import IMAGES, LISTINGS, frames, listing, write_grid
+from world import shapes
 
 PRESETS = {
     "shapes": {"frames": 16, "height": 64, "width": 64, "fps": 8.0, "text_length": 20},

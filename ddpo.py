@@ -43,16 +43,16 @@ import checkpoint
 import cli
 import distributed
 import rewards
-import shapes
 import watch
 from cli import Machine, UserError, autocast, open_log, opt, parse, read_prompts, run, uses_bfloat16
 from dit import DiT
+from evals.progress import PATIENCE, set_aside
 from generate import Generator
-from progress import PATIENCE, set_aside
 from schedule import Schedule, denoise, log_prob, timesteps
 from text import WordTable, load_encoder
 from vae3d import VAE3D
 from video import write_grid
+from world import shapes
 
 # github.com/kvablack/ddpo-pytorch: rewards kept a prompt, how many make its own statistics, the largest advantage
 BUFFER, LEAST, LARGEST = 16, 16, 5.0

@@ -32,21 +32,17 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-import benchmark
-import cost
-import dimensions
-import people
-import results
 import rewards
-import shapes
 import watch
-from benchmark import vbench_scores
 from cli import Machine, UserError, atomic, opt, parse, run, start, writable
 from distributed import World
+from evals import cost, people, tables, vbench
+from evals.metrics import Inception, pixel_features, vendi, vendi_kernel, video_diversity
+from evals.vbench import vbench_scores
 from generate import Generator
-from metrics import Inception, pixel_features, vendi, vendi_kernel, video_diversity
-from reading import Eye, held_out, model_rows, reference_rows
 from video import VIDEOS, read_video, write_video, write_video_grid
+from world import dimensions, shapes
+from world.reading import Eye, held_out, model_rows, reference_rows
 
 __all__ = ["vbench_scores", "vendi", "vendi_kernel"]  # the names under which others look for them
 
@@ -110,7 +106,7 @@ def world(cfg):
     else:
         rows = model_rows(cfg, cfg.name(), eye, reference["features"], generator, prompts, named)
     model = {k: generator.about.get(k) for k in ("kind", "timesteps", "command", "date")} if generator else None
-    return results.save(cfg, "world", rows=rows, judge=eye.about.get("results"), model=model)
+    return tables.save(cfg, "world", rows=rows, judge=eye.about.get("results"), model=model)
 
 
 @dataclass
@@ -152,7 +148,7 @@ def tuned(cfg):
                 then = min(then, key=lambda line: abs(line["reward_evaluations"] - common))
                 row["equal"] = {k: then[k] for k in ("reward_evaluations", "true_reward")}
         rows.append(row)
-    return results.show(cfg, "tuned", rows=rows, baseline=cfg.baseline, judge=eye.about.get("results"))
+    return tables.show(cfg, "tuned", rows=rows, baseline=cfg.baseline, judge=eye.about.get("results"))
 
 
 @dataclass
@@ -168,7 +164,7 @@ def curves(cfg):
     if not found:
         raise UserError("name the folders of runs with a --reward: eval.py curves RUNS... --out FILE.svg")
     if cfg.out.endswith(".json"):
-        return results.save(cfg, "curves", rows=[dict(zip(("title", "axis", "curves"), panel)) for panel in found])
+        return tables.save(cfg, "curves", rows=[dict(zip(("title", "axis", "curves"), panel)) for panel in found])
     watch.draw_curves(cfg.out, found)
     print(f"wrote {cfg.out}: {'; '.join(f'{title} over {axis}' for title, axis, _ in found)}")
 
@@ -182,7 +178,7 @@ class ValidateConfig(Config):
 def validate(cfg):
     """Rendered clips, spoilt on purpose: does each dimension of the small world see it, and the more the worse?"""
     eye = Eye(cfg.judge, cfg.device, cfg.batch, cfg.precision)
-    return results.show(cfg, "validation", rows=dimensions.validate(eye, cfg.clips, cfg.seed))
+    return tables.show(cfg, "validation", rows=dimensions.validate(eye, cfg.clips, cfg.seed))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -214,12 +210,12 @@ def models(cfg):
 def time_(cfg):
     """Table 4: time of text encoding, diffusion and decoding, as per cent of the teacher's total."""
     rows = cost.times(models(cfg), cfg.prompt, cfg.repeats, cfg.seconds)
-    return results.show(cfg, "time", rows=rows, device=device_name(cfg.device))
+    return tables.show(cfg, "time", rows=rows, device=device_name(cfg.device))
 
 
 def memory(cfg):
     """Peak memory of each phase."""
-    return results.show(cfg, "memory", rows=cost.memory(models(cfg), cfg.prompt), device=device_name(cfg.device))
+    return tables.show(cfg, "memory", rows=cost.memory(models(cfg), cfg.prompt), device=device_name(cfg.device))
 
 
 @dataclass
@@ -233,7 +229,7 @@ def reward_memory(cfg):
     gpu = torch.device(cfg.device).type == "cuda"
     rows = cost.reward_memory(cfg.device if gpu else "meta", cfg.frames, cfg.clip)
     device = device_name(cfg.device) if gpu else "counted"
-    return results.show(cfg, "reward_memory", rows=rows, device=device)
+    return tables.show(cfg, "reward_memory", rows=rows, device=device)
 
 
 def device_name(device):
@@ -259,8 +255,8 @@ def videos(cfg):
     """Draw what VBench wants, under its names. What is there already is kept, so a killed run just starts again."""
     if not cfg.out:
         raise UserError("name the folder of the videos with --out")
-    entries = benchmark.suite(cfg.prompts, cfg.long)
-    jobs, out = benchmark.plan(entries, cfg.copies, cfg.seed), Path(cfg.out)
+    entries = vbench.suite(cfg.prompts, cfg.long)
+    jobs, out = vbench.plan(entries, cfg.copies, cfg.seed), Path(cfg.out)
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if torch.device(cfg.device).type == "cuda" and ranks > 1:
         cfg = replace(cfg, device=f"cuda:{os.environ.get('LOCAL_RANK', rank)}")
@@ -282,7 +278,7 @@ def videos(cfg):
     mine, broken = [], 0
     for job in jobs[rank::ranks]:
         if (file := out / job["file"]).exists():
-            if benchmark.whole(file):
+            if vbench.whole(file):
                 continue
             broken += 1
         mine.append(job)
@@ -310,29 +306,29 @@ class VBenchConfig(Config):
     videos: str = opt("", "folder that `videos` filled, for the package vbench (none: only read results)")
     results: str = opt("evaluation_results", "folder of the package's *_eval_results.json, read and written")
     prompts: str = opt("", "VBench_full_info.json (default: the installed package's)")
-    dimensions: tuple[str, ...] = opt(tuple(benchmark.key(d) for d in benchmark.DIMENSIONS), "which to compute")
+    dimensions: tuple[str, ...] = opt(tuple(vbench.key(d) for d in vbench.DIMENSIONS), "which to compute")
 
 
 def vbench(cfg):
     """Quality, Semantic and Total from the package's results; dimensions that have none yet are computed by it."""
-    scores, complaints = benchmark.read_package_results(cfg.results)
-    missing = [d for d in benchmark.DIMENSIONS if d not in scores and benchmark.key(d) in cfg.dimensions]
+    scores, complaints = vbench.read_package_results(cfg.results)
+    missing = [d for d in vbench.DIMENSIONS if d not in scores and vbench.key(d) in cfg.dimensions]
     if cfg.videos and missing:
-        plan, info = Path(cfg.videos) / "videos.json", cfg.prompts or benchmark.full_info()
-        entries = json.loads(plan.read_text())["entries"] if plan.exists() else benchmark.suite(info)
+        plan, info = Path(cfg.videos) / "videos.json", cfg.prompts or vbench.full_info()
+        entries = json.loads(plan.read_text())["entries"] if plan.exists() else vbench.suite(info)
         for dimension in missing:
             try:
-                left_out = benchmark.run_package(cfg.videos, entries, dimension, info, cfg.results, cfg.device)
+                left_out = vbench.run_package(cfg.videos, entries, dimension, info, cfg.results, cfg.device)
                 complaints += [f"{dimension}: {name} is missing or broken and left out" for name in left_out]
             except UserError as e:
                 complaints.append(str(e))
-        scores, more = benchmark.read_package_results(cfg.results)
+        scores, more = vbench.read_package_results(cfg.results)
         complaints += more
     for complaint in dict.fromkeys(complaints):
         print(complaint, file=sys.stderr)
     if not scores:
         raise UserError(f"{cfg.results} has no result of vbench, and --videos gave none")
-    return results.show(cfg, "vbench", scores=scores, complaints=complaints)
+    return tables.show(cfg, "vbench", scores=scores, complaints=complaints)
 
 
 @dataclass
@@ -370,7 +366,7 @@ def diversity_of_files(cfg):
             f"{cfg.videos} has no prompt with {cfg.copies} readable videos PROMPT-0 .. PROMPT-{cfg.copies - 1}"
         )
     row = {"label": cfg.label or Path(cfg.videos).name, "prompts": len(scores["pixel"]), "left out": left_out}
-    return results.show(cfg, "vendi", rows=[row | {kind: cost.spread(values) for kind, values in scores.items()}])
+    return tables.show(cfg, "vendi", rows=[row | {kind: cost.spread(values) for kind, values in scores.items()}])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -408,7 +404,7 @@ def votes(cfg):
     kept, complaints = people.read_votes(cfg.files)
     for complaint in complaints:
         print(complaint, file=sys.stderr)
-    return results.show(cfg, "votes", rows=people.count(kept))
+    return tables.show(cfg, "votes", rows=people.count(kept))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -464,9 +460,9 @@ def main():
     command = words.pop(0) if words else ""
     if command == "table":
         names = words or sorted(f.stem for f in Path("results").glob("*.json") if not f.stem.startswith("curves"))
-        print("\n\n".join(results.block(name) for name in names))
+        print("\n\n".join(tables.block(name) for name in names))
     elif command == "tables":
-        print(*(f"wrote {path}" for path in results.write_pages()), sep="\n")
+        print(*(f"wrote {path}" for path in tables.write_pages()), sep="\n")
     elif command in COMMANDS:
         config, work = COMMANDS[command]
         if command in POSITIONAL and words and not words[0].startswith("-"):

@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 
 import checkpoint
-import shapes
 from cli import UserError, atomic, autocast, uses_bfloat16
 from dit import DiT, read_about
 from schedule import Schedule, ddim, denoise, few_step, timesteps
 from text import WordTable, load_encoder
 from vae3d import VAE3D
+from world import shapes
 
 
 class Generator:

@@ -23,12 +23,12 @@ from data import Ahead, Folder, LatentCache, Shapes, fingerprint, report
 from distributed import every
 from dit import PRESETS as SIZES
 from dit import DiT, read_about, read_config, read_weights
-from judge import Judge
 from losses import GRID
 from schedule import Schedule, timesteps
-from shapes import held_out_prompts
 from text import load_encoder
 from vae3d import VAE3D
+from world.judge import Judge
+from world.shapes import held_out_prompts
 
 JUDGED = 192  # prompts of the small world on which student and teacher are compared at the end
 PROMPTS = [  # what pictures show where the data has no captions to lend
@@ -251,11 +251,11 @@ def memory(cfg, config, world, latents):
 
 def memory_table(cfg):
     """A Markdown table of what each GPU of 1, 2, 4 and 8 will hold; to cfg.out as well, if that is a .json file."""
-    import results  # here, since training needs none of it
+    from evals import tables  # here, since training needs none of it
 
     rows, config = [], SIZES[cfg.preset]
     for ranks in (1, 2, 4, 8):
         networks, activations = held(cfg, config, ranks if cfg.shard != "none" else 1, config.latents)
         kinds = dict(zip(("parameters", "gradients", "optimizer"), map(sum, zip(*networks.values()))))
         rows.append({"preset": cfg.preset, "ranks": ranks, **kinds, "activations": activations})
-    return results.table([results.save(cfg, "sharding", rows=rows)])
+    return tables.table([tables.save(cfg, "sharding", rows=rows)])

@@ -24,15 +24,15 @@ from tqdm import tqdm
 
 import checkpoint
 import dit
-import shapes
 import vae3d
 from cli import Machine, UserError, atomic, autocast, open_log, opt, parse, run, start, uses_bfloat16, warn_of_precision
 from data import fingerprint
-from judge import Judge, JudgeConfig
 from losses import conjugate_velocity_loss
 from schedule import Schedule, ddim, denoise, timesteps
 from text import WordTable
 from video import write_grid
+from world import shapes
+from world.judge import Judge, JudgeConfig
 
 
 @dataclass

@@ -23,8 +23,8 @@ import checkpoint
 import distributed
 import preference
 from cli import UserError
-from judge import Judge
-from shapes import FRAMES, SIZE
+from world.judge import Judge
+from world.shapes import FRAMES, SIZE
 
 
 @dataclass

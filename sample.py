@@ -24,12 +24,12 @@ import torch
 from tqdm import tqdm
 
 import cli
-import shapes
 from cli import Machine, UserError, opt, parse, run, start
 from generate import Generator
 from schedule import timesteps
 from text import T5
 from video import write_grid, write_video, write_video_grid
+from world import shapes
 
 WEIGHTS = Path(__file__).parent / "weights"
 PROMPTS = [  # every scene and every object once, and most of the other things this world can show

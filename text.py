@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 
-import shapes
 from cli import UserError, uses_bfloat16
+from world import shapes
 
 
 class WordTable:

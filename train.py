@@ -30,13 +30,13 @@ import cli
 import distributed
 import watch
 from cli import Machine, UserError, autocast, open_log, opt, parse, run
-from cost import so_far
 from data import Ahead, fingerprint
 from distributed import gradient_descent
 from dit import Prediction
+from evals.cost import so_far
+from evals.progress import PATIENCE, check_resumed, export, finish, sampler, set_aside, show_progress, tensorboard
 from losses import GRID, conjugate_velocity_loss, consistency_loss, lrm_loss, reward_loss, vsd_loss
 from nets import build, memory_table
-from progress import PATIENCE, check_resumed, export, finish, sampler, set_aside, show_progress, tensorboard
 from rewards import Moments
 from schedule import denoise, simulate, timesteps
 
@@ -422,9 +422,9 @@ def train(cfg: Config, world) -> None:
         checkpoint.save_model(out / "lrm.safetensors", nets.lrm, **about, text_fingerprint=nets.encoder.fingerprint)
     rows = finish(nets, world, out, asdict(cfg), cfg.steps, cfg.batch, cfg.sample_every > 0)
     if rows:
-        import results  # here, since training needs none of it
+        from evals import tables  # here, since training needs none of it
 
-        results.save(replace(cfg, out=str(out / "compare.json")), "compared", rows=rows)
+        tables.save(replace(cfg, out=str(out / "compare.json")), "compared", rows=rows)
 
 
 def adam(nets, lr, fake_lr, lrm_lr, betas):

@@ -23,7 +23,7 @@ import dit
 import train
 import vae3d
 from distributed import World, local
-from judge import Judge, JudgeConfig
+from world.judge import Judge, JudgeConfig
 
 ROOT = Path(__file__).parent.parent
 

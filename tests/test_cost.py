@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-import cost
 import dit
 import lrm
+from evals import cost
 
 MLP = 4 * (8 * 32 + 32 + 32 * 1 + 1)  # bytes of its weights
 

@@ -479,10 +479,10 @@ def test_nothing_to_cache(clips, tmp_path):
 def test_the_command(clips, tmp_path):
     """`python data.py cache` with a VAE from a file, the small world's words, and a reward; and its mistakes."""
     import checkpoint
-    import shapes
-    from judge import Judge, JudgeConfig
     from rewards import jpeg_compressibility
     from vae3d import VAE3D, VAEConfig
+    from world import shapes
+    from world.judge import Judge, JudgeConfig
 
     with torch.random.fork_rng():
         torch.manual_seed(0)

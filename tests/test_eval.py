@@ -24,23 +24,17 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-import benchmark
 import checkpoint
-import cost
-import dimensions
 import eval as evaluation
-import metrics
-import people
-import reading
-import results
-import shapes
-from benchmark import DIMENSIONS, PAPER, vbench_scores
 from cli import UserError
 from dit import DiT, DiTConfig
+from evals import cost, metrics, people, tables, vbench
+from evals.vbench import DIMENSIONS, PAPER, vbench_scores
 from generate import Generator
-from judge import Judge, JudgeConfig
 from vae3d import VAE3D, VAEConfig
 from video import read_video, write_video
+from world import dimensions, reading, shapes
+from world.judge import Judge, JudgeConfig
 
 HERE = Path(__file__).parent
 COLUMNS = json.loads((HERE / "vbench_columns.json").read_text())
@@ -400,13 +394,13 @@ def test_generator_steps_and_noise(tiny):
 
 def test_world_table_keeps_a_models_rows_together_most_steps_first():
     score = {"mean": 0.5, "error": 0.1, "n": 9}
-    same = dict.fromkeys((*results.MAIN, "main", "frechet", "vendi"), score) | {
+    same = dict.fromkeys((*tables.MAIN, "main", "frechet", "vendi"), score) | {
         "precision": 1.0,
         "coverage": 1.0,
     }
     row = lambda label, steps: {"label": label, "steps": steps, "nfe": steps, "seconds": 1.0, **same}
     files = [[row("world", None), row("teacher", 25)], [row("student", 4), row("teacher", 50), row("teacher", 4)]]
-    lines = results.table([{"kind": "world", "rows": rows} for rows in files]).splitlines()[2:]
+    lines = tables.table([{"kind": "world", "rows": rows} for rows in files]).splitlines()[2:]
     first = [tuple(cell.strip() for cell in line.split("|")[1:3]) for line in lines]
     assert first == [("world", ""), ("teacher", "50"), ("teacher", "25"), ("teacher", "4"), ("student", "4")]
 
@@ -450,9 +444,9 @@ def test_world_repeats_itself_and_makes_its_table(tiny, tmp_path, monkeypatch, c
 
 def test_the_pages_say_what_the_results_say():
     """Every table in README.md and docs/ is what the files in results/ give, and every result stands in some page."""
-    pages = [p for name in results.PAGES for p in sorted(ROOT.glob(name))]
+    pages = [p for name in tables.PAGES for p in sorted(ROOT.glob(name))]
     text = "".join(p.read_text("utf-8") for p in pages)
-    assert all(results.page(p, ROOT / "results") == p.read_text("utf-8") for p in pages)
+    assert all(tables.page(p, ROOT / "results") == p.read_text("utf-8") for p in pages)
     named = set(re.findall(r"<!-- table:([\w-]+)", text))
     orphans = [f.stem for f in (ROOT / "results").glob("*.json") if not any(f.stem.startswith(n) for n in named)]
     assert named and not orphans
@@ -477,14 +471,14 @@ def test_tuned_students_side_by_side(tiny, tmp_path, monkeypatch, capsys):
     words += ["--reward", "jpeg_compressibility", "--reward-samples", 4, "--vendi-prompts", 0, "--batch", 20]
     runs = [tmp_path / name for name in ("vsd-cd-0", "vsd-cd-1", "ddpo-0")]
     call(monkeypatch, "tuned", *runs, *words, "--start", "none", "--out", tmp_path / "results/tuned-x.json")
-    (made,) = results.read("tuned", tmp_path / "results")
+    (made,) = tables.read("tuned", tmp_path / "results")
     assert [(r["label"], r["seed"], r["iterations"]) for r in made["rows"]] == [
         ("vsd-cd", 0, 8), ("vsd-cd", 1, 9), ("ddpo", 0, 10)
     ]  # fmt: skip
     assert made["rows"][0]["true_reward"] == made["rows"][2]["true_reward"] < 0  # the same weights, prompts, noise
-    assert results.table([made]).endswith("|  |  |")  # 20 prompts name no factor often enough to tell
+    assert tables.table([made]).endswith("|  |  |")  # 20 prompts name no factor often enough to tell
     monkeypatch.setattr(results, "ENOUGH", 1)
-    base, ddpo = results.table([made]).splitlines()[2:]
+    base, ddpo = tables.table([made]).splitlines()[2:]
     assert base.startswith("| vsd-cd | 2 | 8 | 32 | 2 | -") and "±0.0000" in base  # no factor: it is the baseline
     assert (
         "| 128 |" in ddpo
@@ -494,7 +488,7 @@ def test_tuned_students_side_by_side(tiny, tmp_path, monkeypatch, capsys):
     )
     assert ddpo.split("|")[7] == " 3.0000 at 60 "  # as it was when vsd-cd-1 had spent its 64
     made["rows"][2]["scene"]["mean"] -= 0.031
-    assert results.table([made]).split("| -3.1 (scene, ")[1].endswith(" prompts) | no |")
+    assert tables.table([made]).split("| -3.1 (scene, ")[1].endswith(" prompts) | no |")
     call(monkeypatch, "curves", *runs, "--out", tmp_path / "curves.svg")
     drawn = (tmp_path / "curves.svg").read_text()
     assert "true reward of fresh samples" in drawn
@@ -510,7 +504,7 @@ def test_tuned_students_side_by_side(tiny, tmp_path, monkeypatch, capsys):
 def test_reward_memory_stands_beside_the_papers():
     row = {"label": "image LRM", "parameters": 189441, "forward": 5e6, "saved": 1}
     rows = [row | {"frames": 1, "backward": 2e6}, row | {"frames": 128, "backward": 1.5e9}]
-    table = results.table([{"kind": "reward_memory", "rows": rows, "device": "counted"}]).splitlines()
+    table = tables.table([{"kind": "reward_memory", "rows": rows, "device": "counted"}]).splitlines()
     assert table[2] == "| image LRM, counted | 189,441 | 5.000 MB | 2.000 MB | 1.500 GB |"
     assert table[3] == "| the paper |  | 8.998 MB |  | 17.772 MB |"
 
@@ -537,7 +531,7 @@ def test_times_add_up(tiny, tmp_path, monkeypatch):
         for kind in ("synchronised", "launched"):
             parts = sum(row[kind][p]["mean"] for p in ("text", "diffusion", "decoding"))
             assert parts == pytest.approx(row[kind]["total"]["mean"], rel=1e-3)
-    lines = results.table([clock]).splitlines()[2:]
+    lines = tables.table([clock]).splitlines()[2:]
     share = [[float(cell.split("±")[0]) for cell in line.split("|")[4:8]] for line in lines]
     assert share[0][3] == 100 and all(sum(s[:3]) == pytest.approx(s[3], abs=0.03) for s in share)
 
@@ -606,21 +600,21 @@ def test_a_student_is_no_teacher(tiny, monkeypatch):
 
 
 def test_suite_and_its_collisions(info):
-    short = benchmark.suite(info / "info.json")
+    short = vbench.suite(info / "info.json")
     assert [(e["name"], e["folder"]) for e in short] == [("a cat", ""), ("a bund, oil painting", "")]
     assert short[1]["dimensions"] == ["appearance_style", "overall_consistency", "aesthetic_quality"]
-    long = benchmark.suite(info / "info.json", info / "long.txt")
+    long = vbench.suite(info / "info.json", info / "long.txt")
     assert [e["prompt"] for e in long] == ["a red star", "a blue ring", "a white heart"]
     assert [e["folder"] for e in long] == ["", "", "overall_consistency"]
-    jobs = benchmark.plan(long, 5, 0)
+    jobs = vbench.plan(long, 5, 0)
     assert len({job["file"] for job in jobs}) == len({job["seed"] for job in jobs}) == 15
     assert jobs[-1]["file"] == "overall_consistency/a bund, oil painting-4.mp4"
-    assert jobs == benchmark.plan(long, 5, 0) and jobs[0]["seed"] != benchmark.plan(long, 5, 1)[0]["seed"]
+    assert jobs == vbench.plan(long, 5, 0) and jobs[0]["seed"] != vbench.plan(long, 5, 1)[0]["seed"]
     (info / "short.txt").write_text("one\ntwo\n")
     (info / "path.txt").write_text("one/two")
     for bad in ((info / "info.json", info / "short.txt"), (info / "no.json",), (info / "path.txt",)):
         with pytest.raises(UserError):
-            benchmark.suite(*bad)
+            vbench.suite(*bad)
 
 
 # the dimensions of VBench's prompts/README.md, how many prompts each suite has, and how many videos of each are drawn
@@ -642,12 +636,12 @@ SUITES = {
 def test_videos_of_the_packages_own_prompts():
     """All sixteen dimensions: which prompts, how many videos of each, and their names."""
     try:
-        info = json.loads(benchmark.full_info().read_text())
+        info = json.loads(vbench.full_info().read_text())
     except UserError:
         pytest.skip("VBench's prompts are not here: pip install --no-deps vbench")
-    entries = benchmark.suite()
-    files = {job["file"] for job in benchmark.plan(entries, 5, 0)}
-    assert sorted(d for suite in SUITES for d in suite) == sorted(map(benchmark.key, DIMENSIONS))
+    entries = vbench.suite()
+    files = {job["file"] for job in vbench.plan(entries, 5, 0)}
+    assert sorted(d for suite in SUITES for d in suite) == sorted(map(vbench.key, DIMENSIONS))
     wanted = set()
     for names, (prompts, copies) in SUITES.items():
         listed = [entry["prompt_en"] for entry in info if tuple(entry["dimension"]) == names]
@@ -660,7 +654,7 @@ def test_videos_of_the_packages_own_prompts():
 
 def test_temporal_flickering_is_filtered_before_it_is_scored(tmp_path, package, monkeypatch):
     entry = {"name": "a quiet room", "prompt": "a quiet room", "dimensions": ["temporal_flickering"], "folder": ""}
-    jobs = benchmark.plan([entry], 5, 0)
+    jobs = vbench.plan([entry], 5, 0)
     assert len(jobs) == len({job["seed"] for job in jobs}) == 25
     for i, job in enumerate(jobs):
         write_video(tmp_path / job["file"], torch.zeros(3, 16 + i, 16, 16), 8)
@@ -682,13 +676,13 @@ def test_temporal_flickering_is_filtered_before_it_is_scored(tmp_path, package, 
     module = types.SimpleNamespace(DEVICE="cuda", register_subparsers=register_subparsers)
     monkeypatch.setitem(sys.modules, "vbench.cli.static_filter", module)
     (tmp_path / "info.json").write_text("[]")
-    run = lambda: benchmark.run_package(
+    run = lambda: vbench.run_package(
         tmp_path, [entry], "Temporal Flickering", tmp_path / "info.json", tmp_path / "out", "cpu"
     )
     assert run() == []
     (dimension, names, _), frames = package[0], [16 + i for i in still[:5]]
     assert dimension == "temporal_flickering" and names == [f"a quiet room-{i}.mp4" for i in range(5)]
-    score = benchmark.read_package_results(tmp_path / "out")[0]["Temporal Flickering"]
+    score = vbench.read_package_results(tmp_path / "out")[0]["Temporal Flickering"]
     assert score == pytest.approx(100 * sum(frames) / 5 / 32)
     still.clear()
     with pytest.raises(UserError, match="stands still"):
@@ -755,8 +749,8 @@ def package(monkeypatch):
 
 def test_vbench_leaves_out_broken_videos_and_names_them(info, tmp_path, package, monkeypatch, capsys):
     out, clip = tmp_path / "videos", torch.rand(3, 16, 16, 16)
-    entries = benchmark.suite(info / "info.json", info / "long.txt")
-    for job in benchmark.plan(entries, 5, 0):
+    entries = vbench.suite(info / "info.json", info / "long.txt")
+    for job in vbench.plan(entries, 5, 0):
         write_video(out / job["file"], clip, 8)
     (out / "videos.json").write_text(json.dumps({"entries": entries}))
     (out / "a cat-2.mp4").write_bytes((out / "a cat-2.mp4").read_bytes()[:900])
@@ -777,14 +771,14 @@ def test_vbench_leaves_out_broken_videos_and_names_them(info, tmp_path, package,
 
 def test_vbench_results_that_are_no_numbers(tmp_path):
     videos = [{"video_path": f"v/x-{i}.mp4", "video_results": v} for i, v in enumerate((40.0, math.nan, 60.0))]
-    scores = {benchmark.key(d): [0.5, []] for d in DIMENSIONS} | {"imaging_quality": [math.nan, videos]}
+    scores = {vbench.key(d): [0.5, []] for d in DIMENSIONS} | {"imaging_quality": [math.nan, videos]}
     (tmp_path / "m_eval_results.json").write_text(json.dumps(scores))
-    read, complaints = benchmark.read_package_results(tmp_path)
+    read, complaints = vbench.read_package_results(tmp_path)
     assert read["Imaging Quality"] == 50 and complaints == ["Imaging Quality: x-1.mp4 has no score and is left out"]
     assert vbench_scores(read)["semantic"] > 0
     (tmp_path / "m_eval_results.json").write_text("{")
     with pytest.raises(UserError):
-        benchmark.read_package_results(tmp_path)
+        vbench.read_package_results(tmp_path)
 
 
 def test_vendi_of_video_files(tmp_path, monkeypatch, capsys):

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import checkpoint
-import shapes
-from judge import Judge, JudgeConfig
-from shapes import FACTORS, Clip
+from world import shapes
+from world.judge import Judge, JudgeConfig
+from world.shapes import FACTORS, Clip
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
 

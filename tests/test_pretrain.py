@@ -14,8 +14,8 @@ import checkpoint
 import pretrain
 from cli import UserError
 from dit import DiT
-from judge import Judge, JudgeConfig
 from vae3d import PRESETS, VAE3D
+from world.judge import Judge, JudgeConfig
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--save-every", "2", "--log-every", "1", "--threads", "1"]

@@ -21,10 +21,10 @@ from torch import nn
 import checkpoint
 import preference
 import rewards
-import shapes
 from cli import UserError
 from distributed import World
-from judge import Judge, JudgeConfig
+from world import shapes
+from world.judge import Judge, JudgeConfig
 
 BUNDLED = Path(__file__).parent.parent / rewards.JUDGE
 

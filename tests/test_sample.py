@@ -12,12 +12,12 @@ import torch
 
 import checkpoint
 import sample
-import shapes
 from cli import run
 from dit import DiT, DiTConfig
 from schedule import Schedule, timesteps
 from vae3d import VAE3D, VAEConfig
 from video import read_video
+from world import shapes
 
 SCRIPT = Path(sample.__file__)
 FRAMES, HEIGHT, WIDTH = 16, 16, 32

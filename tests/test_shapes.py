@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-import shapes
-from shapes import COLOURS, FACTORS, Clip, caption, parse
+from world import shapes
+from world.shapes import COLOURS, FACTORS, Clip, caption, parse
 
 CLIPS = [Clip.make(7, i) for i in range(400)]
 

@@ -14,14 +14,13 @@ from PIL import Image
 import checkpoint
 import dit
 import nets
-import progress
-import results
-import shapes
 import train
 from cli import UserError
 from distributed import World
-from judge import Judge, JudgeConfig
+from evals import progress, tables
 from video import to_uint8, write_video
+from world import shapes
+from world.judge import Judge, JudgeConfig
 
 SPEED = {"seconds", "trained_s", "iteration_s", "samples_s", "peak_gib"}  # in the log, and never the same twice
 
@@ -50,7 +49,7 @@ def test_the_program_draws_compares_and_exports(tiny, tmp_path, capsys, monkeypa
     change = {what: student[what]["mean"] - teacher[what]["mean"] for what in ("named", "frechet")}
     assert gain["named"]["mean"] == pytest.approx(change["named"], abs=1e-4) and gain["named"]["n"] == 20
     assert gain["frechet"]["mean"] == pytest.approx(-change["frechet"], abs=1e-3)  # nearer is better
-    assert results.table([made]).count("\n") == 10
+    assert tables.table([made]).count("\n") == 10
     assert {p.name for p in (tmp_path / "run").iterdir()} >= {"student.safetensors", "compare.mp4", "compare.png"}
     model, about = checkpoint.load_model(tmp_path / "run/student.safetensors", dit.DiT)
     assert about["kind"] == "student" and about["timesteps"] == [999, 749, 499, 249] and "train.py" in about["command"]

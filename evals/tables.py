@@ -15,11 +15,11 @@ import time
 from dataclasses import MISSING, fields
 from pathlib import Path
 
-import benchmark
 from cli import UserError, atomic
-from metrics import mean_error, pm
-from reading import MAIN
-from shapes import FACTORS
+from evals import vbench
+from evals.metrics import mean_error, pm
+from world.reading import MAIN
+from world.shapes import FACTORS
 
 
 def save(cfg, kind, **content):
@@ -113,7 +113,7 @@ def _dimensions(results):
     """The sixteen, a column a model, in per cent; the totals below them."""
     rows = [row for row in _rows(results) if row.get("dimensions")]
     header = ["dimension (per cent)", *(f"{r['label']}{', ' + str(r['steps']) if r['steps'] else ''}" for r in rows)]
-    lines = [[d, *(pm(r["dimensions"].get(d), 100) for r in rows)] for d in benchmark.DIMENSIONS]
+    lines = [[d, *(pm(r["dimensions"].get(d), 100) for r in rows)] for d in vbench.DIMENSIONS]
     for total in ("quality", "semantic", "total"):
         lines.append([f"**{total}**", *(f"{r['totals'][total]:.1f}" if r.get("totals") else "-" for r in rows)])
     return header, lines
@@ -259,7 +259,7 @@ def _votes(results):
 
 
 def _vbench(results):
-    return benchmark.compare({d: v for result in results for d, v in result["scores"].items()})
+    return vbench.compare({d: v for result in results for d, v in result["scores"].items()})
 
 
 TABLES = {

@@ -13,14 +13,13 @@ import time
 import torch
 from tqdm import tqdm
 
-import benchmark
 import checkpoint
-import dimensions
-import shapes
 from cli import UserError, autocast
-from judge import Judge
-from metrics import frechet, jackknife, mean_error, neighbours, pm, vendi
+from evals import vbench
+from evals.metrics import frechet, jackknife, mean_error, neighbours, pm, vendi
 from vae3d import VAE3D
+from world import dimensions, shapes
+from world.judge import Judge
 
 MAIN = ("object", "object2", "colour", "action", "scene", "camera", "look")  # the factors that the headline averages
 ELSEWHERE = shapes.HELD_OUT + 1  # seed of further clips that nothing is trained on
@@ -184,9 +183,9 @@ def look(cfg, eye, reference, first, named, more, numbers):
         row["vendi"] = diversity(features, [5 * i for i in index] + [numbers[i] for i in others["index"]])
     if cfg.dimensions:
         raw = looked["measured"] | dimensions.semantic(looked["beliefs"], seen)
-        row["dimensions"] = {d: mean_error(raw[d]) for d in benchmark.DIMENSIONS}
+        row["dimensions"] = {d: mean_error(raw[d]) for d in vbench.DIMENSIONS}
         with contextlib.suppress(ValueError):  # too few prompts for some dimension
-            row["totals"] = benchmark.vbench_scores(
+            row["totals"] = vbench.vbench_scores(
                 {d: 100 * s["mean"] for d, s in row["dimensions"].items()}, dimensions.RANGES
             )
     return row

@@ -30,9 +30,9 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-import shapes
-from benchmark import DIMENSIONS
-from metrics import mean_error
+from evals.metrics import mean_error
+from evals.vbench import DIMENSIONS
+from world import shapes
 
 RANGES = {name: (total, 0.0, 1.0, weight) for name, (total, _, _, weight) in DIMENSIONS.items()}
 RANGES |= {  # total, about what the worst corruption of `validate` reaches, 1, weight

@@ -17,11 +17,11 @@ import cli
 import distributed
 from cli import UserError
 from dit import DiT
+from evals.metrics import frechet, jackknife, mean_error, pm
 from generate import Generator, save_diffusers
-from metrics import frechet, jackknife, mean_error, pm
 from nets import JUDGED
-from shapes import HELD_OUT, Clip, render_batch
 from video import write_grid, write_video_grid
+from world.shapes import HELD_OUT, Clip, render_batch
 
 PATIENCE = 5  # updates in a row that may be skipped because they are not finite
 READ_AT_ONCE = 32  # videos that the judge reads along with the pictures, and at the end at a time: they are large

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from shapes import FACTORS, parse
+from world.shapes import FACTORS, parse
 
 
 @dataclass
