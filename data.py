@@ -107,10 +107,10 @@ class _Samples:
             self._memo = (seed, epoch, size), batches  # at once, for several threads ask
         return batches
 
-    def at(self, seed, position, size, rank=0, world=1):
+    def at(self, seed, position, size, rank=0, ranks=1):
         """Indices of this rank's batch at step `position` of training, counted from 0 over all epochs."""
-        epoch, step = divmod(position, sum(math.ceil(len(g) / (size * world)) for g in self.groups.values()))
-        return self.order(seed, epoch, size * world)[step][rank * size : (rank + 1) * size]
+        epoch, step = divmod(position, sum(math.ceil(len(g) / (size * ranks)) for g in self.groups.values()))
+        return self.order(seed, epoch, size * ranks)[step][rank * size : (rank + 1) * size]
 
 
 class Shapes:
@@ -121,9 +121,9 @@ class Shapes:
     def __init__(self, seed=0):
         self.seed = seed
 
-    def at(self, seed, position, size, rank=0, world=1):
+    def at(self, seed, position, size, rank=0, ranks=1):
         """As in the sources below; here the order is that of the numbers."""
-        first = (position * world + rank) * size
+        first = (position * ranks + rank) * size
         return list(range(first, first + size))
 
     def batch(self, indices, step=0):
@@ -141,10 +141,10 @@ class Folder(_Samples):
     the list of what all ranks have found.
     """
 
-    def __init__(self, folder, n, height, width, fps, seed=0, column="text", workers=1, rank=0, world=1, share=None):
+    def __init__(self, folder, n, height, width, fps, seed=0, column="text", workers=1, rank=0, ranks=1, share=None):
         self.folder, self.how, self.seed, self.damaged = Path(folder), (n, height, width, fps), seed, set()
         captions, skipped = list_clips(folder, column)
-        mine = (*probe(folder, list(captions)[rank::world], n, fps, workers), LISTINGS)
+        mine = (*probe(folder, list(captions)[rank::ranks], n, fps, workers), LISTINGS)
         filmed = {}
         for sizes, bad, listings in share(mine) if share else [mine]:
             filmed |= sizes
@@ -255,13 +255,13 @@ def fingerprint(model):
     return sha256(json.dumps([asdict(model.config), some], sort_keys=True).encode()).hexdigest()
 
 
-def cache(data, out, vae, text, made, reward=None, shard=64, rank=0, world=1, device="cpu", column="text", workers=1):
+def cache(data, out, vae, text, made, reward=None, shard=64, rank=0, ranks=1, device="cpu", column="text", workers=1):
     """Encode every clip of the folder `data` once into the folder `out`; goes on where an earlier run stopped.
 
     vae and text as in vae3d.py and text.py; `reward(video (1, 3, F, H, W), [caption]) -> (1,)`, of the decoded latents.
     `made` says how, and must be the same each time: frames, height, width, fps, seed, vae (its fingerprint), reward
     (its name or None), reward_frames, reward_weights (the file's name). Files that are new in `data` since the last run
-    are added. Of `world` processes each makes its share of the shards, and the first says what all of them will use.
+    are added. Of `ranks` processes each makes its share of the shards, and the first says what all of them will use.
     column, workers: as in `Folder`. Returns how many clips the finished shards hold. Raises UserError for a cache that
     was made otherwise, and where no clip is usable.
     """
@@ -287,7 +287,7 @@ def cache(data, out, vae, text, made, reward=None, shard=64, rank=0, world=1, de
     with atomic(out / "index.json") as part:  # every process writes the same
         part.write_text(json.dumps({"made": made, "shards": shards}))
 
-    mine = range(rank, len(shards), world)
+    mine = range(rank, len(shards), ranks)
     todo = [k for k in mine if k in todo]
     total, names = sum(len(shards[k]) for k in mine), [name for k in todo for name in shards[k]]
     clips, number = Ahead(lambda i: load_clip(data / names[i], *size), workers, len(names)), itertools.count()
@@ -452,7 +452,7 @@ def main():
         raise UserError("--data and --out are required")
     if cfg.height % 8 or cfg.width % 8 or not cfg.fps:  # found now: a cache that has begun remembers how it was made
         raise UserError("--height and --width are multiples of 8 (a latent's pixels), and --fps is above 0")
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cfg.device == "cuda" else cfg.device
     # here, since whoever only reads a cache or a folder needs none of these
     import rewards
@@ -470,8 +470,8 @@ def main():
     made |= {"vae": fingerprint(vae), "reward_weights": Path(cfg.reward_weights or "").name}
     score = reward and (reward.scores if len(reward.weights) > 1 else reward)  # of a sum, each by itself
     files = cfg.caption_column, cfg.workers
-    n = cache(cfg.data, cfg.out, vae.eval().to(device), text, made, score, cfg.shard, rank, world, device, *files)
-    print(f"{cfg.out}: {n} clips" + (f" of rank {rank}" if world > 1 else ""))
+    n = cache(cfg.data, cfg.out, vae.eval().to(device), text, made, score, cfg.shard, rank, ranks, device, *files)
+    print(f"{cfg.out}: {n} clips" + (f" of rank {rank}" if ranks > 1 else ""))
 
 
 if __name__ == "__main__":

@@ -156,7 +156,7 @@ class Clips:
     reward: torch.Tensor  # (B,)
 
 
-def algorithm_2(cfg, world, policy, optimizer, accumulate, memory, first=0):
+def algorithm_2(cfg, ranks, policy, optimizer, accumulate, memory, first=0):
     """Lines 3-15, from iteration `first` on. memory: of `advantages`.
 
     Yields after every iteration: step, the numbers of its log, the rewards of all its clips (n,), and whether every
@@ -166,30 +166,30 @@ def algorithm_2(cfg, world, policy, optimizer, accumulate, memory, first=0):
     of_clips, of_policy, of_direct = map(flags, (sample_clips, policy_step, direct_step))
     for step in range(first, cfg.iterations):  # 3
         if cfg.method == "ddpo":
-            clips = [sample_clips(policy, world, step, i, **of_clips) for i in range(accumulate)]  # 4-11
-            reward, captions = of_all_ranks(clips, world)
+            clips = [sample_clips(policy, ranks, step, i, **of_clips) for i in range(accumulate)]  # 4-11
+            reward, captions = of_all_ranks(clips, ranks)
             weight = advantages(cfg.advantage, reward, captions, memory) if reward.isfinite().all() else None
-            numbers, made = policy_step(policy, world, optimizer, clips, weight, **of_policy)  # 12-14
+            numbers, made = policy_step(policy, ranks, optimizer, clips, weight, **of_policy)  # 12-14
         else:
-            reward, numbers, made = direct_step(policy, world, optimizer, step, accumulate, **of_direct)
+            reward, numbers, made = direct_step(policy, ranks, optimizer, step, accumulate, **of_direct)
         yield step, numbers, reward, made  # 15
 
 
-def sample_clips(policy, world, step, micro, *, seed, batch, first=None, last=None):
+def sample_clips(policy, ranks, step, micro, *, seed, batch, first=None, last=None):
     """Lines 4-11, the part `micro` of an iteration: clips and their reward, with gradient from step `first` on."""
-    numbers = [(micro * world.size + world.rank) * batch + i for i in range(batch)]
+    numbers = [(micro * ranks.size + ranks.rank) * batch + i for i in range(batch)]
     choose = lambda number: distributed.randint(len(policy.prompts), (seed, step, "prompt", number))
     captions = [policy.prompts[choose(number)] for number in numbers]
     text, path = policy.sample(captions, (seed, step), numbers, first, last)  # 5-10
     differentiable, weights = first is not None, list(policy.reward.weights.values())
     with torch.set_grad_enabled(differentiable):
         scores = policy.reward.scores(policy.decode(path[-1][1]), captions, with_grad=differentiable)  # 11, (B, R)
-        policy.moments.update(scores, world)
+        policy.moments.update(scores, ranks)
         reward = policy.moments.standardise(scores) if len(weights) > 1 else weights[0] * scores[:, 0]  # (B,)
     return Clips(numbers, captions, text, path, reward)
 
 
-def policy_step(policy, world, optimizer, clips, weight, *, updates, variant, clip_range, log_p, beta_kl, clip):
+def policy_step(policy, ranks, optimizer, clips, weight, *, updates, variant, clip_range, log_p, beta_kl, clip):
     """Lines 12-14: `updates` descents on -sum over moves of log p times weight (n,), a move at a time.
 
     weight None: a reward is not finite, and nothing is learned. Returns the numbers of the log, and whether every
@@ -208,11 +208,11 @@ def policy_step(policy, world, optimizer, clips, weight, *, updates, variant, cl
                 visited = [(policy.steps[i], x_t, x0)]
                 info = {name: value / len(policy.moves) for name, value in info.items()}
                 parts.append(info | backward(policy, loss, part.text, visited, beta_kl, len(clips)))
-        norms.append(distributed.gradient_descent(policy.student, optimizer, clip, world, weight is not None))  # 14
+        norms.append(distributed.gradient_descent(policy.student, optimizer, clip, ranks, weight is not None))  # 14
     return summed(parts, len(clips), updates) | {"grad_norm": norms[-1]}, all(map(math.isfinite, norms))
 
 
-def direct_step(policy, world, optimizer, step, accumulate, *, method, seed, batch, beta_kl, clip):
+def direct_step(policy, ranks, optimizer, step, accumulate, *, method, seed, batch, beta_kl, clip):
     """ReFL: up the reward of the x_0 predicted at one of the last steps. DRaFT: of the sample, through the last steps.
 
     Returns the rewards of all clips (n,), the numbers of the log, and whether the descent was made.
@@ -221,13 +221,13 @@ def direct_step(policy, world, optimizer, step, accumulate, *, method, seed, bat
     for micro in range(accumulate):
         k = moves[distributed.randint(len(moves), (seed, step, "k", micro))]  # alike on all ranks
         first, last = (k, k) if method == "refl" else (moves[0], moves[-1])
-        part = sample_clips(policy, world, step, micro, seed=seed, batch=batch, first=first, last=last)
+        part = sample_clips(policy, ranks, step, micro, seed=seed, batch=batch, first=first, last=last)
         visited = [(policy.steps[i], *part.path[i]) for i in range(first, last + 1)]
         parts.append(backward(policy, -part.reward.mean(), part.text, visited, beta_kl, accumulate))
         clips.append(replace(part, path=[], reward=part.reward.detach()))  # without the graph
-    reward, _ = of_all_ranks(clips, world)
+    reward, _ = of_all_ranks(clips, ranks)
     finite = reward.isfinite().all().item()
-    norm = distributed.gradient_descent(policy.student, optimizer, clip, world, finite)
+    norm = distributed.gradient_descent(policy.student, optimizer, clip, ranks, finite)
     return reward, summed(parts, accumulate, 1) | {"grad_norm": norm}, math.isfinite(norm)
 
 
@@ -252,12 +252,12 @@ def summed(parts, accumulate, updates):
     return {name: sum(part[name].item() / accumulate / updates for part in parts) for name in names}
 
 
-def of_all_ranks(clips, world):
+def of_all_ranks(clips, ranks):
     """The rewards (n,) float64 and captions of all clips of an iteration, by number, alike on all ranks."""
     mine = [row for part in clips for row in zip(part.numbers, part.captions, part.reward.tolist())]
     parts = [mine]
-    if world.size > 1:
-        dist.all_gather_object(parts := [None] * world.size, mine)
+    if ranks.size > 1:
+        dist.all_gather_object(parts := [None] * ranks.size, mine)
     rows = sorted(row for part in parts for row in part)
     return torch.tensor([reward for *_, reward in rows], dtype=torch.float64), [caption for _, caption, _ in rows]
 
@@ -345,27 +345,27 @@ def advantages(how, reward, prompts, memory):
 # a run
 
 
-def load(cfg, world):
+def load(cfg, ranks):
     """-> student, a frozen copy of it (None without --beta-kl), VAE, text encoder, the student's metadata."""
     about = checkpoint.metadata(cfg.weights, "DiT")
     if about.get("kind") != "student":
         raise UserError(f"{cfg.weights} is no few-step student (its kind: {about.get('kind')}): make one with train.py")
     config = DiT.Config(**about["config"])
-    half = world.device.type == "cuda" and uses_bfloat16(cfg.precision, world.device)
+    half = ranks.device.type == "cuda" and uses_bfloat16(cfg.precision, ranks.device)
     dtype = torch.bfloat16 if half else None
 
     def network(trainable):
         with torch.device("meta"):
             model = DiT(config)
         model.checkpoint_activations = cfg.checkpoint_activations and trainable
-        model = distributed.shard(model, world, cfg.shard, dtype, cfg.cpu_offload, trainable)
+        model = distributed.shard(model, ranks, cfg.shard, dtype, cfg.cpu_offload, trainable)
         return distributed.load_sharded(model, cfg.weights)
 
     vae = VAE3D.load(cfg.vae)
     if vae.config.latent_channels != config.channels:
         raise UserError(f"{cfg.vae} decodes {vae.config.latent_channels} channels, {cfg.weights} has {config.channels}")
-    vae = vae.to(world.device, memory_format=torch.channels_last_3d).eval().requires_grad_(False)
-    encoder = load_encoder(cfg.text, config.text_dim, config.text_length, world.device, cfg.precision)
+    vae = vae.to(ranks.device, memory_format=torch.channels_last_3d).eval().requires_grad_(False)
+    encoder = load_encoder(cfg.text, config.text_dim, config.text_length, ranks.device, cfg.precision)
     if about.get("text_fingerprint", encoder.fingerprint) != encoder.fingerprint:
         raise UserError(f"{cfg.weights} was trained with another text encoder: name it with --text FOLDER")
     return network(True), network(False) if cfg.beta_kl else None, vae, encoder, about
@@ -380,7 +380,7 @@ def captions(cfg):
     return read_prompts(cfg.prompts)[: cfg.prompt_count or None]
 
 
-def build(cfg, world, clips):
+def build(cfg, ranks, clips):
     """-> a Policy. clips: of an iteration. Raises UserError for what is missing or does not fit."""
     cli.check(cfg)
     ddpo = cfg.method == "ddpo"
@@ -388,7 +388,7 @@ def build(cfg, world, clips):
         (cfg.reward_every < 1, "--reward-every: at least 1"),
         (
             cfg.global_batch not in (0, clips),
-            f"--global-batch is no multiple of {cfg.batch * world.size}, --batch times the ranks",
+            f"--global-batch is no multiple of {cfg.batch * ranks.size}, --batch times the ranks",
         ),
         (cfg.updates > 1 and (not ddpo or cfg.variant == "sf"), "several --updates need --method ddpo --variant is"),
         (ddpo and cfg.advantage == "batch" and clips < 2, "--advantage batch needs a --global-batch of 2 or more"),
@@ -396,10 +396,10 @@ def build(cfg, world, clips):
     ):
         if wrong:
             raise UserError(what)
-    prompts, reward = captions(cfg), rewards.make(cfg.reward, cfg.reward_weights, cfg.reward_frames, world.device)
+    prompts, reward = captions(cfg), rewards.make(cfg.reward, cfg.reward_weights, cfg.reward_frames, ranks.device)
     if not (ddpo or reward.differentiable):
         raise UserError(f"{cfg.reward} has no gradient, which --method {cfg.method} needs: --method ddpo needs none")
-    student, frozen, vae, encoder, about = load(cfg, world)
+    student, frozen, vae, encoder, about = load(cfg, ranks)
     for prompt in prompts if isinstance(encoder, WordTable) else []:
         encoder.encode([prompt])  # an unknown word is found now, not in the middle
     steps, how = about.get("timesteps") or timesteps(4), cfg.transition or about.get("transition", "renoise")
@@ -409,29 +409,29 @@ def build(cfg, world, clips):
         raise UserError(f"no move of {steps} by {how} has a density: DDPO needs two steps, and renoise or posterior")
     moments = rewards.Moments(reward.weights)
     given = student, frozen, vae, encoder, about, prompts, reward, moments, steps, how, moves
-    return Policy(*given, world.device, cfg.precision)
+    return Policy(*given, ranks.device, cfg.precision)
 
 
-def tune(cfg: Config, world) -> None:
+def tune(cfg: Config, ranks) -> None:
     """What stands around Algorithm 2: resuming, the log, measurements, pictures, checkpoints, and an end in order."""
-    out, forward = Path(cfg.out), cfg.batch * world.size  # clips
+    out, forward = Path(cfg.out), cfg.batch * ranks.size  # clips
     accumulate = cfg.global_batch // forward if cfg.global_batch else 7 if forward < 16 else 1
     total = forward * accumulate
-    policy = build(cfg, world, total)
+    policy = build(cfg, ranks, total)
     student, encoder, about = policy.student, policy.encoder, policy.about
     adam = torch.optim.AdamW(student.parameters(), cfg.lr, fused=True)
     saved = {"student": student}, {"adam": adam}
-    going_on = cfg.resume or distributed.restarted(world)
+    going_on = cfg.resume or distributed.restarted(ranks)
     if not going_on:
-        set_aside(out / "checkpoints", world)
-    checkpoints, stopper = distributed.Checkpoints(out / "checkpoints"), distributed.Stopper(world)
+        set_aside(out / "checkpoints", ranks)
+    checkpoints, stopper = distributed.Checkpoints(out / "checkpoints"), distributed.Stopper(ranks)
     state = {"step": 0, "trained_s": 0.0, "reward_evaluations": 0, "skipped": 0, "memory": {}}
     if going_on and (newest := checkpoints.newest()):
         state = checkpoints.load(newest, *saved)
         if not state.keys() >= {"moments", "memory"}:
             raise UserError(f"{newest} is not of ddpo.py: take another --out")
         policy.moments = rewards.Moments(**state["moments"])
-        if world.main:
+        if ranks.main:
             cli.warn_of_precision(state.get("precision"), cfg.precision)
     elif cfg.resume:
         raise UserError(f"{out} holds no checkpoint: leave out --resume to start")
@@ -441,17 +441,17 @@ def tune(cfg: Config, world) -> None:
         with torch.no_grad():
             _, path = policy.sample(shown, (cfg.seed, "picture"), range(len(shown)))
             videos = policy.decode(path[-1][1]).cpu()
-        if world.main:
+        if ranks.main:
             write_grid(out / f"step{step:06d}.png", list(videos), shown)
 
     unseen = shapes.held_out_prompts(cfg.reward_samples) if isinstance(encoder, WordTable) else policy.prompts
-    sampler = Generator(student, policy.vae, about, encoder, world.device, cfg.precision)
+    sampler = Generator(student, policy.vae, about, encoder, ranks.device, cfg.precision)
     first, in_a_row = state["step"], 0
     if first % cfg.save_every == 0:
         picture(first)
-    iterations = algorithm_2(cfg, world, policy, adam, accumulate, state["memory"], first)
-    bar = tqdm(iterations, initial=first, total=cfg.iterations, disable=not world.main)
-    log = open_log(out / "log.jsonl", first) if world.main else None
+    iterations = algorithm_2(cfg, ranks, policy, adam, accumulate, state["memory"], first)
+    bar = tqdm(iterations, initial=first, total=cfg.iterations, disable=not ranks.main)
+    log = open_log(out / "log.jsonl", first) if ranks.main else None
     begun = time.time()
     for step, numbers, reward, made in bar:
         in_a_row = 0 if made else in_a_row + 1
@@ -460,11 +460,11 @@ def tune(cfg: Config, world) -> None:
         state |= {"step": step + 1, "skipped": state["skipped"] + (not made), **counts}
         state |= {"moments": asdict(policy.moments), "precision": cfg.precision}
         spent = 0 < cfg.max_seconds <= trained or 0 < cfg.max_evaluations <= evaluated
-        final = step + 1 == cfg.iterations or distributed.any_rank(spent, world)
+        final = step + 1 == cfg.iterations or distributed.any_rank(spent, ranks)
         if step % cfg.reward_every == 0 or final:
             how = len(policy.steps), cfg.reward_samples, cfg.batch
-            numbers |= watch.measure(sampler, policy.reward, unseen, *how, world, moments=policy.moments)
-        if world.main:
+            numbers |= watch.measure(sampler, policy.reward, unseen, *how, ranks, moments=policy.moments)
+        if ranks.main:
             numbers |= {"reward_mean": reward.mean().item(), "reward_std": reward.std(correction=0).item()}
             bar.set_postfix({name: f"{value:.3g}" for name, value in numbers.items()})
             line = {"step": step, **counts, **numbers, "skipped": state["skipped"]}
@@ -475,7 +475,7 @@ def tune(cfg: Config, world) -> None:
         if stuck:  # none of the skipped updates has touched the weights
             raise UserError(f"{in_a_row} iterations in a row were not finite: stopped, and saved the state in {out}")
         if ending:
-            if world.main:
+            if ranks.main:
                 print(f"stopped after step {step + 1}, saved: go on with --resume --out {out}")
             return
         if final:
@@ -485,7 +485,7 @@ def tune(cfg: Config, world) -> None:
         begun = time.time()
     picture(state["step"])
     weights = distributed.gather(student)
-    if world.main:
+    if ranks.main:
         file = out / "student.safetensors"
         with torch.device("meta"):
             model = DiT(policy.config)
@@ -499,9 +499,9 @@ def tune(cfg: Config, world) -> None:
 def main():
     cfg = parse(Config, None, __doc__.splitlines()[0])
     cli.start(cfg)
-    world = distributed.start(cfg.device)
-    tune(cfg, world)
-    distributed.stop(world)
+    ranks = distributed.start(cfg.device)
+    tune(cfg, ranks)
+    distributed.stop(ranks)
 
 
 if __name__ == "__main__":

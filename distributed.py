@@ -43,7 +43,7 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled")  # DCP says s
 
 
 @dataclass(frozen=True)
-class World:
+class Ranks:
     rank: int
     size: int
     device: torch.device
@@ -62,15 +62,15 @@ def start(device=None, timeout_s=600):
         device = torch.device("cuda", device.index or int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if (size := int(os.environ.get("WORLD_SIZE", 1))) == 1:
-        return World(0, 1, device)
+        return Ranks(0, 1, device)
     store, rank, _ = next(rendezvous("env://"))
     if os.environ.get("LOCAL_WORLD_SIZE") == str(size):  # torchrun's store keeps dead addresses over a restart
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     dist.init_process_group(BACKEND[device.type], None, timedelta(seconds=timeout_s), size, rank, store)
-    return World(rank, size, device, _mesh(device.type, size, size))
+    return Ranks(rank, size, device, _mesh(device.type, size, size))
 
 
-def stop(world):
+def stop(ranks):
     """Leave in order. After an error just exit instead: this would wait for ranks that may be gone."""
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -84,7 +84,7 @@ def _mesh(kind, size, shards):
     return dist.init_device_mesh(kind, shape, mesh_dim_names=("replicas", "shards")[-len(shape) :])
 
 
-def shard(model, world, how="full", dtype=None, cpu_offload=False, trainable=True):
+def shard(model, ranks, how="full", dtype=None, cpu_offload=False, trainable=True):
     """Cut model (it has `.blocks`) over the ranks, in place, and return it. Make optimizers and copies afterwards.
 
     how: "full" over all ranks, "hybrid" within a node and replicated across nodes, "none" replicated on every rank.
@@ -95,18 +95,18 @@ def shard(model, world, how="full", dtype=None, cpu_offload=False, trainable=Tru
     """
     if how not in ("full", "hybrid", "none"):
         raise ValueError(f"how is {how!r}: want 'full', 'hybrid' or 'none'")
-    kind, cpu_offload = world.device.type, cpu_offload and world.device.type != "cpu"
+    kind, cpu_offload = ranks.device.type, cpu_offload and ranks.device.type != "cpu"
     if not trainable:
         model.requires_grad_(False).to(dtype=dtype)
-    if (how != "none" and world.size > 1) or (dtype and trainable) or cpu_offload:
-        per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
-        mesh = _mesh(kind, world.size, {"full": world.size, "hybrid": per_node, "none": 1}[how])
+    if (how != "none" and ranks.size > 1) or (dtype and trainable) or cpu_offload:
+        per_node = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))
+        mesh = _mesh(kind, ranks.size, {"full": ranks.size, "hybrid": per_node, "none": 1}[how])
         # the model casts its inputs: FSDP would also round the rotary table, which blocks take in float32
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
         for module in (*model.blocks, model):
             fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=policy, offload_policy=offload)
-    device = "cpu" if cpu_offload else world.device
+    device = "cpu" if cpu_offload else ranks.device
     return model.to_empty(device=device) if any(p.is_meta for p in model.parameters()) else model.to(device)
 
 
@@ -115,7 +115,7 @@ def local(p):
     return p.to_local() if isinstance(p, DTensor) else p
 
 
-def materialise(model, world, seed=0):
+def materialise(model, ranks, seed=0):
     """Draw the first weights of a sharded model (`model.init_weights(seed)`), the same on any number of ranks."""
     with implicit_replication():  # it copies whole tensors, one at a time, into rows
         model.init_weights(seed)
@@ -151,12 +151,12 @@ def gather(model):
 
 
 @torch.no_grad()
-def average_gradients(model, world):
+def average_gradients(model, ranks):
     """Replace the gradients of a replicated module by their mean over the ranks. FSDP has averaged its own already."""
-    for p in model.parameters() if world.size > 1 else ():
+    for p in model.parameters() if ranks.size > 1 else ():
         if p.grad is not None and not isinstance(p.grad, DTensor):
             dist.all_reduce(p.grad)
-            p.grad /= world.size
+            p.grad /= ranks.size
 
 
 @torch.no_grad()
@@ -172,49 +172,49 @@ def clip_gradients(model, max_norm):
     return square.sqrt().item()
 
 
-def gradient_descent(module, optimizer, max_norm, world, finite=True):
+def gradient_descent(module, optimizer, max_norm, ranks, finite=True):
     """One step of an optimizer, on all ranks or on none: none where the gradient, or what one rank says, is not finite.
 
     Returns the gradient's norm before clipping, alike on all ranks; NaN where the step was left out.
     """
-    average_gradients(module, world)
+    average_gradients(module, ranks)
     norm = clip_gradients(module, max_norm)
-    skipped = any_rank(not (finite and math.isfinite(norm)), world)
+    skipped = any_rank(not (finite and math.isfinite(norm)), ranks)
     if not skipped:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return math.nan if skipped else norm
 
 
-def means(numbers, world):
+def means(numbers, ranks):
     """The means of {name: number} over the ranks, which have the same names; NaN or infinity on one is so on all."""
     total = torch.tensor([float(value) for value in numbers.values()], dtype=torch.float64)
-    if world.size > 1:
+    if ranks.size > 1:
         dist.all_reduce(total)
-    return dict(zip(numbers, (total / world.size).tolist()))
+    return dict(zip(numbers, (total / ranks.size).tolist()))
 
 
-def mean(value, world):
+def mean(value, ranks):
     """The mean of a number over the ranks."""
-    return means({"": value}, world)[""]
+    return means({"": value}, ranks)[""]
 
 
-def any_rank(flag, world):
+def any_rank(flag, ranks):
     """Whether flag is true on any rank; all ranks call it and hear the same."""
-    return mean(bool(flag), world) > 0
+    return mean(bool(flag), ranks) > 0
 
 
-def every(value, world):
+def every(value, ranks):
     """The list of what each rank's value is; anything that can be pickled."""
-    values = [value] * world.size
-    if world.size > 1:
+    values = [value] * ranks.size
+    if ranks.size > 1:
         dist.all_gather_object(values, value)
     return values
 
 
-def restarted(world):
+def restarted(ranks):
     """Whether torchrun --max-restarts has started this run anew after a death, which its own node alone counts."""
-    return any_rank(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0, world)
+    return any_rank(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0, ranks)
 
 
 def _hash(key):
@@ -325,10 +325,10 @@ def _tensors(modules, optimizers):
 class Stopper:
     """SIGTERM and SIGINT set a flag; `stopper()`, at the end of a step, says on all ranks alike whether any has one."""
 
-    def __init__(self, world):
-        self.world, self.flag = world, False
+    def __init__(self, ranks):
+        self.ranks, self.flag = ranks, False
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: setattr(self, "flag", True))
 
     def __call__(self):
-        return any_rank(self.flag, self.world)
+        return any_rank(self.flag, self.ranks)

@@ -1,8 +1,8 @@
 """How good is it? Every number that this repository tells of a model comes out of this script.
 
     python eval.py compare --out FILE.gif                    # teacher and student side by side
-    python eval.py world --weights W --steps 4 2 1           # accuracy, Frechet distance, coverage, diversity
-    python eval.py world --reference                         # the same of rendered clips and the VAE's copies of them
+    python eval.py ranks --weights W --steps 4 2 1           # accuracy, Frechet distance, coverage, diversity
+    python eval.py ranks --reference                         # the same of rendered clips and the VAE's copies of them
     python eval.py validate                                  # does each of the sixteen dimensions see what it should?
     python eval.py time --weights W --teacher T              # Table 4; memory: the same for peak memory
     python eval.py reward-memory                             # of latent and pixel rewards, Tables 1 and 10
@@ -35,7 +35,7 @@ from tqdm import tqdm
 import rewards
 import watch
 from cli import Machine, UserError, atomic, opt, parse, run, start, writable
-from distributed import World
+from distributed import Ranks
 from evals import cost, people, tables, vbench
 from evals.metrics import Inception, pixel_features, vendi, vendi_kernel, video_diversity
 from evals.vbench import vbench_scores
@@ -132,7 +132,7 @@ def tuned(cfg):
     eye, unseen = Eye(cfg.judge, cfg.device, cfg.batch, cfg.precision), shapes.held_out_prompts(cfg.reward_samples)
     clips, prompts, named = held_out(cfg.prompts, style=cfg.captions)
     reference = eye.over(lambda some: shapes.render_batch([clips[i] for i in some]), cfg.prompts, "reference")
-    rows, alone = [], World(0, 1, torch.device(cfg.device))
+    rows, alone = [], Ranks(0, 1, torch.device(cfg.device))
     spent = [log[-1].get("reward_evaluations") for log in logs if log]
     common = min((n for n in spent if n), default=0)  # what the thriftiest run took
     for (label, file, folder), log in zip(runs, logs):
@@ -257,8 +257,8 @@ def videos(cfg):
         raise UserError("name the folder of the videos with --out")
     entries = vbench.suite(cfg.prompts, cfg.long)
     jobs, out = vbench.plan(entries, cfg.copies, cfg.seed), Path(cfg.out)
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if torch.device(cfg.device).type == "cuda" and ranks > 1:
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if torch.device(cfg.device).type == "cuda" and size > 1:
         cfg = replace(cfg, device=f"cuda:{os.environ.get('LOCAL_RANK', rank)}")
     generator = cfg.load()
     generator.steps(cfg.steps)
@@ -276,13 +276,13 @@ def videos(cfg):
             part.write_text(json.dumps(made, indent=1, ensure_ascii=False))
 
     mine, broken = [], 0
-    for job in jobs[rank::ranks]:
+    for job in jobs[rank::size]:
         if (file := out / job["file"]).exists():
             if vbench.whole(file):
                 continue
             broken += 1
         mine.append(job)
-    done = len(jobs[rank::ranks]) - len(mine)
+    done = len(jobs[rank::size]) - len(mine)
     print(f"{len(jobs)} videos of {len(entries)} prompts; {len(mine)} to draw here, {done} there, {broken} broken")
     begun = time.perf_counter()
     for i in tqdm(range(0, len(mine), cfg.batch), desc="videos", dynamic_ncols=True, disable=rank > 0):
@@ -418,7 +418,7 @@ class CompareConfig(ModelConfig):
     teacher_steps: tuple[int, ...] = opt((50, 4, 1), "its steps")
     steps: tuple[int, ...] = opt((4, 1), "the student's steps")
     prompts: int = opt(3, "the first so many held-out prompts")
-    captions: Literal["train", "long", "short", "object"] = opt("train", "what they name, as in `world`")
+    captions: Literal["train", "long", "short", "object"] = opt("train", "what they name, as in `ranks`")
     every: int = opt(1, "one frame in so many is shown")
     colours: int = opt(255, "of each frame of a .gif; fewer make a smaller file")
 

@@ -81,14 +81,14 @@ class CachedText:
         return torch.stack([self.known[prompt] for prompt in prompts])
 
 
-def check(cfg, world):
+def check(cfg, ranks):
     """What can be wrong with a command before anything is read. cfg: train.py's Config."""
     cli.check(cfg)
     learns = cfg.beta_vsd or cfg.beta_cd or cfg.reward != "none"
     for wrong, what in (
         (cfg.m >= len(GRID), f"--m: at most {len(GRID) - 1}, the steps of CD's grid"),
         (not 0 <= cfg.t_min <= cfg.t_max <= 999, "--t-min and --t-max: 0 <= t-min <= t-max <= 999"),
-        (cfg.global_batch % (cfg.batch * world.size), "--global-batch is no multiple of --batch times the ranks"),
+        (cfg.global_batch % (cfg.batch * ranks.size), "--global-batch is no multiple of --batch times the ranks"),
         (cfg.reward_samples % cfg.reward_repeats, "--reward-samples: a multiple of --reward-repeats"),
         (cfg.lrm_frozen and not cfg.lrm, "--lrm-frozen needs an --lrm that has learned something"),
         (not learns, "nothing to learn: --beta-vsd and --beta-cd are 0, and there is no --reward"),
@@ -97,13 +97,13 @@ def check(cfg, world):
             raise UserError(what)
 
 
-def build(cfg, world) -> Nets:
+def build(cfg, ranks) -> Nets:
     """Lines 1 and 4 of Algorithm 1: theta <- theta', theta_fake <- theta'. cfg: train.py's Config.
 
     From a cache, training needs no text encoder, and the VAE for rewards and pictures alone; what is named of them is
     compared with the cache's own. Raises UserError for what is missing or does not fit.
     """
-    check(cfg, world)
+    check(cfg, ranks)
     cached = (Path(cfg.data) / "index.json").exists()
     for name in ("data", "teacher", *(() if cached else ("vae", "text")), *(("vae",) if cfg.reward != "none" else ())):
         if not getattr(cfg, name):
@@ -141,8 +141,8 @@ def build(cfg, world) -> Nets:
         there = vae.config.latent_channels
         raise UserError(f"{cfg.vae} makes {there} latent channels, {cfg.teacher} takes {config.channels}")
     encoder = None
-    if cfg.text == "words" or (cfg.text and (world.main or not cached)):
-        where = "cpu" if cached else world.device
+    if cfg.text == "words" or (cfg.text and (ranks.main or not cached)):
+        where = "cpu" if cached else ranks.device
         encoder = load_encoder(cfg.text, config.text_dim, config.text_length, where, cfg.precision)
     latents, fps = SIZES[cfg.preset].latents, CLIPS[cfg.preset]["fps"]
     prompts = held_out_prompts(max(JUDGED, cfg.reward_samples)) if cfg.text == "words" else PROMPTS
@@ -151,7 +151,7 @@ def build(cfg, world) -> Nets:
         data = LatentCache(cfg.data, **{name: value for name, value in used.items() if value})
         if any(s[0] != config.channels or s[2] % config.patch or s[3] % config.patch for s in data.shapes):
             raise UserError(f"{cfg.data} holds latents {data.shapes[0]} (C, T, H, W) that {cfg.teacher} does not take")
-        if world.main:
+        if ranks.main:
             report(cfg.data, data.sizes, data.left_out)
         here = {"reward_frames": cfg.reward_frames, "reward_weights": Path(cfg.reward_weights or "").name}
         for key, value in ({"reward": cfg.reward} | here).items() if cfg.reward != "none" else ():
@@ -164,24 +164,24 @@ def build(cfg, world) -> Nets:
         data = Shapes(cfg.seed)
     else:
         size = CLIPS[cfg.preset]
-        size, share = [size[key] for key in ("frames", "height", "width", "fps")], lambda mine: every(mine, world)
-        data = Folder(cfg.data, *size, cfg.seed, cfg.caption_column, cfg.workers, world.rank, world.size, share)
+        size, share = [size[key] for key in ("frames", "height", "width", "fps")], lambda mine: every(mine, ranks)
+        data = Folder(cfg.data, *size, cfg.seed, cfg.caption_column, cfg.workers, ranks.rank, ranks.size, share)
     if (width := encoder.encode([""]).shape[2]) != config.text_dim:
         raise UserError(f"the text of {cfg.text or cfg.data} is {width} wide, {cfg.teacher} takes {config.text_dim}")
     for file, known in texts.items():
         if known not in (None, encoder.fingerprint):
             raise UserError(f"{file} was trained with another text encoder than {cfg.text or cfg.data}")
-    if world.main:
-        print(memory(cfg, own, world, latents))
+    if ranks.main:
+        print(memory(cfg, own, ranks, latents))
 
-    half = world.device.type == "cuda" and cli.uses_bfloat16(cfg.precision, world.device)
+    half = ranks.device.type == "cuda" and cli.uses_bfloat16(cfg.precision, ranks.device)
     dtype = torch.bfloat16 if half else None
 
     def network(trainable, config=config, weights=weights):
         with torch.device("meta"):
             model = DiT(config)
         model.checkpoint_activations = cfg.checkpoint_activations and trainable
-        model = distributed.shard(model, world, cfg.shard, dtype, cfg.cpu_offload, trainable)
+        model = distributed.shard(model, ranks, cfg.shard, dtype, cfg.cpu_offload, trainable)
         return distributed.load_sharded(model, weights())
 
     teacher, student, ema = network(False), network(True, own, begin), network(True, own, begin).requires_grad_(False)
@@ -195,36 +195,36 @@ def build(cfg, world) -> Nets:
     if folder:
         about["weights_dtype"] = str(next(weights())[1].dtype)
     if vae:
-        vae = vae.to(world.device, memory_format=torch.channels_last_3d).eval().requires_grad_(False)
+        vae = vae.to(ranks.device, memory_format=torch.channels_last_3d).eval().requires_grad_(False)
     reward = lrm = judge = moments = None
     if cfg.reward != "none":
-        reward = rewards.make(cfg.reward, cfg.reward_weights, cfg.reward_frames, world.device)
+        reward = rewards.make(cfg.reward, cfg.reward_weights, cfg.reward_frames, ranks.device)
         reward.check(data.sizes)
         make = latent_rewards.TextVideoLRM if reward.text else latent_rewards.VideoLRM
         sizes = {"text_dim": config.text_dim} if reward.text else {}
         if cfg.lrm:
-            lrm, said = checkpoint.load_model(cfg.lrm, make, world.device)
+            lrm, said = checkpoint.load_model(cfg.lrm, make, ranks.device)
             learned = said.get("moments", {}).get("weights"), said.get("vae"), said.get("text_fingerprint")
             if learned != (reward.weights, fingerprint(vae), encoder.fingerprint):
                 raise UserError(f"{cfg.lrm} learned (reward, VAE, text) {learned}, which is not what is asked for")
             moments = rewards.Moments(**said["moments"])
         else:
-            lrm = make(channels=config.channels, backbone=cfg.lrm_backbone, seed=cfg.seed, **sizes).to(world.device)
+            lrm = make(channels=config.channels, backbone=cfg.lrm_backbone, seed=cfg.seed, **sizes).to(ranks.device)
             moments = rewards.Moments(reward.weights)
     if cfg.data == "shapes" and (file := Path(cfg.vae).parent / "judge.safetensors").exists():
-        judge = checkpoint.load_model(file, Judge, world.device)[0]
+        judge = checkpoint.load_model(file, Judge, ranks.device)[0]
     rest = {"judge": judge, "lrm": lrm, "reward": reward, "moments": moments, "frozen": frozen}
     rest["precision"] = cfg.precision
-    return Nets(teacher, student, fake, ema, vae, encoder, data, about, world.device, prompts, **rest)
+    return Nets(teacher, student, fake, ema, vae, encoder, data, about, ranks.device, prompts, **rest)
 
 
-def held(cfg, config, ranks, latents, half=True):
-    """Bytes that each of `ranks` ranks holds of networks shared by all of them: ({network: (of parameters, gradients,
+def held(cfg, config, shards, latents, half=True):
+    """Bytes that each of `shards` ranks holds of networks shared by all of them: ({network: (of parameters, gradients,
     optimizer)}, of activations, estimated). config: a DiTConfig; latents: (T, h, w); half: frozen weights and
     activations in bfloat16.
     """
     with torch.device("meta"):
-        n = sum(math.ceil(len(p) / ranks) * p[0].numel() for p in DiT(config).parameters())  # as FSDP cuts them
+        n = sum(math.ceil(len(p) / shards) * p[0].numel() for p in DiT(config).parameters())  # as FSDP cuts them
     teachers = 1 + bool(cfg.beta_kl and cfg.student)  # the other is the student as it began
     learning = (4 * n, 4 * n, 8 * n)  # AdamW's, in float32
     networks = {"teacher": (teachers * (2 if half else 4) * n, 0, 0), "student and its optimizer": learning}
@@ -236,14 +236,14 @@ def held(cfg, config, ranks, latents, half=True):
     return networks, passes * blocks * tokens * config.width * (2 if half else 4)
 
 
-def memory(cfg, config, world, latents):
+def memory(cfg, config, ranks, latents):
     """One line: GiB that each GPU (or process) will hold. config: a DiTConfig; latents: (T, h, w)."""
-    parts = {"full": world.size, "hybrid": int(os.environ.get("LOCAL_WORLD_SIZE", world.size)), "none": 1}[cfg.shard]
-    half = world.device.type == "cuda" and cli.uses_bfloat16(cfg.precision, world.device)
+    parts = {"full": ranks.size, "hybrid": int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size)), "none": 1}[cfg.shard]
+    half = ranks.device.type == "cuda" and cli.uses_bfloat16(cfg.precision, ranks.device)
     networks, activations = held(cfg, config, parts, latents, half)
     sizes = {name: sum(kinds) for name, kinds in networks.items()} | {"activations (estimated)": activations}
     said = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in sizes.items())
-    where = f"{'GPU' if world.device.type == 'cuda' else 'process'}, of {world.size}"
+    where = f"{'GPU' if ranks.device.type == 'cuda' else 'process'}, of {ranks.size}"
     with torch.device("meta"):
         n = sum(p.numel() for p in DiT(config).parameters())
     return f"GiB on each {where}: {said}, together {sum(sizes.values()) / 2**30:.2f} ({n:,} parameters a network)"
@@ -254,8 +254,8 @@ def memory_table(cfg):
     from evals import tables  # here, since training needs none of it
 
     rows, config = [], SIZES[cfg.preset]
-    for ranks in (1, 2, 4, 8):
-        networks, activations = held(cfg, config, ranks if cfg.shard != "none" else 1, config.latents)
+    for size in (1, 2, 4, 8):
+        networks, activations = held(cfg, config, size if cfg.shard != "none" else 1, config.latents)
         kinds = dict(zip(("parameters", "gradients", "optimizer"), map(sum, zip(*networks.values()))))
-        rows.append({"preset": cfg.preset, "ranks": ranks, **kinds, "activations": activations})
+        rows.append({"preset": cfg.preset, "ranks": size, **kinds, "activations": activations})
     return tables.table([tables.save(cfg, "sharding", rows=rows)])

@@ -95,11 +95,11 @@ class Moments:
     def __post_init__(self):
         self.mean, self.square = (x or [0.0] * len(self.weights) for x in (self.mean, self.square))
 
-    def update(self, scores: torch.Tensor, world) -> None:
-        """scores (B, R), the rewards in the order of `weights`; world: see distributed.py, B is alike on all ranks."""
-        scores, n = scores.detach().double(), len(scores) * world.size  # of all ranks: another number may resume
-        mean = [distributed.mean(column.mean(), world) for column in scores.T]
-        spread = [n * distributed.mean((c - m).square().mean(), world) for c, m in zip(scores.T, mean)]
+    def update(self, scores: torch.Tensor, ranks) -> None:
+        """scores (B, R), the rewards in the order of `weights`; ranks: see distributed.py, B is alike on all ranks."""
+        scores, n = scores.detach().double(), len(scores) * ranks.size  # of all ranks: another number may resume
+        mean = [distributed.mean(column.mean(), ranks) for column in scores.T]
+        spread = [n * distributed.mean((c - m).square().mean(), ranks) for c, m in zip(scores.T, mean)]
         if not all(map(math.isfinite, mean)):
             return
         total, shift = self.count + n, [m - old for m, old in zip(mean, self.mean)]

@@ -43,7 +43,7 @@ from schedule import denoise, simulate, timesteps
 
 @dataclass
 class Config(Machine):
-    preset: str = opt("shapes", "The world whose values are the defaults.")
+    preset: str = opt("shapes", "The ranks whose values are the defaults.")
     data: str = opt("shapes", "The clips: shapes (rendered), a folder of captioned films, or a cache made by data.py.")
     caption_column: str = opt("text", "The column of captions in a folder's metadata.jsonl, .csv or .parquet.")
     workers: int = opt(4, "The threads that read the clips of the coming batches. 0: each is read when it is needed.")
@@ -123,7 +123,7 @@ PRESETS = {  # the field defaults are the paper's (section 4.1); the small world
 # Algorithm 1
 
 
-def algorithm_1(cfg, world, nets, optimizers, accumulate=1, first=0):
+def algorithm_1(cfg, ranks, nets, optimizers, accumulate=1, first=0):
     """Lines 5-20 (line 4 is `nets.build`), from iteration `first` on; a descent sums `accumulate` forwards.
 
     Yields after every iteration: step, the numbers of its log (this rank's means), whether every descent was made, and
@@ -137,19 +137,19 @@ def algorithm_1(cfg, world, nets, optimizers, accumulate=1, first=0):
     of_batch, of_generator, of_fake, of_lrm = map(flags, (sample_batch, generator_step, fake_score_step, lrm_step))
     updates = range(cfg.fake_updates if nets.fake else 0)
     lrm_learns = nets.lrm and not cfg.lrm_frozen
-    nets.clips = read_ahead(nets, world, accumulate, **flags(read_ahead))
+    nets.clips = read_ahead(nets, ranks, accumulate, **flags(read_ahead))
     for step in range(first, cfg.iterations):  # 5
-        batches = [sample_batch(nets, world, step, i, accumulate, **of_batch) for i in range(accumulate)]  # 6
-        x_hats, numbers = generator_step(nets, world, optimizers, batches, step, **of_generator)  # 7-11, 18-19
-        fakes = [fake_score_step(nets, world, optimizers, batches, x_hats, j, **of_fake) for j in updates]  # 12-14
-        lrm, scored = lrm_step(nets, world, optimizers, batches, x_hats, **of_lrm) if lrm_learns else ({}, 0)  # 15-17
+        batches = [sample_batch(nets, ranks, step, i, accumulate, **of_batch) for i in range(accumulate)]  # 6
+        x_hats, numbers = generator_step(nets, ranks, optimizers, batches, step, **of_generator)  # 7-11, 18-19
+        fakes = [fake_score_step(nets, ranks, optimizers, batches, x_hats, j, **of_fake) for j in updates]  # 12-14
+        lrm, scored = lrm_step(nets, ranks, optimizers, batches, x_hats, **of_lrm) if lrm_learns else ({}, 0)  # 15-17
         made = all(finite(part) for part in (numbers, *fakes, lrm))
         fake = mean_of(fakes) | {"fake_norm": fakes[-1]["fake_norm"]} if fakes else {}
         yield step, numbers | fake | lrm, made, scored
 
 
 def generator_step(
-    nets, world, optimizers, batches, step, *, steps, generator_input, transition, beta_vsd, beta_cd, beta_ft, beta_kl,
+    nets, ranks, optimizers, batches, step, *, steps, generator_input, transition, beta_vsd, beta_cd, beta_ft, beta_kl,
     w_vsd, vsd_weight, t_min, t_max, fake_warmup, w_cd, m, cd_target, cd_loss, lrm_warmup, clip, ema,
 ):  # fmt: skip
     """Lines 7-11 and 18-19: one descent of theta on beta_vsd VSD + beta_cd CD + beta_ft FT (Eq. 16), and its average.
@@ -160,7 +160,7 @@ def generator_step(
     for batch in batches:
         x, text, losses, info = batch.x, batch.text, {}, {}
         student = denoiser(nets.student, schedule, text)
-        with autocast(nets.precision, world.device):
+        with autocast(nets.precision, ranks.device):
             if nets.fake or nets.lrm or nets.frozen:
                 x_hat, x_t, t = generate(nets, batch, 0, steps, generator_input, transition)  # 8
                 x_hats.append(x_hat.detach())
@@ -189,13 +189,13 @@ def generator_step(
             info["dropped"] = info["dropped"] / len(x)  # the share of samples left out
         parts.append({name: value.item() for name, value in (losses | info).items()})
     numbers = mean_of(parts)
-    norm = gradient_descent(nets.student, optimizers["student"], clip, world, finite(numbers))  # 11, 19
+    norm = gradient_descent(nets.student, optimizers["student"], clip, ranks, finite(numbers))  # 11, 19
     if math.isfinite(norm):
         average(nets.ema, nets.student, ema)
     return x_hats, numbers | {"grad_norm": norm}
 
 
-def fake_score_step(nets, world, optimizers, batches, x_hats, j, *, steps, generator_input, transition, clip):
+def fake_score_step(nets, ranks, optimizers, batches, x_hats, j, *, steps, generator_input, transition, clip):
     """Lines 12-14: the fake score learns to denoise what the student makes, from every step and without guidance.
 
     Section 4.1 has five of these for one of the student's. The first (j = 0) takes the generator's own samples x_hats,
@@ -204,7 +204,7 @@ def fake_score_step(nets, world, optimizers, batches, x_hats, j, *, steps, gener
     parts = []
     for batch, x_hat in zip(batches, x_hats):
         model = lambda x_t, t, text=batch.text: nets.fake(x_t, t, text)
-        with autocast(nets.precision, world.device):
+        with autocast(nets.precision, ranks.device):
             if j:
                 with torch.no_grad():
                     x_hat, *_ = generate(nets, batch, j, steps, generator_input, transition)
@@ -214,10 +214,10 @@ def fake_score_step(nets, world, optimizers, batches, x_hats, j, *, steps, gener
         (loss / len(batches)).backward()
         parts.append({"fake": loss.item()})
     numbers = mean_of(parts)
-    return numbers | {"fake_norm": gradient_descent(nets.fake, optimizers["fake"], clip, world, finite(numbers))}  # 14
+    return numbers | {"fake_norm": gradient_descent(nets.fake, optimizers["fake"], clip, ranks, finite(numbers))}  # 14
 
 
-def lrm_step(nets, world, optimizers, batches, x_hats, *, clip):
+def lrm_step(nets, ranks, optimizers, batches, x_hats, *, clip):
     """Lines 15-17: the latent reward model learns the true reward of decoded latents, real and generated (Eq. 14).
 
     Returns the numbers of the log, and how many clips the true reward has scored: of a cache that keeps the rewards of
@@ -228,12 +228,12 @@ def lrm_step(nets, world, optimizers, batches, x_hats, *, clip):
         x = torch.cat([batch.x, x_hat])  # 16: x~ = x u x^, (2B, C, T, h, w)
         text = torch.cat([batch.text, batch.text]) if nets.reward.text else None
         unknown, captions = (x, batch.captions * 2) if batch.reward is None else (x_hat, batch.captions)
-        with torch.no_grad(), autocast(nets.precision, world.device):
+        with torch.no_grad(), autocast(nets.precision, ranks.device):
             pixels = [nets.vae.decode(z).float().clamp(-1, 1) for z in unknown.split(len(x_hat))]  # what is large
         found = nets.reward.scores(torch.cat(pixels), captions)  # (2B or B, R)
         known = [] if batch.reward is None else [batch.reward.to(found).view(len(x_hat), -1)]
         scores = torch.cat([*known, found])  # (2B, R)
-        nets.moments.update(scores, world)
+        nets.moments.update(scores, ranks)
         reward = nets.moments.standardise(scores)  # (2B,)
         loss = lrm_loss(nets.lrm, x, reward, text)
         (loss / len(batches)).backward()
@@ -241,7 +241,7 @@ def lrm_step(nets, world, optimizers, batches, x_hats, *, clip):
         parts.append({"lrm": loss.item(), "reward": of_generated.item()})
         scored += len(found)
     numbers = mean_of(parts)
-    norm = gradient_descent(nets.lrm, optimizers["lrm"], clip, world, finite(numbers))  # 17
+    norm = gradient_descent(nets.lrm, optimizers["lrm"], clip, ranks, finite(numbers))  # 17
     return numbers | {"lrm_norm": norm}, scored
 
 
@@ -275,32 +275,32 @@ class Batch:
         return torch.tensor(values, device=self.x.device)
 
 
-def read_ahead(nets, world, accumulate, *, seed, batch, data, workers, iterations):
+def read_ahead(nets, ranks, accumulate, *, seed, batch, data, workers, iterations):
     """Line 6's reading of clips, in other threads: part k = step * accumulate + micro of all parts of this rank."""
 
     def read(k):
         step, micro = divmod(k, accumulate)
-        chosen = nets.data.at(seed, step, batch * world.size * accumulate)
-        return nets.data.batch([chosen[n] for n in sample_numbers(world, micro, batch)], step)
+        chosen = nets.data.at(seed, step, batch * ranks.size * accumulate)
+        return nets.data.batch([chosen[n] for n in sample_numbers(ranks, micro, batch)], step)
 
     return Ahead(read, 0 if data == "shapes" else workers, iterations * accumulate)  # a rendered clip waits for no file
 
 
-def sample_numbers(world, micro, batch):
+def sample_numbers(ranks, micro, batch):
     """The numbers that this rank's samples have in the global batch, of its part `micro`."""
-    return [(micro * world.size + world.rank) * batch + i for i in range(batch)]
+    return [(micro * ranks.size + ranks.rank) * batch + i for i in range(batch)]
 
 
-def sample_batch(nets, world, step, micro, accumulate, *, seed, batch):
+def sample_batch(nets, ranks, step, micro, accumulate, *, seed, batch):
     """Line 6: (c, i) ~ D, x = Encoder(i); the part `micro` of `accumulate` of it."""
     clips = nets.clips(step * accumulate + micro)
     if isinstance(clips, tuple):  # not from a cache
         video, captions = clips
-        with torch.no_grad(), autocast(nets.precision, world.device):
-            latents = nets.vae.encode(video.to(world.device))
+        with torch.no_grad(), autocast(nets.precision, ranks.device):
+            latents = nets.vae.encode(video.to(ranks.device))
         clips = {"latents": latents, "text": nets.encoder.encode(captions), "captions": captions, "reward": None}
-    x, text = clips["latents"].float().to(world.device), clips["text"].to(world.device)
-    return Batch(x, text, clips["captions"], clips["reward"], (seed, step), sample_numbers(world, micro, batch))
+    x, text = clips["latents"].float().to(ranks.device), clips["text"].to(ranks.device)
+    return Batch(x, text, clips["captions"], clips["reward"], (seed, step), sample_numbers(ranks, micro, batch))
 
 
 def generate(nets, batch, j, steps, generator_input, transition):
@@ -344,24 +344,24 @@ def finite(numbers):
 # a run
 
 
-def train(cfg: Config, world) -> None:
+def train(cfg: Config, ranks) -> None:
     """What stands around Algorithm 1: resuming, the log, measurements, pictures, checkpoints, and an end in order."""
-    nets, out = build(cfg, world), Path(cfg.out)
+    nets, out = build(cfg, ranks), Path(cfg.out)
     optimizers = adam(nets, cfg.lr, cfg.fake_lr, cfg.lrm_lr, (cfg.beta1, cfg.beta2))
-    forward = cfg.batch * world.size  # clips
+    forward = cfg.batch * ranks.size  # clips
     accumulate = cfg.global_batch // forward if cfg.global_batch else 7 if nets.reward and forward < 16 else 1
-    going_on = cfg.resume or distributed.restarted(world)
+    going_on = cfg.resume or distributed.restarted(ranks)
     if not going_on:
-        set_aside(out / "checkpoints", world)
-    checkpoints, stopper = distributed.Checkpoints(out / "checkpoints"), distributed.Stopper(world)
+        set_aside(out / "checkpoints", ranks)
+    checkpoints, stopper = distributed.Checkpoints(out / "checkpoints"), distributed.Stopper(ranks)
     # seconds of training, evaluations of the reward, updates left out, measurements of the reward
     state = {"step": 0, "trained": 0.0, "evaluated": 0, "skipped": 0, "watched": []}
     if going_on and (newest := checkpoints.newest()):
-        check_resumed(newest, asdict(cfg), nets, world)
+        check_resumed(newest, asdict(cfg), nets, ranks)
         saved = checkpoints.load(newest, nets.modules, optimizers)
         state = {name: saved[name] for name in state}
         nets.moments = nets.reward and Moments(**saved["moments"])
-        if world.main:
+        if ranks.main:
             print(f"going on from {newest}")
     elif cfg.resume:
         raise UserError(f"{out} holds no checkpoint: leave out --resume to start")
@@ -372,30 +372,30 @@ def train(cfg: Config, world) -> None:
         checkpoints.save(state["step"], nets.modules, optimizers, about, wait)
 
     first, in_a_row, teacher_videos = state["step"], 0, []
-    log, board = (open_log(out / "log.jsonl", first), tensorboard(out)) if world.main else (None, None)
+    log, board = (open_log(out / "log.jsonl", first), tensorboard(out)) if ranks.main else (None, None)
     begun = last = time.time()
-    iterations = algorithm_1(cfg, world, nets, optimizers, accumulate, first)
-    bar = tqdm(iterations, initial=first, total=cfg.iterations, disable=not world.main, dynamic_ncols=True)
+    iterations = algorithm_1(cfg, ranks, nets, optimizers, accumulate, first)
+    bar = tqdm(iterations, initial=first, total=cfg.iterations, disable=not ranks.main, dynamic_ncols=True)
     for step, mine, made, scored in bar:
-        numbers = distributed.means(mine, world)
+        numbers = distributed.means(mine, ranks)
         took, ending = time.time() - last, stopper()
         in_a_row = 0 if made else in_a_row + 1
         state["step"] = step + 1
         state["trained"] += took
-        state["evaluated"] += scored * world.size
+        state["evaluated"] += scored * ranks.size
         state["skipped"] += not made
         spent = 0 < cfg.max_seconds <= state["trained"] or 0 < cfg.max_evaluations <= state["evaluated"]
-        final = step + 1 == cfg.iterations or distributed.any_rank(spent, world)
+        final = step + 1 == cfg.iterations or distributed.any_rank(spent, ranks)
         if nets.reward and (final or (cfg.reward_every and step % cfg.reward_every == 0)):
             how = cfg.steps, cfg.reward_samples, cfg.reward_repeats, cfg.batch, cfg.lrm_warmup
-            numbers |= measure_reward(nets, world, state["watched"], step, *how)
+            numbers |= measure_reward(nets, ranks, state["watched"], step, *how)
         if cfg.sample_every and (step + 1) % cfg.sample_every == 0 and not ending:
-            numbers |= show_progress(nets, world, out, step + 1, teacher_videos, cfg.steps, cfg.batch)
-        if world.main:
+            numbers |= show_progress(nets, ranks, out, step + 1, teacher_videos, cfg.steps, cfg.batch)
+        if ranks.main:
             numbers = {name: round(value, 6) for name, value in numbers.items()} | {"skipped": state["skipped"]}
             numbers |= {"reward_evaluations": state["evaluated"]} if nets.reward else {}
             speed = {"seconds": time.time() - begun, "iteration_s": took, "samples_s": forward * accumulate / took}
-            speed |= {"trained_s": state["trained"], "peak_gib": so_far(world.device) / 2**30}
+            speed |= {"trained_s": state["trained"], "peak_gib": so_far(ranks.device) / 2**30}
             speed = {name: round(value, 3) for name, value in speed.items()}
             bar.set_postfix({name: f"{v:.3g}" for name, v in (numbers | speed).items() if name != "seconds"})
             print(json.dumps({"step": step, **speed, **numbers}), file=log, flush=True)
@@ -409,18 +409,18 @@ def train(cfg: Config, world) -> None:
         if (step + 1) % cfg.save_every == 0 or ending or final:
             save(wait=ending or final)
         if ending:
-            if world.main:
+            if ranks.main:
                 print(f"stopped after step {step + 1}, saved: go on with --resume --out {out}")
             return
         if final:
             break
         last = time.time()
-    if world.main and nets.clips:
+    if ranks.main and nets.clips:
         print(f"waited for clips in {nets.clips.waited / (time.time() - begun):.1%} of the time")
-    if nets.lrm and world.main:
+    if nets.lrm and ranks.main:
         about = {"reward": cfg.reward, "moments": asdict(nets.moments), "vae": fingerprint(nets.vae)}
         checkpoint.save_model(out / "lrm.safetensors", nets.lrm, **about, text_fingerprint=nets.encoder.fingerprint)
-    rows = finish(nets, world, out, asdict(cfg), cfg.steps, cfg.batch, cfg.sample_every > 0)
+    rows = finish(nets, ranks, out, asdict(cfg), cfg.steps, cfg.batch, cfg.sample_every > 0)
     if rows:
         from evals import tables  # here, since training needs none of it
 
@@ -435,16 +435,16 @@ def adam(nets, lr, fake_lr, lrm_lr, betas):
     return {name: make(name, *values) for name, values in flags.items() if name in nets.modules}
 
 
-def measure_reward(nets, world, watched, step, steps, samples, repeats, batch, lrm_warmup):
+def measure_reward(nets, ranks, watched, step, steps, samples, repeats, batch, lrm_warmup):
     """Measure the true reward of fresh samples (watch.py), add it to `watched`, and warn of over-optimisation."""
     generator, after_warmup = sampler(nets, "student"), lambda: [w for w in watched if w["step"] >= lrm_warmup]
     before = watch.overoptimised(after_warmup())
     how = nets.prompts, steps, samples, batch
-    found = watch.measure(generator, nets.reward, *how, world, nets.lrm, nets.moments, repeats)
+    found = watch.measure(generator, nets.reward, *how, ranks, nets.lrm, nets.moments, repeats)
     watched.append({"step": step} | found)
     sign = watch.overoptimised(after_warmup())
     best = max(watched, key=lambda w: w["true_reward"] if math.isfinite(w["true_reward"]) else -math.inf)
-    if sign and not before and world.main:
+    if sign and not before and ranks.main:
         print(
             f"over-optimised at step {step}: {sign}. The true reward is {found['true_reward']:.4g}; "
             f"it was {best['true_reward']:.4g} at step {best['step']}"
@@ -458,9 +458,9 @@ def main():
     if word:
         return export(Path(cfg.out)) if word == "export" else print(memory_table(cfg))
     cli.start(cfg)
-    world = distributed.start(cfg.device)
-    train(cfg, world)
-    distributed.stop(world)
+    ranks = distributed.start(cfg.device)
+    train(cfg, ranks)
+    distributed.stop(ranks)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def spearman(a, b):
 
 
 @torch.no_grad()
-def measure(generator, reward, prompts, n, samples, batch, world, lrm=None, moments=None, repeats=1):
+def measure(generator, reward, prompts, n, samples, batch, ranks, lrm=None, moments=None, repeats=1):
     """The true reward of fresh samples in n steps, and what the LRM says of them, alike on all ranks.
 
     generator: of generate.py; reward: of rewards.py; each prompt is drawn `repeats` times (after the last they begin
@@ -56,8 +56,8 @@ def measure(generator, reward, prompts, n, samples, batch, world, lrm=None, mome
     """
     if samples < 2 or repeats < 1 or samples % repeats:
         raise UserError(f"--reward-samples: at least 2, and a multiple of --reward-repeats, not {samples}")
-    per_rank, rows = -(-samples // world.size), []  # all ranks make the same number of calls
-    numbers = range(world.rank * per_rank, (world.rank + 1) * per_rank)
+    per_rank, rows = -(-samples // ranks.size), []  # all ranks make the same number of calls
+    numbers = range(ranks.rank * per_rank, (ranks.rank + 1) * per_rank)
     for part in (numbers[i : i + batch] for i in range(0, per_rank, batch)):
         captions = [prompts[i // repeats % len(prompts)] for i in part]
         text = generator.encoder.encode(captions).to(generator.device)
@@ -65,8 +65,8 @@ def measure(generator, reward, prompts, n, samples, batch, world, lrm=None, mome
         scores = reward.scores(generator.decode(x), captions).double().cpu()  # (B, R)
         estimate = (lrm(x, text) if reward.text else lrm(x)).double().cpu() if lrm else scores.new_zeros(len(x))
         rows += torch.cat([estimate[:, None], scores], 1).tolist()
-    if world.size > 1:
-        dist.all_gather_object(parts := [None] * world.size, rows)
+    if ranks.size > 1:
+        dist.all_gather_object(parts := [None] * ranks.size, rows)
         rows = [row for part in parts for row in part]
     table = torch.tensor(rows[:samples], dtype=torch.float64)  # (n, 1 + R)
     estimate, scores = table[:, 0], table[:, 1:]

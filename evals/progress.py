@@ -27,13 +27,13 @@ PATIENCE = 5  # updates in a row that may be skipped because they are not finite
 READ_AT_ONCE = 32  # videos that the judge reads along with the pictures, and at the end at a time: they are large
 
 
-def set_aside(folder, world):
+def set_aside(folder, ranks):
     """Another run's checkpoints: a new run must neither go on from them nor, counting from 0 again, clean them up."""
-    if world.main and any(folder.glob("step_*")):
+    if ranks.main and any(folder.glob("step_*")):
         old = next(old for n in itertools.count(1) if not (old := folder.with_name(f"{folder.name}.{n}")).exists())
         folder.rename(old)
         print(f"the checkpoints of an earlier run are now in {old} (--resume would have gone on)")
-    distributed.any_rank(False, world)  # wait for it
+    distributed.any_rank(False, ranks)  # wait for it
 
 
 def read_extra(newest):
@@ -45,7 +45,7 @@ def read_extra(newest):
         raise UserError(f"the checkpoint {newest} is damaged: it does not say what its student is ({e})") from e
 
 
-def check_resumed(newest, settings, nets, world):
+def check_resumed(newest, settings, nets, ranks):
     """UserError where a checkpoint is of another kind of student than this run's; says which other flags differ.
 
     settings: the run's flags.
@@ -61,7 +61,7 @@ def check_resumed(newest, settings, nets, world):
         for flag, value in settings.items()
         if flag not in ("resume", "precision") and old.get(flag) != value
     ]
-    if world.main:
+    if ranks.main:
         cli.warn_of_precision(old.get("precision"), settings["precision"])
         if other:
             print(f"not as before: {', '.join(other)}")
@@ -76,7 +76,7 @@ def tensorboard(out):
     return SummaryWriter(out / "tensorboard")
 
 
-def show_progress(nets, world, out, step, teacher_videos, n, batch):
+def show_progress(nets, ranks, out, step, teacher_videos, n, batch):
     """Draw the student in its n steps, beside it the teacher in 50, and have the judge read some of the student's.
 
     teacher_videos: an empty list, which keeps the teacher's for the next time. Returns {"judge": share of right
@@ -86,7 +86,7 @@ def show_progress(nets, world, out, step, teacher_videos, n, batch):
     if nets.vae:
         teacher_videos += [] if teacher_videos else draw_videos(nets, "teacher", prompts, 0, 50, batch)
         videos = draw_videos(nets, "student", prompts, 0, n, batch)
-        if world.main:
+        if ranks.main:
             words = [f"{who}: {prompt}" for prompt in prompts for who in (f"student, {n}", "teacher, 50")]
             write_grid(out / f"step{step:06d}.png", [v for pair in zip(videos, teacher_videos) for v in pair], words)
     if not nets.judge:
@@ -169,13 +169,13 @@ def compare_with_teacher(nets, steps, batch):
     return rows
 
 
-def finish(nets, world, out, settings, n, batch, pictures):
+def finish(nets, ranks, out, settings, n, batch, pictures):
     """Write the student and, with pictures, what a person would look at; in the small world, say what it has gained.
 
     settings: the run's flags, for the student's file. Returns the rows of `compare_with_teacher`, [] without a judge.
     """
     weights = distributed.gather(nets.ema)
-    if world.main:
+    if ranks.main:
         write_student(out, nets.student.config, weights, settings, nets.about)
     if not nets.vae or not pictures:
         return []
@@ -184,7 +184,7 @@ def finish(nets, world, out, settings, n, batch, pictures):
     columns = [("teacher", 50), ("teacher", n), *(("student", k) for k in few)]
     videos = [draw_videos(nets, who, prompts, 0, k, batch) for who, k in columns]
     compared = compare_with_teacher(nets, few, batch) if nets.judge else []
-    if not world.main:
+    if not ranks.main:
         return []
     titles = [f"{who}, {k} step{'s' * (k > 1)}" for who, k in columns]
     rows, words = list(zip(*videos)), [f"{title}: {prompt}" for prompt in prompts for title in titles]

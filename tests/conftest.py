@@ -1,6 +1,6 @@
 """What several files of tests share: tiny networks, a run of train.py, and processes that are ranks.
 
-`ranks(n, work)` runs `work(world)` in n processes, as torchrun would. Starting them is what costs, so each group of
+`in_ranks(n, work)` runs `work(ranks)` in n processes, as torchrun would. Starting them is what costs, so each group of
 processes answers many questions.
 """
 
@@ -22,7 +22,7 @@ import checkpoint
 import dit
 import train
 import vae3d
-from distributed import World, local
+from distributed import Ranks, local
 from world.judge import Judge, JudgeConfig
 
 ROOT = Path(__file__).parent.parent
@@ -52,7 +52,7 @@ def config(tiny, out, **changes):
 
 
 def fit(cfg):
-    train.train(cfg, World(0, 1, torch.device("cpu")))
+    train.train(cfg, Ranks(0, 1, torch.device("cpu")))
     tensors, about = checkpoint.load(Path(cfg.out) / "student.safetensors")
     lines = [json.loads(line) for line in (Path(cfg.out) / "log.jsonl").read_text().splitlines()]
     return tensors, about, lines
@@ -99,7 +99,7 @@ def launch(size, work, *args, seconds=3600, **env):
     return [process.exitcode for process in processes], answers
 
 
-def ranks(size, work, *args, **env):
+def in_ranks(size, work, *args, **env):
     codes, answers = launch(size, work, *args, **env)
     assert codes == [0] * size
     return answers

@@ -18,13 +18,13 @@ import nets
 import train
 import vae3d
 import watch
-from distributed import World
+from distributed import Ranks
 from generate import Generator, save_diffusers
 from schedule import few_step, timesteps
 from video import write_video
 
 diffusers = pytest.importorskip("diffusers")
-WORLD = World(0, 1, torch.device("cpu"))
+WORLD = Ranks(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +211,7 @@ def test_the_written_scheduler_has_our_noise_levels_and_steps(tmp_path, schedule
 # full scale
 
 
-META = World(0, 1, torch.device("meta"))
+META = Ranks(0, 1, torch.device("meta"))
 
 
 def shapes_alone(monkeypatch):
@@ -290,7 +290,7 @@ def test_an_iteration_at_full_scale(preset, monkeypatch):
 def test_memory_is_said_beforehand(preset, size, shard, gib):
     cfg = cli.parse(train.Config, ["--preset", preset, "--shard", shard], "", train.PRESETS)
     config = dit.PRESETS[preset]
-    said = nets.memory(cfg, config, World(0, size, torch.device("cuda")), config.latents)
+    said = nets.memory(cfg, config, Ranks(0, size, torch.device("cuda")), config.latents)
     assert f"GPU, of {size}" in said and "activations" in said
     together, active = (float(said.split(word + " ")[1].split()[0].rstrip(",")) for word in ("together", "(estimated)"))
     assert together - active == pytest.approx(gib, abs=0.02)
@@ -317,7 +317,7 @@ WRONG = {
     "cut cache": lambda model, cache: cut(next(cache.glob("shard-*"))),
     "no cache": lambda model, cache: shutil.rmtree(cache),
     "another preset": lambda model, cache: ["--preset", "cogvideox-5b"],
-    "another world": lambda model, cache: ["--preset", "dollar"],
+    "another ranks": lambda model, cache: ["--preset", "dollar"],
     "pure noise": lambda model, cache: ["--prediction", "epsilon"],
     "unknown prediction": lambda model, cache: ["--prediction", "flow"],
     "a reward without decoder": lambda model, cache: ["--reward", "jpeg_compressibility", "--vae", ""],
@@ -326,7 +326,7 @@ SAID = {
     "another model": "UNet2DModel", "no transformer": "transformer", "missing shard": "model-00001-of-00002",
     "cut weights": "diffusion_pytorch_model", "another shape": "time_embed_dim|shape", "another vae": "another vae",
     "another text": "another text", "unfinished cache": "unfinished", "cut cache": "damaged", "no cache": "no such",
-    "another preset": "rotary", "another world": "channels", "pure noise": "pure noise",
+    "another preset": "rotary", "another ranks": "channels", "pure noise": "pure noise",
     "unknown prediction": "invalid choice", "a reward without decoder": "--vae is needed",
 }  # fmt: skip
 

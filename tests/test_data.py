@@ -202,9 +202,9 @@ def test_ranks_open_their_part_of_the_files(clips, monkeypatch, capsys):
     monkeypatch.setattr(data, "probe", lambda *a, really=data.probe: opened.append(a[1]) or really(*a))
     found = []
     with pytest.raises(UserError, match="no usable clip"):  # as if nobody had found anything
-        Folder(clips, 16, 32, 48, 8.0, rank=1, world=2, share=lambda mine: found.append(mine) or [])
+        Folder(clips, 16, 32, 48, 8.0, rank=1, ranks=2, share=lambda mine: found.append(mine) or [])
     capsys.readouterr()
-    both = Folder(clips, 16, 32, 48, 8.0, rank=0, world=2, share=lambda mine: [mine, *found])
+    both = Folder(clips, 16, 32, 48, 8.0, rank=0, ranks=2, share=lambda mine: [mine, *found])
     assert sorted(opened[0] + opened[1]) == list(list_clips(clips)[0]) and len(opened[0]) == len(opened[1]) == 4
     assert (both.names, both.sizes, both.captions) == (alone.names, alone.sizes, alone.captions)
     assert "5 clips of 11 files are used" in capsys.readouterr().out
@@ -406,20 +406,20 @@ def test_a_killed_run_goes_on_and_no_clip_is_lost_or_doubled(tmp_path):
 
 def test_ranks_take_their_share(clips, tmp_path, capsys):
     out = tmp_path / "cache"
-    first = cache(clips, out, VAE, TEXT, MADE, shard=1, rank=1, world=3)
+    first = cache(clips, out, VAE, TEXT, MADE, shard=1, rank=1, ranks=3)
     with pytest.raises(UserError, match="unfinished"):
         LatentCache(out)
     assert 0 < first < 5
-    cache(clips, out, VAE, TEXT, MADE, shard=1, rank=0, world=3)
-    assert cache(clips, out, VAE, TEXT, MADE, shard=1, rank=2, world=3) == 5 == len(LatentCache(out))
+    cache(clips, out, VAE, TEXT, MADE, shard=1, rank=0, ranks=3)
+    assert cache(clips, out, VAE, TEXT, MADE, shard=1, rank=2, ranks=3) == 5 == len(LatentCache(out))
     found, _ = stems(out)
     assert sorted(found) == Folder(clips, 16, 32, 48, 8.0).names
     assert capsys.readouterr().out.count("clips of 11 files are used") == 2  # rank 0 says it, and the folder above
 
 
 def test_a_rank_without_a_share_is_content(clips, tmp_path):
-    assert cache(clips, tmp_path / "cache", VAE, TEXT, MADE, shard=64, rank=1, world=2) == 0
-    assert cache(clips, tmp_path / "cache", VAE, TEXT, MADE, shard=64, rank=0, world=2) == 5
+    assert cache(clips, tmp_path / "cache", VAE, TEXT, MADE, shard=64, rank=1, ranks=2) == 0
+    assert cache(clips, tmp_path / "cache", VAE, TEXT, MADE, shard=64, rank=0, ranks=2) == 5
 
 
 @pytest.mark.parametrize("key, value", [("vae", "of another VAE"), ("fps", 12.0), ("reward", "hpsv2")])

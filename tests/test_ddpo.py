@@ -21,7 +21,7 @@ import ddpo
 import rewards
 from cli import run
 from ddpo import advantages, graded, log_probability, policy_loss, transition, walk
-from distributed import World
+from distributed import Ranks
 from dit import DiT, DiTConfig
 from generate import Generator
 from schedule import Schedule, few_step, timesteps
@@ -303,8 +303,8 @@ def update(weights, monkeypatch):
         files = {"weights": f"{weights}/student.safetensors", "vae": f"{weights}/vae.safetensors", "reward": "named"}
         small = {"batch": 2, "global_batch": 4, "iterations": 8, "lr": 1e-3, "clip": 1e9, "device": "cpu"}
         cfg = ddpo.Config(**files | small | {"precision": "fp32", "beta_kl": 0.5} | changes)
-        world = World(0, 1, torch.device("cpu"))
-        policy = ddpo.build(cfg, world, 4)
+        ranks = Ranks(0, 1, torch.device("cpu"))
+        policy = ddpo.build(cfg, ranks, 4)
         theta = lambda: policy.student.out.bias.view(-1)[0]
         seen = SimpleNamespace(policy=policy, clips=[], moves=[], losses=[], noise=[])
         seen.gradients, seen.theta = [], [theta().item()]
@@ -344,7 +344,7 @@ def update(weights, monkeypatch):
             if cfg.method == "ddpo":
                 patch.setattr(ddpo, "policy_loss", loss)
             adam = torch.optim.AdamW(policy.student.parameters(), cfg.lr)
-            seen.step, seen.numbers, seen.reward, seen.made = next(ddpo.algorithm_2(cfg, world, policy, adam, 2, {}, 7))
+            seen.step, seen.numbers, seen.reward, seen.made = next(ddpo.algorithm_2(cfg, ranks, policy, adam, 2, {}, 7))
         assert all(torch.equal(before[name], p) for name, p in policy.frozen.named_parameters())
         return seen
 

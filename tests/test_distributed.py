@@ -1,6 +1,6 @@
 """distributed.py with real processes over gloo on the CPU: what many ranks do is what one does.
 
-`ranks(n, work)` runs `work(world)` in n processes, as torchrun would. Starting them is what costs, so each group of
+`in_ranks(n, work)` runs `work(ranks)` in n processes, as torchrun would. Starting them is what costs, so each group of
 processes answers many questions, and the tests below read the answers. The network is a DiT of some thousand
 parameters, none of them zero, and `backward` is Algorithm 1 in small: a simulation without gradient of random length,
 a frozen guided teacher, the student called several times with gradient, a fake score, and a replicated reward model.
@@ -21,7 +21,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from conftest import difference, equal, launch, ranks, whole
+from conftest import difference, equal, launch, in_ranks, whole
 from safetensors.torch import save_file
 from torch import nn
 
@@ -29,13 +29,13 @@ import distributed
 import nets
 import train
 from cli import UserError
-from distributed import Checkpoints, Stopper, World, any_rank, every, local, mean, normal, randint, shard, start, stop
+from distributed import Checkpoints, Stopper, Ranks, any_rank, every, local, mean, normal, randint, shard, start, stop
 from dit import DiT, DiTConfig
 from losses import lrm_loss, reward_loss
 
 TINY = DiTConfig(channels=4, width=32, depth=2, heads=2, text_dim=8, text_length=4, time_dim=16, latents=(2, 4, 4))
 SIZED = DiTConfig(width=192, depth=1, text_dim=64, text_length=8, latents=(2, 4, 4))  # 0.6 million parameters
-ALONE = World(0, 1, torch.device("cpu"))
+ALONE = Ranks(0, 1, torch.device("cpu"))
 TOTAL = 8  # samples in a global batch
 pytestmark = [
     pytest.mark.slow,
@@ -63,23 +63,23 @@ def fill(modules, optimizers=(), seed=0):
         optimizers[name].zero_grad()
 
 
-def build(world, how, dtype=None):
+def build(ranks, how, dtype=None):
     modules = {}
     for name in ("student", "fake", "teacher"):
         with torch.device("meta"):
             model = DiT(TINY)
-        modules[name] = shard(model, world, how, dtype, trainable=name != "teacher")
+        modules[name] = shard(model, ranks, how, dtype, trainable=name != "teacher")
     modules["lrm"] = nn.Sequential(nn.Flatten(), nn.Linear(128, 8), nn.Tanh(), nn.Linear(8, 1), nn.Flatten(0))
     fill(modules)
     return modules, {name: torch.optim.AdamW(modules[name].parameters()) for name in ("student", "fake", "lrm")}
 
 
-def backward(modules, world, step, accumulate=1):
+def backward(modules, ranks, step, accumulate=1):
     """Gradients of one step in the modules' .grad, unclipped. Returns the loss of this rank."""
     student, teacher, fake, lrm = (modules[name] for name in ("student", "teacher", "fake", "lrm"))
-    own, losses = TOTAL // world.size // accumulate, 0.0
+    own, losses = TOTAL // ranks.size // accumulate, 0.0
     for micro in range(accumulate):
-        numbers = [(micro * world.size + world.rank) * own + i for i in range(own)]
+        numbers = [(micro * ranks.size + ranks.rank) * own + i for i in range(own)]
         x, text = normal((4, 2, 4, 4), (step, "x"), numbers), normal((4, 8), (step, "text"), numbers)
         t = torch.tensor([randint(1000, (step, "t", i)) for i in numbers])
         z = x
@@ -96,7 +96,7 @@ def backward(modules, world, step, accumulate=1):
         (loss / accumulate).backward()
         losses += loss.item() / accumulate
     for module in modules.values():
-        distributed.average_gradients(module, world)
+        distributed.average_gradients(module, ranks)
     return losses
 
 
@@ -110,9 +110,9 @@ def state(modules, optimizers):
     return whole({k: t for k, t in distributed._tensors(modules, optimizers).items() if "teacher" not in k})
 
 
-def update(modules, optimizers, world, step):
+def update(modules, optimizers, ranks, step):
     """Take a step; returns (mean loss, norms, gradients before clipping)."""
-    loss = mean(backward(modules, world, step), world)
+    loss = mean(backward(modules, ranks, step), ranks)
     found = gradients(modules)
     norms = {name: distributed.clip_gradients(modules[name], 1.0) for name in optimizers}
     for optimizer in optimizers.values():
@@ -133,16 +133,16 @@ def answer(folder, load=None, other=None):
 
     load: a checkpoint of another number of ranks. other: another way of sharding.
     """
-    world = start("cpu", 1800)
-    out = {"rank": world.rank, "main": world.main}
-    modules, optimizers = build(world, "full")
+    ranks = start("cpu", 1800)
+    out = {"rank": ranks.rank, "main": ranks.main}
+    modules, optimizers = build(ranks, "full")
     trained = saved(modules)
     out["bytes"] = sum(local(p).nbytes for p in modules["student"].parameters())
     checkpoints = Checkpoints(folder)
-    first = update(modules, optimizers, world, 0)
+    first = update(modules, optimizers, ranks, 0)
     out["saved"] = state(modules, optimizers)
     checkpoints.save(1, trained, optimizers, {"step": 1, "name": "é"})
-    out["full"] = [first, update(modules, optimizers, world, 1)]
+    out["full"] = [first, update(modules, optimizers, ranks, 1)]
     out["straight"] = state(modules, optimizers)
     checkpoints.wait()
 
@@ -152,53 +152,53 @@ def answer(folder, load=None, other=None):
             out[name, "extra"] = checkpoints.load(path, trained, optimizers)
             out[name, "loaded"] = state(modules, optimizers)
             distributed.load_sharded(modules["teacher"], weights(TINY, "0 teacher"))  # it is not in the checkpoint
-            update(modules, optimizers, world, 1)
+            update(modules, optimizers, ranks, 1)
             out[name, "resumed"] = state(modules, optimizers)
 
     fill(modules, optimizers)
     modules["student"].checkpoint_activations = True
-    backward(modules, world, 0)
+    backward(modules, ranks, 0)
     out["recomputed"] = gradients(modules)
     modules["student"].checkpoint_activations = False
     fill(modules, optimizers)
-    backward(modules, world, 0, accumulate=2)
+    backward(modules, ranks, 0, accumulate=2)
     out["accumulated"] = gradients(modules)
 
     fill(modules, optimizers)
     sgd = {name: torch.optim.SGD(modules[name].parameters(), 0.01, momentum=0.9) for name in optimizers}
-    out["sgd"] = [update(modules, sgd, world, step) for step in range(2)]
+    out["sgd"] = [update(modules, sgd, ranks, step) for step in range(2)]
     out["sgd state"] = state(modules, sgd)
 
     if other:
-        others = build(world, other)
+        others = build(ranks, other)
         out["other bytes"] = sum(local(p).nbytes for p in others[0]["student"].parameters())
-        out[other] = [update(*others, world, 0), update(*others, world, 1)]
-    stop(world)
+        out[other] = [update(*others, ranks, 0), update(*others, ranks, 1)]
+    stop(ranks)
     return out
 
 
 def trouble(folder):
     """What may go wrong on one rank, and must be seen by all."""
-    world = start("cpu", 1800)
-    out, last = {}, world.size - 1
-    bad = math.nan if world.rank == last else 1.0
-    out["mean"], out["nan"] = mean(world.rank, world), mean(bad, world)
-    out["every"] = every({"rank": world.rank}, world)
-    out["any"] = [any_rank(flag, world) for flag in (False, world.rank == last, bad != bad)]
-    modules, optimizers = build(world, "full")
+    ranks = start("cpu", 1800)
+    out, last = {}, ranks.size - 1
+    bad = math.nan if ranks.rank == last else 1.0
+    out["mean"], out["nan"] = mean(ranks.rank, ranks), mean(bad, ranks)
+    out["every"] = every({"rank": ranks.rank}, ranks)
+    out["any"] = [any_rank(flag, ranks) for flag in (False, ranks.rank == last, bad != bad)]
+    modules, optimizers = build(ranks, "full")
     x, t, text = normal((4, 2, 4, 4), (0,), [0]), torch.tensor([3]), normal((4, 8), (1,), [0])
     (modules["student"](x, t, text) * bad).sum().backward()
     out["nan norm"] = distributed.clip_gradients(modules["student"], 1.0)
     optimizers["student"].zero_grad()
 
-    stopper = Stopper(world)
+    stopper = Stopper(ranks)
     out["stop"] = [stopper()]
-    if world.rank == last:
+    if ranks.rank == last:
         os.kill(os.getpid(), signal.SIGTERM)
     out["stop"] += [stopper(), stopper.flag]
 
     # a save in the background is of the moment when it was asked for
-    update(modules, optimizers, world, 0)
+    update(modules, optimizers, ranks, 0)
     checkpoints, gate, write = Checkpoints(folder), threading.Event(), dcp.FileSystemWriter.write_data
     before = state(modules, optimizers)
 
@@ -209,7 +209,7 @@ def trouble(folder):
     with mock.patch.object(dcp.FileSystemWriter, "write_data", late):
         checkpoints.save(1, saved(modules), optimizers, {})
         out["early"] = checkpoints.newest()  # nothing is written yet
-        update(modules, optimizers, world, 1)
+        update(modules, optimizers, ranks, 1)
         out["moved"] = not equal(state(modules, optimizers), before)
         gate.set()
         checkpoints.wait()
@@ -220,43 +220,43 @@ def trouble(folder):
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with mock.patch.object(dcp.FileSystemWriter, "write_data", full if world.rank == last else write):
+    with mock.patch.object(dcp.FileSystemWriter, "write_data", full if ranks.rank == last else write):
         checkpoints.save(2, saved(modules), optimizers, {})
         with pytest.raises(UserError, match="No space left on device") as error:
             checkpoints.save(3, saved(modules), optimizers, {})
         out["full"] = str(error.value)
-    mean(0, world)  # rank 0 has cleaned up
+    mean(0, ranks)  # rank 0 has cleaned up
     out["after"] = sorted(path.name for path in folder.iterdir())
     checkpoints.save(3, saved(modules), optimizers, {}, wait=True)
-    mean(0, world)
+    mean(0, ranks)
     out["again"] = sorted(path.name for path in folder.iterdir())
-    stop(world)
+    stop(ranks)
     return out
 
 
 def memory(config):
     """Bytes of (parameters, gradients, optimizer state) on this rank, and the gradients' first numbers."""
-    world = start("cpu", 1800)
+    ranks = start("cpu", 1800)
     with torch.device("meta"):
         model = DiT(config)
-    distributed.materialise(shard(model, world), world, 3)
+    distributed.materialise(shard(model, ranks), ranks, 3)
     optimizer = torch.optim.AdamW(model.parameters())
-    x, t = normal((config.channels, *config.latents), (0, "x"), [world.rank]), torch.tensor([500])
-    model(x, t, normal((8, config.text_dim), (0, "text"), [world.rank])).square().mean().backward()
+    x, t = normal((config.channels, *config.latents), (0, "x"), [ranks.rank]), torch.tensor([500])
+    model(x, t, normal((8, config.text_dim), (0, "text"), [ranks.rank])).square().mean().backward()
     optimizer.step()
     params = list(model.parameters())
     slots = [t for slot in optimizer.state.values() for t in slot.values()]
     held = [sum(local(t).nbytes for t in ts) for ts in (params, [p.grad for p in params], slots)]
-    first = distributed.gather(distributed.materialise(model, world, 3))
-    stop(world)
+    first = distributed.gather(distributed.materialise(model, ranks, 3))
+    stop(ranks)
     return held, first
 
 
 def die(folder):
     """Rank 1 is killed in the middle of its second save, its part written; rank 0 waits for it."""
-    world = start("cpu", 1800)
-    modules, optimizers = build(world, "full")
-    update(modules, optimizers, world, 0)
+    ranks = start("cpu", 1800)
+    modules, optimizers = build(ranks, "full")
+    update(modules, optimizers, ranks, 0)
     checkpoints, write = Checkpoints(folder), dcp.FileSystemWriter.write_data
     checkpoints.save(1, saved(modules), optimizers, {"step": 1}, wait=True)
 
@@ -264,16 +264,16 @@ def die(folder):
         write(*args).wait()
         os.kill(os.getpid(), signal.SIGKILL)
 
-    if world.rank == 1:
+    if ranks.rank == 1:
         dcp.FileSystemWriter.write_data = killed
     checkpoints.save(2, saved(modules), optimizers, {"step": 2})
     for step in range(1, 1000):
-        update(modules, optimizers, world, step)
+        update(modules, optimizers, ranks, step)
 
 
 def killed_before_the_rename(folder):
-    world = start("cpu")
-    modules, optimizers = build(world, "full")
+    ranks = start("cpu")
+    modules, optimizers = build(ranks, "full")
     checkpoints = Checkpoints(folder)
     checkpoints.save(1, saved(modules), optimizers, {"step": 1}, wait=True)
     with mock.patch.object(Path, "write_text", lambda *_: os.kill(os.getpid(), signal.SIGKILL)):
@@ -282,27 +282,27 @@ def killed_before_the_rename(folder):
 
 def hang(limit, sleep):
     """The last rank sleeps; how long the others wait for it before they fail."""
-    world, begun = start("cpu", limit), time.monotonic()
-    if world.rank == 1:
+    ranks, begun = start("cpu", limit), time.monotonic()
+    if ranks.rank == 1:
         time.sleep(sleep)
     else:
         with pytest.raises(RuntimeError):
-            mean(0, world)
+            mean(0, ranks)
     return time.monotonic() - begun
 
 
 def half_precision():
     """Computation in bfloat16: kinds of tensor, and how far output and gradients are from float32's."""
-    world = start("cpu", 1800)
-    (full, _), (half, _) = build(world, "full"), build(world, "full", dtype=torch.bfloat16)
+    ranks = start("cpu", 1800)
+    (full, _), (half, _) = build(ranks, "full"), build(ranks, "full", dtype=torch.bfloat16)
     for modules in (full, half):
-        backward(modules, world, 0)
+        backward(modules, ranks, 0)
     teacher, student = ({p.dtype for p in half[name].parameters()} for name in ("teacher", "student"))
     x, t, text = normal((4, 2, 4, 4), (0,), [0]), torch.tensor([3]), normal((4, 8), (1,), [0])
     with torch.no_grad():
         outputs = [modules["student"](x, t, text) for modules in (full, half)]
     kinds, found = {p.grad.dtype for p in half["student"].parameters()}, [gradients(full), gradients(half)]
-    stop(world)
+    stop(ranks)
     return teacher, student, kinds, outputs, *found
 
 
@@ -321,17 +321,17 @@ def one(place):
 
 @pytest.fixture(scope="module")
 def two(place, one):
-    return ranks(2, answer, place / "2", place / "1/step_00000001", "none")
+    return in_ranks(2, answer, place / "2", place / "1/step_00000001", "none")
 
 
 @pytest.fixture(scope="module")
 def four(place, two):
-    return ranks(4, answer, place / "4", place / "2/step_00000001", "hybrid", LOCAL_WORLD_SIZE="2")
+    return in_ranks(4, answer, place / "4", place / "2/step_00000001", "hybrid", LOCAL_WORLD_SIZE="2")
 
 
 @pytest.fixture(scope="module")
 def troubled(place):
-    return ranks(2, trouble, place / "trouble")
+    return in_ranks(2, trouble, place / "trouble")
 
 
 def test_every_rank_knows_its_place(two, four):
@@ -392,19 +392,19 @@ def test_a_checkpoint_is_read_by_another_number_of_ranks(place, one, two, four):
         for a in answers:
             assert equal(a["other", "loaded"], origin["saved"])
             assert difference(a["other", "resumed"], origin["straight"]) < 1e-3  # AdamW, as above
-    for a in ranks(2, load, place / "4/step_00000001"):  # 4 -> 2
+    for a in in_ranks(2, load, place / "4/step_00000001"):  # 4 -> 2
         assert equal(a, four[0]["saved"])
     for folder, origin in ((place / "2", two[0]), (place / "4", four[0])):  # 2 -> 1, 4 -> 1
         assert equal(load(folder / "step_00000001"), origin["saved"])
 
 
 def load(path):
-    world = start("cpu", 1800)
-    modules, optimizers = build(world, "full")
+    ranks = start("cpu", 1800)
+    modules, optimizers = build(ranks, "full")
     fill(modules, seed=1)
     Checkpoints(path.parent).load(path, saved(modules), optimizers)
     found = state(modules, optimizers)
-    stop(world)
+    stop(ranks)
     return found
 
 
@@ -433,7 +433,7 @@ def test_memory_per_rank_is_the_total_over_the_ranks():
     plain, table = DiT(SIZED), {}
     plain.init_weights(3)
     for size in (1, 2, 4, 8):
-        answers = [memory(SIZED)] if size == 1 else ranks(size, memory, SIZED)
+        answers = [memory(SIZED)] if size == 1 else in_ranks(size, memory, SIZED)
         table[size] = [held for held, _ in answers]
         assert equal(answers[0][1], plain.state_dict())  # the same first weights, gathered on rank 0 alone
         assert not any(others for _, others in answers[1:])
@@ -448,7 +448,7 @@ def test_memory_per_rank_is_the_total_over_the_ranks():
 
 def test_bfloat16_computes_and_float32_keeps():
     for size in (1, 2):
-        for teacher, student, grads, (full, half), exact, close in ranks(size, half_precision):
+        for teacher, student, grads, (full, half), exact, close in in_ranks(size, half_precision):
             assert teacher == {torch.bfloat16} and student == grads == {torch.float32}
             assert full.dtype == half.dtype == torch.float32
             assert 1e-4 < ((full - half).norm() / full.norm()).item() < 0.05
@@ -477,7 +477,7 @@ def test_kill_just_before_the_rename_leaves_the_checkpoint_before(tmp_path):
 
 
 def test_a_rank_that_hangs_does_not_hold_the_others_for_ever():
-    waited, slept = ranks(2, hang, 5, 15)
+    waited, slept = in_ranks(2, hang, 5, 15)
     assert waited < 12 < slept
 
 
@@ -496,7 +496,7 @@ def move(modules, optimizers):
 
 
 def test_gradient_descent_clips_and_leaves_out_what_is_not_finite():
-    alone, p = World(0, 1, torch.device("cpu")), nn.Parameter(torch.zeros(2))
+    alone, p = Ranks(0, 1, torch.device("cpu")), nn.Parameter(torch.zeros(2))
     module, sgd = nn.ParameterList([p]), torch.optim.SGD([p], 1.0)
     for gradient, limit, finite, norm, place in (
         ([3.0, 4.0], 10.0, True, 5.0, [-3.0, -4.0]),

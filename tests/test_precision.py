@@ -88,14 +88,14 @@ def test_every_script_computes_as_the_cpu_can(able, tiny, tmp_path, monkeypatch,
     vae, judge, run = ["--vae", f"{tiny}/vae.safetensors"], f"{tiny}/judge.safetensors", tmp_path / "run"
     few = ["--iterations", "1", "--batch", "2"]
     student = ["--weights", f"{run}/student.safetensors", *vae]
-    world = ["--prompts", "20", "--steps", "1", "--vendi-prompts", "0", "--judge", judge]
+    of_world = ["--prompts", "20", "--steps", "1", "--vendi-prompts", "0", "--judge", judge]
     teacher = ["--teacher", f"{tiny}/teacher.safetensors", *vae, "--out", str(run), "--sample-every", "0"]
     reward = ["--reward", "jpeg_compressibility", "--reward-samples", "2", "--global-batch", "2"]
     for module, words in (
         (train, [*teacher, *few, "--fake-updates", "1", "--m", "1"]),
         (sample, [*student, "--prompt", "a red star", "--out", str(tmp_path / "samples")]),
         (ddpo, [*student, *few, *reward, "--out", str(tmp_path / "ddpo")]),
-        (evaluation, ["world", *student, *world, "--batch", "20"]),
+        (evaluation, ["world", *student, *of_world, "--batch", "20"]),
         (pretrain, ["vae", *few, "--images", "1", "--held-out", "8", "--out", str(tmp_path / "vae")]),
         (pretrain, ["teacher", *few, *vae, "--clips", "2", "--stills", "2", "--out", str(tmp_path / "teacher")]),
         (pretrain, ["judge", *few, "--held-out", "32", "--width", "8", "--out", str(tmp_path / "judge")]),

@@ -22,7 +22,7 @@ import checkpoint
 import preference
 import rewards
 from cli import UserError
-from distributed import World
+from distributed import Ranks
 from world import shapes
 from world.judge import Judge, JudgeConfig
 
@@ -103,9 +103,9 @@ def test_each_of_several_and_their_moments():
 
     scores = torch.randn(40, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     scores = scores * torch.tensor([3.0, 0.01]) + torch.tensor([5.0, -0.2])
-    moments, world = rewards.Moments(both.weights), World(0, 1, torch.device("cpu"))
+    moments, ranks = rewards.Moments(both.weights), Ranks(0, 1, torch.device("cpu"))
     for part in scores.split([3, 17, 20]):
-        moments.update(part, world)
+        moments.update(part, ranks)
     z = (scores - scores.mean(0)) / scores.std(0, correction=0)
     torch.testing.assert_close(moments.standardise(scores), 0.5 * z[:, 0] - 2 * z[:, 1])
     deviation = scores.std(0, correction=0)
@@ -113,10 +113,10 @@ def test_each_of_several_and_their_moments():
     torch.testing.assert_close(moments.natural(moments.standardise(scores)), natural)
 
     one = rewards.Moments({"a": 2.0})
-    one.update(scores[:, :1], world)
+    one.update(scores[:, :1], ranks)
     torch.testing.assert_close(one.natural(one.standardise(scores[:, :1])), scores[:, 0])
     before = rewards.Moments(**json.loads(json.dumps(asdict(one))))
-    one.update(torch.tensor([[math.nan], [1.0]]), world)
+    one.update(torch.tensor([[math.nan], [1.0]]), ranks)
     assert one == before  # one broken clip does not spoil them for ever
 
 

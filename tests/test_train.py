@@ -16,7 +16,7 @@ import dit
 import nets
 import train
 from cli import UserError
-from distributed import World
+from distributed import Ranks
 from evals import progress, tables
 from video import to_uint8, write_video
 from world import shapes
@@ -150,7 +150,7 @@ def test_a_student_of_the_opposite_velocity_begins_where_its_teacher_stands(tiny
     teacher.config = replace(teacher.config, prediction="velocity")
     checkpoint.save_model(tmp_path / "t.safetensors", teacher, kind="teacher", w=2.0)
     cfg = config(tiny, tmp_path / "run", teacher=str(tmp_path / "t.safetensors"), prediction="conjugate")
-    made = nets.build(cfg, World(0, 1, torch.device("cpu")))
+    made = nets.build(cfg, Ranks(0, 1, torch.device("cpu")))
     assert made.student.config.prediction == "conjugate" and made.teacher.config.prediction == "velocity"
     x, t, text = torch.randn(2, 12, 5, 8, 8), torch.tensor([300, 900]), torch.randn(2, 32, 128)
     with torch.no_grad():

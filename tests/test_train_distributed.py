@@ -23,7 +23,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from conftest import difference, equal, launch, ranks, whole
+from conftest import difference, equal, launch, in_ranks, whole
 
 import checkpoint
 import distributed
@@ -71,7 +71,7 @@ def sgd(nets, *_):
     }
 
 
-def distil(world, folder, out, happens=None, adam=train.adam, patience=5, **changes):
+def distil(ranks, folder, out, happens=None, adam=train.adam, patience=5, **changes):
     """A run of train.py: {"gradients": of every update, "final": the state after it, "log", "said", "error"}.
 
     happens: (rank, n, what) befalls that rank: a signal at the end of its n-th step, or "nan" after its n-th step.
@@ -91,12 +91,12 @@ def distil(world, folder, out, happens=None, adam=train.adam, patience=5, **chan
     def vsd_loss(*args, **kwargs):
         value, info = loss(*args, **kwargs)
         calls["losses"] += 1
-        return value * (math.nan if what == "nan" and world.rank == rank and calls["losses"] > when else 1), info
+        return value * (math.nan if what == "nan" and ranks.rank == rank and calls["losses"] > when else 1), info
 
     class Stopper(distributed.Stopper):
         def __call__(self):
             calls["steps"] += 1
-            if world.rank == rank and calls["steps"] == when and what != "nan":
+            if ranks.rank == rank and calls["steps"] == when and what != "nan":
                 os.kill(os.getpid(), what)
             return super().__call__()
 
@@ -119,7 +119,7 @@ def distil(world, folder, out, happens=None, adam=train.adam, patience=5, **chan
         stack.enter_context(mock.patch.dict(rewards.REWARDS, reward))
         stack.enter_context(contextlib.redirect_stdout(printed))
         try:
-            train.train(config(folder, out, world.size, **changes), world)
+            train.train(config(folder, out, ranks.size, **changes), ranks)
         except UserError as e:
             error = str(e)
     for number, handler in zip((signal.SIGTERM, signal.SIGINT), before):
@@ -131,9 +131,9 @@ def distil(world, folder, out, happens=None, adam=train.adam, patience=5, **chan
 
 def several(folder, runs):
     """One process of a group: the runs [(out, changes)] one after the other."""
-    world = start("cpu", 1800)
-    answers = [distil(world, folder, out, **changes) for out, changes in runs]
-    stop(world)
+    ranks = start("cpu", 1800)
+    answers = [distil(ranks, folder, out, **changes) for out, changes in runs]
+    stop(ranks)
     return answers
 
 
@@ -205,13 +205,13 @@ def two(tiny, place, killed):
         "recomputed": (place / "recomputed", {"checkpoint_activations": True, "batch": 1, "iterations": 1}),
         "unwritable": (place / "file", {}),
     }
-    return dict(zip(runs, zip(*ranks(2, several, tiny, list(runs.values())))))
+    return dict(zip(runs, zip(*in_ranks(2, several, tiny, list(runs.values())))))
 
 
 @pytest.fixture(scope="module")
 def four(tiny, place, two):
     other = left_at(2, place / "two", place / "two to four")
-    return ranks(4, several, tiny, [(place / "four", {}), (place / "four, sgd", SGD), (other, {"resume": True})])
+    return in_ranks(4, several, tiny, [(place / "four", {}), (place / "four, sgd", SGD), (other, {"resume": True})])
 
 
 def updates(run):
@@ -253,7 +253,7 @@ def test_many_ranks_go_the_way_of_one(both, two, four):
 def test_eight_ranks_run_the_small_world(tiny, place):
     run = {"iterations": 1, "total": 8, "save_every": 100, "reward": "none", "fake_updates": 1}
     (alone,) = several(tiny, [(place / "one of eight", run)])
-    for (answer,) in ranks(8, several, tiny, [(place / "eight", run)]):
+    for (answer,) in in_ranks(8, several, tiny, [(place / "eight", run)]):
         assert len(answer["gradients"]) == 2 and close(answer["gradients"], alone["gradients"])
 
 

@@ -16,11 +16,11 @@ from conftest import config, fit
 import nets
 import rewards
 import train
-from distributed import World
+from distributed import Ranks
 from losses import GRID
 from schedule import guide, timesteps
 
-ALONE = World(0, 1, torch.device("cpu"))
+ALONE = Ranks(0, 1, torch.device("cpu"))
 CHANGES = {"batch": 2, "global_batch": 4, "iterations": 8, "fake_updates": 3, "m": 2, "w_vsd": 2.0, "w_cd": 5.0}
 CHANGES |= {"beta_vsd": 0.5, "beta_cd": 0.25, "beta_ft": 2.0, "ema": 0.9, "clip": 1e9, "t_min": 30, "t_max": 700}
 CHANGES |= {"lr": 1e-3, "fake_lr": 2e-3, "lrm_lr": 4e-3}
