@@ -13,7 +13,7 @@ import os
 import unicodedata
 from pathlib import Path
 
-from cli import UserError, read_text
+from common import UserError, read_text
 from video import IMAGES, VIDEOS
 
 TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")

@@ -39,7 +39,8 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from captions import list_clips
-from cli import Machine, UserError, atomic, opt, parse, run, start, uses_bfloat16
+from cogvideox import load_vae
+from common import Machine, UserError, atomic, opt, parse, run, start, uses_bfloat16
 from video import IMAGES, LISTINGS, frames, listing, write_grid
 from world import shapes
 
@@ -457,11 +458,10 @@ def main():
     # here, since whoever only reads a cache or a folder needs none of these
     import rewards
     from text import load_encoder
-    from vae3d import VAE3D
 
     start(cfg)
     text = load_encoder(cfg.text, length=cfg.text_length, device=device, precision=cfg.precision)
-    vae = VAE3D.load(cfg.vae)
+    vae = load_vae(cfg.vae)
     vae = vae if uses_bfloat16(cfg.precision, device) else vae.float()  # published ones may be in half precision
     reward = rewards.make(cfg.reward, cfg.reward_weights, cfg.reward_frames, device) if cfg.reward else None
     if reward:

@@ -39,12 +39,12 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-import checkpoint
-import cli
+import common
 import distributed
 import rewards
 import watch
-from cli import Machine, UserError, autocast, open_log, opt, parse, read_prompts, run, uses_bfloat16
+from cogvideox import load_vae
+from common import Machine, UserError, autocast, open_log, opt, parse, read_prompts, run, uses_bfloat16
 from dit import DiT
 from evals.progress import PATIENCE, set_aside
 from generate import Generator
@@ -347,7 +347,7 @@ def advantages(how, reward, prompts, memory):
 
 def load(cfg, ranks):
     """-> student, a frozen copy of it (None without --beta-kl), VAE, text encoder, the student's metadata."""
-    about = checkpoint.metadata(cfg.weights, "DiT")
+    about = common.read_metadata(cfg.weights, "DiT")
     if about.get("kind") != "student":
         raise UserError(f"{cfg.weights} is no few-step student (its kind: {about.get('kind')}): make one with train.py")
     config = DiT.Config(**about["config"])
@@ -361,7 +361,7 @@ def load(cfg, ranks):
         model = distributed.shard(model, ranks, cfg.shard, dtype, cfg.cpu_offload, trainable)
         return distributed.load_sharded(model, cfg.weights)
 
-    vae = VAE3D.load(cfg.vae)
+    vae = load_vae(cfg.vae)
     if vae.config.latent_channels != config.channels:
         raise UserError(f"{cfg.vae} decodes {vae.config.latent_channels} channels, {cfg.weights} has {config.channels}")
     vae = vae.to(ranks.device, memory_format=torch.channels_last_3d).eval().requires_grad_(False)
@@ -382,7 +382,7 @@ def captions(cfg):
 
 def build(cfg, ranks, clips):
     """-> a Policy. clips: of an iteration. Raises UserError for what is missing or does not fit."""
-    cli.check(cfg)
+    common.check_flags(cfg)
     ddpo = cfg.method == "ddpo"
     for wrong, what in (
         (cfg.reward_every < 1, "--reward-every: at least 1"),
@@ -432,7 +432,7 @@ def tune(cfg: Config, ranks) -> None:
             raise UserError(f"{newest} is not of ddpo.py: take another --out")
         policy.moments = rewards.Moments(**state["moments"])
         if ranks.main:
-            cli.warn_of_precision(state.get("precision"), cfg.precision)
+            common.warn_of_precision(state.get("precision"), cfg.precision)
     elif cfg.resume:
         raise UserError(f"{out} holds no checkpoint: leave out --resume to start")
 
@@ -492,13 +492,13 @@ def tune(cfg: Config, ranks) -> None:
         model.load_state_dict(weights, assign=True)
         made = {"command": " ".join(["python", *sys.argv]), "date": time.strftime("%Y-%m-%d"), "settings": asdict(cfg)}
         made |= {"reward_evaluations": state["reward_evaluations"]}
-        checkpoint.save_model(file, model, torch.float16, **about | {"tuned": [*about.get("tuned", []), made]})
+        common.save_model(file, model, torch.float16, **about | {"tuned": [*about.get("tuned", []), made]})
         print(f"wrote {file}: python sample.py --weights {file}")
 
 
 def main():
     cfg = parse(Config, None, __doc__.splitlines()[0])
-    cli.start(cfg)
+    common.start(cfg)
     ranks = distributed.start(cfg.device)
     tune(cfg, ranks)
     distributed.stop(ranks)

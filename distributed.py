@@ -36,7 +36,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.experimental import implicit_replication
 
-from cli import UserError, atomic
+from common import UserError, atomic
 
 BACKEND = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}  # gloo too: scalars, offloaded gradients, checkpoints
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # DCP says so of every run in one process

@@ -20,19 +20,14 @@ other patches or inputs and are refused. Sources: CogVideoX, arXiv:2408.06072; D
 """
 
 import functools
-import json
 import math
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-
-from checkpoint import fill, read_named, save_folder
-from cli import UserError
 
 Prediction = Literal["conjugate", "velocity", "epsilon", "sample"]
 Kind = Literal["ddpm", "cogvideox", "flow"]
@@ -264,132 +259,3 @@ class DiT(nn.Module):
                 bound = math.sqrt(6 / (p.shape[0] + p.shape[1:].numel()))
                 full.uniform_(-bound, bound, generator=generator)
             p.copy_(full)
-
-    @classmethod
-    def from_cogvideox(cls, folder, dtype=None):
-        """The network in `folder`, the `transformer` folder of a diffusers pipeline, in one file or in shards.
-
-        dtype None keeps each tensor's own. Tensors are read one at a time, so the peak is the weights and one tensor.
-        What it predicts, on which schedule, is what `save_cogvideox` noted, else what `scheduler/` beside the folder
-        says, else what CogVideoX published. Raises UserError naming the file, field or tensor that does not fit.
-        """
-        config = read_config(folder)
-        with torch.device("meta"):
-            model = cls(config)
-        return fill(model, read_weights(folder, config), dtype)
-
-    def save_cogvideox(self, folder, **about):
-        """Write config.json and one safetensors file that diffusers' CogVideoXTransformer3DModel loads, in our dtype.
-
-        diffusers skips config entries that begin with an underscore: there we keep what the network predicts, and
-        whatever else is to be said `about` it.
-        Raises UserError if the folder cannot be written, or holds sharded weights, which would be read instead.
-        """
-        weights = {key: self.get_parameter(name).data.cpu() for key, name in weight_names(self.config.depth).items()}
-        made = {"_dollar": about | {name: getattr(self.config, name) for name in MADE}}
-        save_folder(folder, CLASS, made | _to_diffusers(self.config), weights)
-
-
-# Everything we have under its name in diffusers. Each of these modules has a weight and a bias; nothing else is stored.
-# fmt: off
-TOP = {
-    "patch_in": "patch_embed.proj", "text_in": "patch_embed.text_proj",
-    "time_in": "time_embedding.linear_1", "time_out": "time_embedding.linear_2",
-    "norm": "norm_final", "modulation_out": "norm_out.linear", "norm_out": "norm_out.norm", "out": "proj_out",
-}
-BLOCK = {  # blocks.<i>.<ours>, transformer_blocks.<i>.<theirs>
-    "modulation1": "norm1.linear", "norm1": "norm1.norm", "q": "attn1.to_q", "k": "attn1.to_k", "v": "attn1.to_v",
-    "norm_q": "attn1.norm_q", "norm_k": "attn1.norm_k", "out": "attn1.to_out.0",
-    "modulation2": "norm2.linear", "norm2": "norm2.norm", "up": "ff.net.0.proj", "down": "ff.net.2",
-}
-DROPPED = {"patch_embed.pos_embedding"}  # the fixed table, which some files store and we compute
-
-CLASS = "CogVideoXTransformer3DModel"
-CONFIG = {
-    "channels": "in_channels", "heads": "num_attention_heads", "depth": "num_layers", "patch": "patch_size",
-    "text_dim": "text_embed_dim", "text_length": "max_text_seq_length", "time_dim": "time_embed_dim",
-    "rotary": "use_rotary_positional_embeddings", "spatial_scale": "spatial_interpolation_scale",
-    "temporal_scale": "temporal_interpolation_scale", "norm_eps": "norm_eps",
-}
-FIXED = {  # other values are other models: the first is set in CogVideoX 1.5, the next two in its image-to-video kin
-    "patch_size_t": None, "ofs_embed_dim": None, "use_learned_positional_embeddings": False, "patch_bias": True,
-    "attention_bias": True, "activation_fn": "gelu-approximate", "timestep_activation_fn": "silu",
-    "norm_elementwise_affine": True, "flip_sin_to_cos": True, "freq_shift": 0,
-}
-MADE = ("prediction", "schedule", "snr_shift")  # what diffusers keeps in its scheduler, and we with the weights
-SCHEDULER = {
-    "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000,
-    "rescale_betas_zero_snr": True,
-}
-# fmt: on
-
-
-def weight_names(depth):
-    """{name in diffusers: name here} of every parameter of a network of `depth` blocks."""
-    pairs = {theirs: ours for ours, theirs in TOP.items()}
-    for i in range(depth):
-        pairs |= {f"transformer_blocks.{i}.{theirs}": f"blocks.{i}.{ours}" for ours, theirs in BLOCK.items()}
-    return {f"{theirs}.{kind}": f"{ours}.{kind}" for theirs, ours in pairs.items() for kind in ("weight", "bias")}
-
-
-def _to_diffusers(config):
-    frames, height, width = config.latents
-    made = {theirs: getattr(config, ours) for ours, theirs in CONFIG.items()} | FIXED
-    made |= {"attention_head_dim": config.width // config.heads, "out_channels": config.channels}
-    made |= {"sample_frames": 4 * (frames - 1) + 1, "temporal_compression_ratio": 4}  # it counts the video's frames
-    return made | {"sample_height": height, "sample_width": width}
-
-
-def read_about(folder):
-    """What `save_cogvideox` noted of the network beside its size; {} for a folder that others wrote."""
-    try:
-        return json.loads((Path(folder) / "config.json").read_text()).get("_dollar", {})
-    except (OSError, ValueError, AttributeError) as e:
-        raise UserError(f"cannot read {folder}/config.json: {e}") from e
-
-
-def read_config(folder):
-    """The DiTConfig of a diffusers folder; a field that is not there has diffusers' default, which is the 2B's."""
-    folder = Path(folder)
-
-    def check(got, want):
-        for key, value in want.items():
-            if got.get(key) != value:
-                raise ValueError(f"{key} is {got.get(key)}, not {value}")
-
-    path, beside = folder / "config.json", folder.parent / "scheduler" / "scheduler_config.json"
-    try:
-        get = _to_diffusers(PRESETS["cogvideox-2b"]) | json.loads(path.read_text())
-        check(get, {"_class_name": CLASS, "out_channels": get["in_channels"]} | FIXED)
-        if not (made := get.get("_dollar")):
-            shift = 1.0 if get["use_rotary_positional_embeddings"] else 3.0
-            scheduler = {"prediction_type": "v_prediction", "snr_shift_scale": shift} | SCHEDULER
-            if beside.exists():
-                path = beside
-                scheduler |= json.loads(path.read_text())
-            check(scheduler, SCHEDULER)
-            kind = scheduler["prediction_type"]
-            if kind not in ("v_prediction", "sample", "epsilon"):
-                raise ValueError(f"prediction_type is {kind}, not v_prediction")
-            made = {"prediction": "velocity" if kind == "v_prediction" else kind, "schedule": "cogvideox"}
-            made["snr_shift"] = scheduler["snr_shift_scale"]
-        if (made["prediction"], made["schedule"]) == ("epsilon", "cogvideox"):
-            raise ValueError("prediction_type is epsilon, but at zero terminal SNR x_0 cannot be had from epsilon")
-        frames = (get["sample_frames"] - 1) // get["temporal_compression_ratio"] + 1
-        return DiTConfig(
-            **{ours: get[theirs] for ours, theirs in CONFIG.items()} | {name: made[name] for name in MADE},
-            width=get["num_attention_heads"] * get["attention_head_dim"],
-            latents=(frames, get["sample_height"], get["sample_width"]),
-        )
-    except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror} (want the folder `transformer` of a pipeline)") from e
-    except (TypeError, ValueError, KeyError, ZeroDivisionError) as e:
-        raise UserError(f"{path} is not of CogVideoX 2B or 5B, text to video: {e}") from e
-
-
-def read_weights(folder, config):
-    """Every (our name, tensor) of a diffusers folder: see checkpoint.read_named."""
-    with torch.device("meta"):
-        names, model = weight_names(config.depth), DiT(config)
-    shape = lambda key: tuple(model.get_parameter(names[key]).shape)
-    return read_named(folder, f"a CogVideoX transformer of {config.depth} layers", names, shape, DROPPED)

@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import rewards
 import watch
-from cli import Machine, UserError, atomic, opt, parse, run, start, writable
+from common import Machine, UserError, atomic, opt, parse, run, start, writable
 from distributed import Ranks
 from evals import cost, people, tables, vbench
 from evals.metrics import Inception, pixel_features, vendi, vendi_kernel, video_diversity

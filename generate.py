@@ -6,17 +6,16 @@ for or a subset of them. All noise of a video comes from that video's own seed, 
 is in its batch, nor its first noise on the number of steps: models and step counts are compared on the same noise.
 """
 
-import json
 from pathlib import Path
 
 import torch
 
-import checkpoint
-from cli import UserError, atomic, autocast, uses_bfloat16
-from dit import DiT, read_about
+import common
+from cogvideox import load_dit, load_vae, read_dit_about
+from common import UserError, autocast, uses_bfloat16
+from dit import DiT
 from schedule import Schedule, ddim, denoise, few_step, timesteps
 from text import WordTable, load_encoder
-from vae3d import VAE3D
 from world import shapes
 
 
@@ -24,7 +23,7 @@ class Generator:
     """A text-to-video model: transformer, its schedule, its text encoder and its VAE.
 
     model: a DiT; vae: a VAE3D, both on `device`; about: the metadata of the model's file; encoder: of text.py (default:
-    the word table); precision: of cli.py.
+    the word table); precision: of common.py.
     """
 
     def __init__(self, model, vae, about, encoder=None, device="cpu", precision="auto"):
@@ -39,8 +38,8 @@ class Generator:
         """The model in a file of weights, or in a CogVideoX folder of diffusers with its own VAE and T5.
 
         vae: file or folder (default: the one in the weights' folder); text: folder of a T5 encoder (default: likewise,
-        or the word table of the small world); precision: of cli.py; published half-precision weights are kept as they
-        are where the device computes in bfloat16. Raises UserError where a part is missing or they do not fit together.
+        or the word table of the small world); precision: of common.py; published half-precision weights are kept as
+        they are where the device computes in bfloat16. Raises UserError where a part is missing or does not fit.
         """
         try:
             torch.zeros(1, device=device)
@@ -50,13 +49,13 @@ class Generator:
         if folder:
             if not (folder / "transformer").is_dir():
                 raise UserError(f"{weights} has no transformer/: want a .safetensors file or a CogVideoX folder")
-            model = DiT.from_cogvideox(folder / "transformer")
+            model = load_dit(folder / "transformer")
             about = {"kind": "teacher", "w": 5.0}  # published weights are made for a guidance scale of 6
-            about |= read_about(folder / "transformer")
+            about |= read_dit_about(folder / "transformer")
         else:
-            model, about = checkpoint.load_model(weights, DiT)
+            model, about = common.load_model(weights, DiT)
         c, place = model.config, Path(vae or weights)
-        coder = VAE3D.load(place)
+        coder = load_vae(place)
         size = coder.config.chunk_frames // 4 + 1 if coder.config.chunking == "independent" else 1
         if c.channels != coder.config.latent_channels or (c.latents[0] > 1 and c.latents[0] % size):
             raise UserError(
@@ -119,30 +118,3 @@ class Generator:
         """Latents (B, C, T, h, w) -> video (B, 3, F, H, W), float32, clamped to [-1, 1]."""
         with autocast(self.precision, self.device):
             return self.vae.decode(latents).float().clamp(-1, 1)
-
-
-def save_diffusers(folder, model, about):
-    """Write a student (a DiT, its file's metadata) as diffusers' transformer/ and scheduler/. Returns a line to print.
-
-    diffusers' LCMScheduler renoises as `few_step` does. It has no SNR shift, so it gets our betas as such; of its own
-    boundary condition (c_skip, c_out) a large timestep_scaling leaves nothing; with 1000 original steps its n steps are
-    ours. It knows neither conjugate velocity nor DDIM between the steps: such a student leaves without scheduler/, and
-    the transformer's config says what it predicts (`_dollar`), which is all that `Generator.load` needs.
-    """
-    folder, c = Path(folder), model.config
-    dtype = getattr(torch, about.get("weights_dtype", "torch.float32").removeprefix("torch."))
-    model.to(dtype).save_cogvideox(folder / "transformer", **about)
-    (file := folder / "scheduler" / "scheduler_config.json").unlink(missing_ok=True)  # an earlier run's
-    if about.get("kind") == "teacher":
-        return f"wrote {folder}/transformer, for the teacher's own pipeline"
-    kinds = {"velocity": "v_prediction", "sample": "sample", "epsilon": "epsilon"}
-    if c.prediction not in kinds or c.schedule == "flow" or about["transition"] != "renoise":
-        return f"wrote {folder}/transformer, for sample.py alone: diffusers has no sampler for it"
-    abar = Schedule(c.schedule, c.snr_shift).a ** 2
-    betas = 1 - abar / torch.cat([abar.new_ones(1), abar[:-1]])
-    config = {"_class_name": "LCMScheduler", "trained_betas": betas.tolist(), "prediction_type": kinds[c.prediction]}
-    config |= {"num_train_timesteps": 1000, "original_inference_steps": 1000, "timestep_scaling": 1e6}
-    config |= {"clip_sample": False, "set_alpha_to_one": True}
-    with atomic(file) as part:
-        part.write_text(json.dumps(config, indent=2) + "\n")
-    return f"wrote {folder}: transformer and scheduler for diffusers' CogVideoXPipeline (guidance_scale=1)"

@@ -12,17 +12,17 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
-import cli
+import common
 import distributed
 import lrm as latent_rewards
 import rewards
-from cli import UserError
+from cogvideox import below, load_vae, read_dit_about, read_dit_config, read_dit_weights
+from common import UserError
 from data import PRESETS as CLIPS
 from data import Ahead, Folder, LatentCache, Shapes, fingerprint, report
 from distributed import every
 from dit import PRESETS as SIZES
-from dit import DiT, read_about, read_config, read_weights
+from dit import DiT
 from losses import GRID
 from schedule import Schedule, timesteps
 from text import load_encoder
@@ -58,7 +58,7 @@ class Nets:
     reward: object = None
     moments: rewards.Moments | None = None
     frozen: DiT | None = None  # the student as it begins, where --beta-kl holds on to it
-    precision: str = "auto"  # in which they compute, see cli.py
+    precision: str = "auto"  # in which they compute, see common.py
     clips: Ahead | None = None  # the batches of data, made ahead
 
     def __post_init__(self):
@@ -83,7 +83,7 @@ class CachedText:
 
 def check(cfg, ranks):
     """What can be wrong with a command before anything is read. cfg: train.py's Config."""
-    cli.check(cfg)
+    common.check_flags(cfg)
     learns = cfg.beta_vsd or cfg.beta_cd or cfg.reward != "none"
     for wrong, what in (
         (cfg.m >= len(GRID), f"--m: at most {len(GRID) - 1}, the steps of CD's grid"),
@@ -109,11 +109,12 @@ def build(cfg, ranks) -> Nets:
         if not getattr(cfg, name):
             raise UserError(f"--{name} is needed: the preset {cfg.preset} has no {name} of its own")
     if folder := Path(cfg.teacher).is_dir():
-        place = checkpoint.below(cfg.teacher, "transformer")  # read anew by each network: no rank holds a whole one
-        config, w, texts, said = read_config(place), 5.0, {}, read_about(place)  # made for a guidance scale of 6
-        weights = lambda: read_weights(place, config)
+        place = below(cfg.teacher, "transformer")  # read anew by each network: no rank holds a whole one
+        config, texts, said = read_dit_config(place), {}, read_dit_about(place)
+        w = 5.0  # published weights are made for a guidance scale of 6
+        weights = lambda: read_dit_weights(place, config)
     else:
-        said = checkpoint.metadata(cfg.teacher, "DiT")
+        said = common.read_metadata(cfg.teacher, "DiT")
         config, w, weights = DiT.Config(**said["config"]), said.get("w", 2.0), lambda: cfg.teacher
         texts = {cfg.teacher: said.get("text_fingerprint")}
     if said.get("kind", "teacher") != "teacher":
@@ -124,7 +125,7 @@ def build(cfg, ranks) -> Nets:
             raise UserError(f"{cfg.teacher} has {name} = {there}, --preset {cfg.preset} {here}: choose its own preset")
     own, begin = replace(config, prediction=cfg.prediction or config.prediction), weights
     if cfg.student:
-        said, begin = checkpoint.metadata(cfg.student, "DiT"), lambda: cfg.student
+        said, begin = common.read_metadata(cfg.student, "DiT"), lambda: cfg.student
         own, texts[cfg.student] = DiT.Config(**said["config"]), said.get("text_fingerprint")
         if replace(own, prediction=config.prediction) != config:
             raise UserError(f"{cfg.student} is of another size or schedule than its teacher {cfg.teacher}")
@@ -136,7 +137,7 @@ def build(cfg, ranks) -> Nets:
     if own.prediction == "epsilon" and Schedule(config.schedule, config.snr_shift).a[-1] == 0:
         raise UserError("--prediction epsilon cannot start from pure noise, where this teacher's schedule starts")
 
-    vae = VAE3D.load(cfg.vae) if cfg.vae else None
+    vae = load_vae(cfg.vae) if cfg.vae else None
     if vae and vae.config.latent_channels != config.channels:
         there = vae.config.latent_channels
         raise UserError(f"{cfg.vae} makes {there} latent channels, {cfg.teacher} takes {config.channels}")
@@ -174,7 +175,7 @@ def build(cfg, ranks) -> Nets:
     if ranks.main:
         print(memory(cfg, own, ranks, latents))
 
-    half = ranks.device.type == "cuda" and cli.uses_bfloat16(cfg.precision, ranks.device)
+    half = ranks.device.type == "cuda" and common.uses_bfloat16(cfg.precision, ranks.device)
     dtype = torch.bfloat16 if half else None
 
     def network(trainable, config=config, weights=weights):
@@ -203,7 +204,7 @@ def build(cfg, ranks) -> Nets:
         make = latent_rewards.TextVideoLRM if reward.text else latent_rewards.VideoLRM
         sizes = {"text_dim": config.text_dim} if reward.text else {}
         if cfg.lrm:
-            lrm, said = checkpoint.load_model(cfg.lrm, make, ranks.device)
+            lrm, said = common.load_model(cfg.lrm, make, ranks.device)
             learned = said.get("moments", {}).get("weights"), said.get("vae"), said.get("text_fingerprint")
             if learned != (reward.weights, fingerprint(vae), encoder.fingerprint):
                 raise UserError(f"{cfg.lrm} learned (reward, VAE, text) {learned}, which is not what is asked for")
@@ -212,7 +213,7 @@ def build(cfg, ranks) -> Nets:
             lrm = make(channels=config.channels, backbone=cfg.lrm_backbone, seed=cfg.seed, **sizes).to(ranks.device)
             moments = rewards.Moments(reward.weights)
     if cfg.data == "shapes" and (file := Path(cfg.vae).parent / "judge.safetensors").exists():
-        judge = checkpoint.load_model(file, Judge, ranks.device)[0]
+        judge = common.load_model(file, Judge, ranks.device)[0]
     rest = {"judge": judge, "lrm": lrm, "reward": reward, "moments": moments, "frozen": frozen}
     rest["precision"] = cfg.precision
     return Nets(teacher, student, fake, ema, vae, encoder, data, about, ranks.device, prompts, **rest)
@@ -239,7 +240,7 @@ def held(cfg, config, shards, latents, half=True):
 def memory(cfg, config, ranks, latents):
     """One line: GiB that each GPU (or process) will hold. config: a DiTConfig; latents: (T, h, w)."""
     parts = {"full": ranks.size, "hybrid": int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size)), "none": 1}[cfg.shard]
-    half = ranks.device.type == "cuda" and cli.uses_bfloat16(cfg.precision, ranks.device)
+    half = ranks.device.type == "cuda" and common.uses_bfloat16(cfg.precision, ranks.device)
     networks, activations = held(cfg, config, parts, latents, half)
     sizes = {name: sum(kinds) for name, kinds in networks.items()} | {"activations (estimated)": activations}
     said = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in sizes.items())

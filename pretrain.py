@@ -22,10 +22,22 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import checkpoint
+import common
 import dit
 import vae3d
-from cli import Machine, UserError, atomic, autocast, open_log, opt, parse, run, start, uses_bfloat16, warn_of_precision
+from common import (
+    Machine,
+    UserError,
+    atomic,
+    autocast,
+    open_log,
+    opt,
+    parse,
+    run,
+    start,
+    uses_bfloat16,
+    warn_of_precision,
+)
 from data import fingerprint
 from losses import conjugate_velocity_loss
 from schedule import Schedule, ddim, denoise, timesteps
@@ -175,7 +187,7 @@ def fit(cfg: Config, model: torch.nn.Module, loss_of, show, ema_decay: float = 0
     """
     out = Path(cfg.out)
     if cfg.init:
-        begun, _ = checkpoint.load_model(cfg.init, type(model))
+        begun, _ = common.load_model(cfg.init, type(model))
         model.load_state_dict(begun.state_dict())
         model.config = begun.config
     optimizer = Optimizer(model, cfg.lr, torch.bfloat16 if uses_bfloat16(cfg.precision, cfg.device) else torch.float32)
@@ -298,7 +310,7 @@ def train_vae(cfg: VAEConfig) -> None:
         model.config.scaling_factor = model.config.scaling_factor / torch.cat(latents).std().item()
     results = {"psnr": scores.mean().item(), "psnr_worst_tenth": scores[: max(1, len(scores) // 10)].mean().item()}
     print(f"held-out clips: {results}")
-    checkpoint.save_model(Path(cfg.out) / "vae.safetensors", model, torch.float16, **made(cfg), results=results)
+    common.save_model(Path(cfg.out) / "vae.safetensors", model, torch.float16, **made(cfg), results=results)
 
 
 def psnr(error: torch.Tensor) -> torch.Tensor:
@@ -326,7 +338,7 @@ def encode_world(cfg: TeacherConfig, vae: vae3d.VAE3D) -> dict[str, torch.Tensor
     file = Path(cfg.out) / "latents.safetensors"
     identity = {"vae": fingerprint(vae), "clips": cfg.clips, "stills": cfg.stills, "seed": cfg.seed}
     if file.exists():
-        tensors, metadata = checkpoint.load(file)
+        tensors, metadata = common.load_tensors(file)
         if metadata == identity:
             return tensors
     tensors = {}
@@ -339,7 +351,7 @@ def encode_world(cfg: TeacherConfig, vae: vae3d.VAE3D) -> dict[str, torch.Tensor
                 latents.append(vae.encode(video.to(memory_format=torch.channels_last_3d)).to("cpu", torch.bfloat16))
             masks.append(latent_mask(mask).to("cpu", torch.bfloat16))
         tensors |= {name: torch.cat(latents), f"{name}_mask": torch.cat(masks)}
-    checkpoint.save(file, tensors, identity)
+    common.save_tensors(file, tensors, identity)
     return tensors
 
 
@@ -357,7 +369,7 @@ def noise_steps(n: int, generator: torch.Generator) -> torch.Tensor:
 def train_teacher(cfg: TeacherConfig) -> None:
     if cfg.preset not in dit.PRESETS:
         raise UserError(f"unknown --preset {cfg.preset!r}: choose from {', '.join(dit.PRESETS)}")
-    vae, _ = checkpoint.load_model(cfg.vae, vae3d.VAE3D, cfg.device)
+    vae, _ = common.load_model(cfg.vae, vae3d.VAE3D, cfg.device)
     vae = vae.to(memory_format=torch.channels_last_3d)
     world = {name: tensor.to(cfg.device) for name, tensor in encode_world(cfg, vae).items()}
     truth = [shapes.Clip.make(cfg.seed, i) for i in range(max(cfg.clips, cfg.stills))]
@@ -401,7 +413,7 @@ def train_teacher(cfg: TeacherConfig) -> None:
     model = fit(cfg, model, loss_of, show, cfg.ema)
     about = {"kind": "teacher", "w": 2.0, "fps": shapes.FPS, "latents": list(world["clips"].shape[2:])}
     about |= {"text_fingerprint": words.fingerprint} | made(cfg)
-    checkpoint.save_model(Path(cfg.out) / "teacher.safetensors", model, torch.float16, **about)
+    common.save_model(Path(cfg.out) / "teacher.safetensors", model, torch.float16, **about)
 
 
 def train_judge(cfg: JudgeRunConfig) -> None:
@@ -438,7 +450,7 @@ def train_judge(cfg: JudgeRunConfig) -> None:
     )
     results = accuracy(model, cfg.held_out)
     print(f"held-out clips: {results}")
-    checkpoint.save_model(Path(cfg.out) / "judge.safetensors", model, torch.float16, **made(cfg), results=results)
+    common.save_model(Path(cfg.out) / "judge.safetensors", model, torch.float16, **made(cfg), results=results)
 
 
 def main():

@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import checkpoint
+import common
 import distributed
 import preference
-from cli import UserError
+from common import UserError
 from world.judge import Judge
 from world.shapes import FRAMES, SIZE
 
@@ -199,7 +199,7 @@ def _jpeg(name, file, device):
 
 
 def _judged(name, file, device):
-    judge = checkpoint.load_model(file, Judge, device)[0].requires_grad_(False)
+    judge = common.load_model(file, Judge, device)[0].requires_grad_(False)
 
     def score(video, prompts):
         return judge.agreement(video, prompts)

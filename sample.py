@@ -23,8 +23,8 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-import cli
-from cli import Machine, UserError, opt, parse, run, start
+import common
+from common import Machine, UserError, opt, parse, run, start
 from generate import Generator
 from schedule import timesteps
 from text import T5
@@ -67,7 +67,7 @@ def read_prompts(cfg):
         return PROMPTS
     prompts = list(cfg.prompt or [])
     if cfg.prompts:
-        prompts += cli.read_prompts(cfg.prompts)
+        prompts += common.read_prompts(cfg.prompts)
     if not prompts or not all(re.search(r"\w", prompt) for prompt in prompts):
         raise UserError('an empty prompt: say what to draw, e.g. --prompt "a red star spins at night"')
     return prompts

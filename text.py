@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from cli import UserError, uses_bfloat16
+from common import UserError, uses_bfloat16
 from world import shapes
 
 

@@ -25,11 +25,10 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-import checkpoint
-import cli
+import common
 import distributed
 import watch
-from cli import Machine, UserError, autocast, open_log, opt, parse, run
+from common import Machine, UserError, autocast, open_log, opt, parse, run
 from data import Ahead, fingerprint
 from distributed import gradient_descent
 from dit import Prediction
@@ -419,7 +418,7 @@ def train(cfg: Config, ranks) -> None:
         print(f"waited for clips in {nets.clips.waited / (time.time() - begun):.1%} of the time")
     if nets.lrm and ranks.main:
         about = {"reward": cfg.reward, "moments": asdict(nets.moments), "vae": fingerprint(nets.vae)}
-        checkpoint.save_model(out / "lrm.safetensors", nets.lrm, **about, text_fingerprint=nets.encoder.fingerprint)
+        common.save_model(out / "lrm.safetensors", nets.lrm, **about, text_fingerprint=nets.encoder.fingerprint)
     rows = finish(nets, ranks, out, asdict(cfg), cfg.steps, cfg.batch, cfg.sample_every > 0)
     if rows:
         from evals import tables  # here, since training needs none of it
@@ -457,7 +456,7 @@ def main():
     cfg = parse(Config, sys.argv[1 + bool(word) :], __doc__.splitlines()[0], PRESETS)
     if word:
         return export(Path(cfg.out)) if word == "export" else print(memory_table(cfg))
-    cli.start(cfg)
+    common.start(cfg)
     ranks = distributed.start(cfg.device)
     train(cfg, ranks)
     distributed.stop(ranks)

@@ -19,16 +19,11 @@ what lets two CPU cores train one.
 
 import math
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-
-import checkpoint
-from checkpoint import below, fill, folder_config, read_named, save_folder
-from cli import UserError
 
 
 @dataclass
@@ -292,43 +287,6 @@ class VAE3D(nn.Module):
             x = join((self.decoder(f, cache) for f in z.split(sizes, 2)), 4 * T - 3 * (T % 2))
         return x.to(latents.dtype)
 
-    @classmethod
-    def load(cls, place):
-        """The network in a .safetensors file of ours, a CogVideoX pipeline or its `vae` folder; else UserError."""
-        return cls.from_cogvideox(below(place, "vae")) if Path(place).is_dir() else checkpoint.load_model(place, cls)[0]
-
-    @classmethod
-    def from_cogvideox(cls, folder, dtype=None):
-        """Published weights: `folder` is the `vae` folder of a diffusers pipeline, in one file or in shards.
-
-        dtype None keeps each tensor's own. The network is built without memory and filled one tensor at a time, so the
-        peak is the weights and one tensor. Raises UserError naming the file, key or tensor that does not fit.
-        """
-        published = folder_config(folder, CLASS)
-        try:
-            with torch.device("meta"):
-                model = cls(read_config(folder, published))
-        except (TypeError, ValueError, KeyError) as e:
-            raise UserError(f"{folder}: config.json does not describe a VAE: {e}") from e
-        names = {published_name(name): name for name, _ in model.named_parameters()}
-        shape = lambda key: published_shape(model.get_parameter(names[key]), key)
-        tensors = read_named(folder, "a CogVideoX VAE of this config", names, shape)
-        return fill(model, ((k, x.reshape(model.get_parameter(k).shape)) for k, x in tensors), dtype).eval()
-
-    def save_cogvideox(self, folder):
-        """Write a folder that diffusers' AutoencoderKLCogVideoX.from_pretrained loads, in our dtype.
-
-        diffusers always streams; how this one codes its chunks stays in a config entry that diffusers skips. Raises
-        UserError if the folder cannot be written, or the model has a patchified stem, which diffusers does not know.
-        """
-        c = self.config
-        if c.patch != 1 or len(c.channels) != LEVELS:
-            raise UserError(f"diffusers knows no VAE with patch {c.patch} and {len(c.channels)} levels of channels")
-        named = {published_name(name): p.data for name, p in self.named_parameters()}
-        weights = {key: p.reshape(published_shape(p, key)) for key, p in named.items()}
-        config = {theirs: getattr(c, ours) for ours, theirs in CONFIG.items()} | FIXED
-        save_folder(folder, CLASS, config | {"_dollar": {k: getattr(c, k) for k in MADE}}, weights)
-
 
 def remainder_first(n, size):
     """Chunk sizes of n frames: all `size`, the first one larger by what is left over."""
@@ -345,82 +303,3 @@ def join(chunks, frames):
         out[:, :, i : i + chunk.shape[2]] = chunk
         i += chunk.shape[2]
     return out
-
-
-# Everything we have under its name in diffusers; * counts levels and residual blocks, as in both. Each of these modules
-# has a weight and a bias; nothing else is stored and nothing is dropped.
-# fmt: off
-NAMES = {
-    "encoder.conv_in": "encoder.conv_in.conv",
-    "encoder.blocks.*.*.norm1": "encoder.down_blocks.*.resnets.*.norm1",
-    "encoder.blocks.*.*.conv1": "encoder.down_blocks.*.resnets.*.conv1.conv",
-    "encoder.blocks.*.*.norm2": "encoder.down_blocks.*.resnets.*.norm2",
-    "encoder.blocks.*.*.conv2": "encoder.down_blocks.*.resnets.*.conv2.conv",
-    "encoder.blocks.*.*.shortcut": "encoder.down_blocks.*.resnets.*.conv_shortcut",
-    "encoder.down.*.conv": "encoder.down_blocks.*.downsamplers.0.conv",
-    "encoder.mid.*.norm1": "encoder.mid_block.resnets.*.norm1",
-    "encoder.mid.*.conv1": "encoder.mid_block.resnets.*.conv1.conv",
-    "encoder.mid.*.norm2": "encoder.mid_block.resnets.*.norm2",
-    "encoder.mid.*.conv2": "encoder.mid_block.resnets.*.conv2.conv",
-    "encoder.norm_out": "encoder.norm_out",
-    "encoder.conv_out": "encoder.conv_out.conv",
-    "decoder.conv_in": "decoder.conv_in.conv",
-    "decoder.mid.*.norm1": "decoder.mid_block.resnets.*.norm1.norm_layer",
-    "decoder.mid.*.norm1.scale": "decoder.mid_block.resnets.*.norm1.conv_y.conv",
-    "decoder.mid.*.norm1.shift": "decoder.mid_block.resnets.*.norm1.conv_b.conv",
-    "decoder.mid.*.conv1": "decoder.mid_block.resnets.*.conv1.conv",
-    "decoder.mid.*.norm2": "decoder.mid_block.resnets.*.norm2.norm_layer",
-    "decoder.mid.*.norm2.scale": "decoder.mid_block.resnets.*.norm2.conv_y.conv",
-    "decoder.mid.*.norm2.shift": "decoder.mid_block.resnets.*.norm2.conv_b.conv",
-    "decoder.mid.*.conv2": "decoder.mid_block.resnets.*.conv2.conv",
-    "decoder.blocks.*.*.norm1": "decoder.up_blocks.*.resnets.*.norm1.norm_layer",
-    "decoder.blocks.*.*.norm1.scale": "decoder.up_blocks.*.resnets.*.norm1.conv_y.conv",
-    "decoder.blocks.*.*.norm1.shift": "decoder.up_blocks.*.resnets.*.norm1.conv_b.conv",
-    "decoder.blocks.*.*.conv1": "decoder.up_blocks.*.resnets.*.conv1.conv",
-    "decoder.blocks.*.*.norm2": "decoder.up_blocks.*.resnets.*.norm2.norm_layer",
-    "decoder.blocks.*.*.norm2.scale": "decoder.up_blocks.*.resnets.*.norm2.conv_y.conv",
-    "decoder.blocks.*.*.norm2.shift": "decoder.up_blocks.*.resnets.*.norm2.conv_b.conv",
-    "decoder.blocks.*.*.conv2": "decoder.up_blocks.*.resnets.*.conv2.conv",
-    "decoder.blocks.*.*.shortcut": "decoder.up_blocks.*.resnets.*.conv_shortcut",
-    "decoder.up.*.conv": "decoder.up_blocks.*.upsamplers.0.conv",
-    "decoder.norm_out": "decoder.norm_out.norm_layer",
-    "decoder.norm_out.scale": "decoder.norm_out.conv_y.conv",
-    "decoder.norm_out.shift": "decoder.norm_out.conv_b.conv",
-    "decoder.conv_out": "decoder.conv_out.conv",
-}
-CLASS, LEVELS = "AutoencoderKLCogVideoX", 4
-CONFIG = {
-    "channels": "block_out_channels", "latent_channels": "latent_channels", "layers_per_block": "layers_per_block",
-    "groups": "norm_num_groups", "scaling_factor": "scaling_factor",
-}
-FIXED = {  # other values are other models
-    "in_channels": 3, "out_channels": 3, "act_fn": "silu", "norm_eps": 1e-6, "temporal_compression_ratio": 4,
-    "down_block_types": ["CogVideoXDownBlock3D"] * LEVELS, "up_block_types": ["CogVideoXUpBlock3D"] * LEVELS,
-    "use_quant_conv": False, "use_post_quant_conv": False, "shift_factor": None, "latents_mean": None,
-    "latents_std": None,
-}
-MADE = ("chunking", "chunk_frames")  # ours alone
-# fmt: on
-
-
-def published_name(name):
-    """encoder.blocks.0.1.conv1.weight -> encoder.down_blocks.0.resnets.1.conv1.conv.weight"""
-    *module, leaf = name.split(".")
-    pattern = NAMES[".".join("*" if part.isdigit() else part for part in module)]
-    return pattern.replace("*", "{}").format(*(part for part in module if part.isdigit())) + "." + leaf
-
-
-def published_shape(p, key):
-    """The samplers' convolutions are two-dimensional there, and here three-dimensional of depth one."""
-    return tuple(p.shape[:2] + p.shape[3:] if "samplers" in key and p.dim() == 5 else p.shape)
-
-
-def read_config(folder, published):
-    """diffusers' config as ours; what it leaves out is as in CogVideoX-2B."""
-    default = VAEConfig()
-    get = {theirs: getattr(default, ours) for ours, theirs in CONFIG.items()} | FIXED | published
-    for key, value in FIXED.items():
-        if get[key] != value:
-            raise UserError(f"{folder}: {key} is {get[key]} in config.json, in a CogVideoX VAE it is {value}")
-    made = {k: published["_dollar"][k] for k in MADE} if "_dollar" in published else {}
-    return VAEConfig(**{ours: get[theirs] for ours, theirs in CONFIG.items()}, **made)

@@ -20,7 +20,7 @@ import torch
 from av.video.reformatter import ColorRange, Colorspace, ColorTrc, Interpolation, VideoReformatter
 from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps
 
-from cli import UserError, atomic
+from common import UserError, atomic
 
 IMAGES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm")
 VIDEOS = (

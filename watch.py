@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from cli import UserError, atomic
+from common import UserError, atomic
 
 SEED = 77_000_000  # of the samples' noise, far from those of pictures and evaluation
 WINDOW = 3  # measurements that are averaged before they are compared

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from cli import UserError
+from common import UserError
 
 
 def _rows(x):

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from cli import UserError, atomic
+from common import UserError, atomic
 from video import VIDEOS, read_video, write_video
 
 QUESTIONS = {  # the paper's four, with what they ask for

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
-import cli
+import common
 import distributed
-from cli import UserError
+from cogvideox import save_pipeline
+from common import UserError
 from dit import DiT
 from evals.metrics import frechet, jackknife, mean_error, pm
-from generate import Generator, save_diffusers
+from generate import Generator
 from nets import JUDGED
 from video import write_grid, write_video_grid
 from world.shapes import HELD_OUT, Clip, render_batch
@@ -62,7 +62,7 @@ def check_resumed(newest, settings, nets, ranks):
         if flag not in ("resume", "precision") and old.get(flag) != value
     ]
     if ranks.main:
-        cli.warn_of_precision(old.get("precision"), settings["precision"])
+        common.warn_of_precision(old.get("precision"), settings["precision"])
         if other:
             print(f"not as before: {', '.join(other)}")
 
@@ -119,10 +119,10 @@ def write_student(out, config, weights, settings, about):
     student.load_state_dict(weights, assign=True)
     made = {"command": " ".join(["python", *sys.argv]), "date": time.strftime("%Y-%m-%d"), "settings": settings}
     file = out / "student.safetensors"
-    checkpoint.save_model(file, student, torch.float16, **about | made)
+    common.save_model(file, student, torch.float16, **about | made)
     print(f"wrote {file}")
     if Path(settings["teacher"]).is_dir():
-        print(save_diffusers(out / "diffusers", student, about | made))
+        print(save_pipeline(out / "diffusers", student, about | made))
 
 
 def export(out):

@@ -15,7 +15,7 @@ import time
 from dataclasses import MISSING, fields
 from pathlib import Path
 
-from cli import UserError, atomic
+from common import UserError, atomic
 from evals import vbench
 from evals.metrics import mean_error, pm
 from world.reading import MAIN

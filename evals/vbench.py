@@ -28,7 +28,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from cli import UserError, atomic, read_prompts, read_text
+from common import UserError, atomic, read_prompts, read_text
 from video import frames, timeline
 
 # dimension as in the paper's Table 2: (which total, minimum, maximum, weight); from VBench's scripts/constant.py
@@ -215,7 +215,7 @@ def run_package(videos, entries, dimension, info, out, device):
 
 def static(videos, work, device):
     """VBench's own filter: of each prompt the first 5 videos that stand still, named PROMPT-0 .. -> their folder."""
-    module = importlib.import_module("vbench.cli.static_filter")
+    module = importlib.import_module("vbench.common.static_filter")
     module.DEVICE = device  # it would take a GPU in any case
     parser = argparse.ArgumentParser()
     module.register_subparsers(parser.add_subparsers())

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-import checkpoint
+import common
 import dit
 import train
 import vae3d
@@ -39,9 +39,9 @@ def tiny(tmp_path_factory):
         for p in teacher.parameters():
             p += 0.05 * torch.randn(p.shape)
     vae = vae3d.VAE3D(replace(vae3d.PRESETS["shapes"], channels=(8, 8, 8)))
-    checkpoint.save_model(folder / "teacher.safetensors", teacher, kind="teacher", w=2.0)
-    checkpoint.save_model(folder / "vae.safetensors", vae)
-    checkpoint.save_model(folder / "judge.safetensors", Judge(JudgeConfig(width=8)))
+    common.save_model(folder / "teacher.safetensors", teacher, kind="teacher", w=2.0)
+    common.save_model(folder / "vae.safetensors", vae)
+    common.save_model(folder / "judge.safetensors", Judge(JudgeConfig(width=8)))
     return folder
 
 
@@ -53,7 +53,7 @@ def config(tiny, out, **changes):
 
 def fit(cfg):
     train.train(cfg, Ranks(0, 1, torch.device("cpu")))
-    tensors, about = checkpoint.load(Path(cfg.out) / "student.safetensors")
+    tensors, about = common.load_tensors(Path(cfg.out) / "student.safetensors")
     lines = [json.loads(line) for line in (Path(cfg.out) / "log.jsonl").read_text().splitlines()]
     return tensors, about, lines
 

@@ -7,7 +7,7 @@ import unicodedata
 import pytest
 
 from captions import list_clips
-from cli import UserError
+from common import UserError
 from video import IMAGES, VIDEOS
 
 

@@ -11,15 +11,16 @@ import pytest
 import torch
 from PIL import Image
 
-import cli
+import common
 import data
 import dit
 import nets
 import train
 import vae3d
 import watch
+from cogvideox import load_dit, save_pipeline
 from distributed import Ranks
-from generate import Generator, save_diffusers
+from generate import Generator
 from schedule import few_step, timesteps
 from video import write_video
 
@@ -158,7 +159,7 @@ def test_from_a_pipelines_folder_and_films_to_a_pipeline_again(cogvideox, cache,
 
 def test_a_cache_spares_vae_and_text_encoder_and_a_student_may_predict_otherwise(cogvideox, cache, tmp_path):
     words = settings(cogvideox, cache, tmp_path / "run", "--prediction", "conjugate", "--vae", cogvideox)
-    cfg = cli.parse(train.Config, list(map(str, words)), "", train.PRESETS)
+    cfg = common.parse(train.Config, list(map(str, words)), "", train.PRESETS)
     held = nets.build(cfg, WORLD)
     assert held.vae is None and isinstance(held.encoder, nets.CachedText)
     assert held.teacher.config.prediction == held.fake.config.prediction == "velocity"
@@ -169,7 +170,7 @@ def test_a_cache_spares_vae_and_text_encoder_and_a_student_may_predict_otherwise
     _, numbers, made, _ = next(train.algorithm_1(cfg, WORLD, held, optimizers))
     assert made and all(math.isfinite(x) for x in numbers.values())
 
-    line = save_diffusers(tmp_path / "folder", held.ema, held.about)
+    line = save_pipeline(tmp_path / "folder", held.ema, held.about)
     assert "sample.py" in line and not (tmp_path / "folder" / "scheduler").exists()
     again = Generator.load(tmp_path / "folder", cogvideox, text=cogvideox)
     assert again.student and again.config == held.student.config and again.config.prediction == "conjugate"
@@ -187,7 +188,7 @@ def test_a_reward_kept_in_the_cache_spares_the_decoding_of_real_clips(cogvideox,
     program(train, *words, "jpeg_compressibility", "--global-batch", 1)
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert decoded == [1] * 4 and all(line["reward"] < 0 and math.isfinite(line["lrm"]) for line in lines)
-    with pytest.raises(cli.UserError, match="keeps the reward jpeg_compressibility, not dynamic_degree"):
+    with pytest.raises(common.UserError, match="keeps the reward jpeg_compressibility, not dynamic_degree"):
         program(train, *words, "dynamic_degree")
 
 
@@ -195,15 +196,15 @@ def test_a_reward_kept_in_the_cache_spares_the_decoding_of_real_clips(cogvideox,
 def test_the_written_scheduler_has_our_noise_levels_and_steps(tmp_path, schedule):
     config = dit.DiTConfig(width=32, depth=1, heads=2, schedule=schedule, prediction="velocity")
     model = dit.DiT(config)
-    save_diffusers(tmp_path, model, {"kind": "student", "transition": "renoise", "weights_dtype": "torch.bfloat16"})
+    save_pipeline(tmp_path, model, {"kind": "student", "transition": "renoise", "weights_dtype": "torch.bfloat16"})
     scheduler = diffusers.LCMScheduler.from_pretrained(tmp_path / "scheduler")
     ours = nets.Schedule(schedule, 3.0).a ** 2
     torch.testing.assert_close(scheduler.alphas_cumprod.double(), ours, rtol=1e-5, atol=1e-7)
     for n in (1, 2, 4):
         scheduler.set_timesteps(n)
         assert scheduler.timesteps.tolist() == timesteps(n)
-    assert dit.DiT.from_cogvideox(tmp_path / "transformer").patch_in.weight.dtype == torch.bfloat16
-    save_diffusers(tmp_path / "ddim", model, {"transition": "ddim"})
+    assert load_dit(tmp_path / "transformer").patch_in.weight.dtype == torch.bfloat16
+    save_pipeline(tmp_path / "ddim", model, {"transition": "ddim"})
     assert not (tmp_path / "ddim" / "scheduler").exists()
 
 
@@ -252,7 +253,7 @@ def test_an_iteration_at_full_scale(preset, monkeypatch):
     updates and teacher steps than the paper's repeat the same calls less often.
     """
     monkeypatch.setattr(train, "autocast", lambda *_: contextlib.nullcontext())  # there is none for meta tensors
-    cfg = cli.parse(train.Config, ["--preset", preset, "--fake-updates", "2", "--m", "1"], "", train.PRESETS)
+    cfg = common.parse(train.Config, ["--preset", preset, "--fake-updates", "2", "--m", "1"], "", train.PRESETS)
     config, calls = dit.PRESETS[preset], collections.Counter()
 
     def network(name):
@@ -288,7 +289,7 @@ def test_an_iteration_at_full_scale(preset, monkeypatch):
     ],
 )
 def test_memory_is_said_beforehand(preset, size, shard, gib):
-    cfg = cli.parse(train.Config, ["--preset", preset, "--shard", shard], "", train.PRESETS)
+    cfg = common.parse(train.Config, ["--preset", preset, "--shard", shard], "", train.PRESETS)
     config = dit.PRESETS[preset]
     said = nets.memory(cfg, config, Ranks(0, size, torch.device("cuda")), config.latents)
     assert f"GPU, of {size}" in said and "activations" in said
@@ -342,7 +343,7 @@ def test_what_does_not_fit_is_one_clear_line(cogvideox, cache, tmp_path, case):
     words = WRONG[case](model, latents)
     words = words if isinstance(words, list) else []
     parts = ["--vae", model, "--text", model if case in ("another text", "no cache") else "", *words]
-    with pytest.raises(cli.UserError, match=SAID[case]) as e:
+    with pytest.raises(common.UserError, match=SAID[case]) as e:
         program(train, *settings(model, latents, tmp_path / "out", *parts))
     assert "\n" not in str(e.value)
     assert not (tmp_path / "out" / "checkpoints").exists()

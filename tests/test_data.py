@@ -17,8 +17,9 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
+import common
 import data
-from cli import UserError
+from common import UserError
 from data import Folder, LatentCache, cache, list_clips, load_clip, section
 from text import WordTable
 
@@ -478,7 +479,7 @@ def test_nothing_to_cache(clips, tmp_path):
 
 def test_the_command(clips, tmp_path):
     """`python data.py cache` with a VAE from a file, the small world's words, and a reward; and its mistakes."""
-    import checkpoint
+
     from rewards import jpeg_compressibility
     from vae3d import VAE3D, VAEConfig
     from world import shapes
@@ -489,7 +490,7 @@ def test_the_command(clips, tmp_path):
         vae = VAE3D(
             VAEConfig((8, 8, 8), 4, layers_per_block=1, groups=4, patch=4, chunking="independent", chunk_frames=16)
         )
-    checkpoint.save_model(tmp_path / "vae.safetensors", vae)
+    common.save_model(tmp_path / "vae.safetensors", vae)
     (clips / "metadata.jsonl").unlink()
     for name in ("a", "c", "d"):
         (clips / f"{name}.txt").write_text("a red circle")
@@ -504,7 +505,7 @@ def test_the_command(clips, tmp_path):
     assert done.returncode == 0 and "3 clips" in done.stdout, done.stderr
     assert "clip/s" in done.stderr and "E.JPG (unknown word 'no'" in done.stderr
     words = WordTable(shapes.WORDS)
-    vae = checkpoint.load_model(tmp_path / "vae.safetensors", VAE3D)[0]
+    vae = common.load_model(tmp_path / "vae.safetensors", VAE3D)[0]
     got = LatentCache(tmp_path / "cache", vae=data.fingerprint(vae), text=words.fingerprint)
     video = load_clip(clips / "a.mp4", 16, 32, 48, 8.0, 0)[None]
     with torch.no_grad():
@@ -515,7 +516,7 @@ def test_the_command(clips, tmp_path):
     assert abs(kept - jpeg_compressibility(video).item()) > 0.1  # the file's own pixels are others
     assert torch.equal(got.batch([0])["text"], words.encode(["a red circle"]))
     judge = tmp_path / "judge.safetensors"
-    checkpoint.save_model(judge, Judge(JudgeConfig(width=8)))
+    common.save_model(judge, Judge(JudgeConfig(width=8)))
     done = run("--reward", "agreement", "--reward-weights", judge)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
     assert "the reward agreement reads 16 frames of 64x64; 4 of 4 clips have others" in done.stderr

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
+import common
 import ddpo
 import rewards
-from cli import run
+from common import run
 from ddpo import advantages, graded, log_probability, policy_loss, transition, walk
 from distributed import Ranks
 from dit import DiT, DiTConfig
@@ -273,15 +273,15 @@ def weights(tmp_path_factory):
         for p in model.parameters():
             p += 0.2 * torch.randn(p.shape, generator=noise)
     about = {"kind": "student", "timesteps": STEPS, "transition": "renoise", "settings": {"lr": 1}}
-    checkpoint.save_model(folder / "student.safetensors", model, torch.float16, **about)
-    checkpoint.save_model(folder / "one.safetensors", model, kind="student", timesteps=[999])
-    checkpoint.save_model(folder / "teacher.safetensors", model, kind="teacher")
+    common.save_model(folder / "student.safetensors", model, torch.float16, **about)
+    common.save_model(folder / "one.safetensors", model, kind="student", timesteps=[999])
+    common.save_model(folder / "teacher.safetensors", model, kind="teacher")
     with torch.random.fork_rng():
         torch.manual_seed(0)
         vae = VAE3D(VAEConfig((8, 8, 8), 4, 1, 4, patch=4, chunking="independent", chunk_frames=16, scaling_factor=1.0))
         fat = VAE3D(VAEConfig((8, 8, 8), 6, 1, 4, patch=4, chunking="independent", chunk_frames=16, scaling_factor=1.0))
-    checkpoint.save_model(folder / "vae.safetensors", vae)
-    checkpoint.save_model(folder / "fat.safetensors", fat)
+    common.save_model(folder / "vae.safetensors", vae)
+    common.save_model(folder / "fat.safetensors", fat)
     return folder
 
 
@@ -435,7 +435,7 @@ def lines(folder):
 
 
 def same(a, b):
-    a, b = (checkpoint.load(Path(folder) / "student.safetensors")[0] for folder in (a, b))
+    a, b = (common.load_tensors(Path(folder) / "student.safetensors")[0] for folder in (a, b))
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 

@@ -21,15 +21,15 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from conftest import difference, equal, launch, in_ranks, whole
+from conftest import difference, equal, in_ranks, launch, whole
 from safetensors.torch import save_file
 from torch import nn
 
 import distributed
 import nets
 import train
-from cli import UserError
-from distributed import Checkpoints, Stopper, Ranks, any_rank, every, local, mean, normal, randint, shard, start, stop
+from common import UserError
+from distributed import Checkpoints, Ranks, Stopper, any_rank, every, local, mean, normal, randint, shard, start, stop
 from dit import DiT, DiTConfig
 from losses import lrm_loss, reward_loss
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import dit
-from cli import UserError
-from dit import PRESETS, DiT, DiTConfig, weight_names
+import cogvideox
+from common import UserError
+from dit import PRESETS, DiT, DiTConfig
 
 diffusers = pytest.importorskip("diffusers")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -55,7 +55,8 @@ def reference(model, text_length=None):
         use_rotary_positional_embeddings=c.rotary,
     )  # fmt: skip
     ours = dict(model.named_parameters())
-    theirs.load_state_dict({key: ours[name] for key, name in weight_names(c.depth).items()})
+    names = cogvideox.published_names(model, cogvideox.DIT_NAMES)
+    theirs.load_state_dict({key: ours[name] for key, name in names.items()})
     return theirs
 
 
@@ -132,7 +133,7 @@ def test_gradients_agree_with_diffusers(family):
     for ours, want in zip(*grads):
         torch.testing.assert_close(ours, want, atol=1e-6, rtol=1e-4)
     ours, want = dict(model.named_parameters()), dict(theirs.named_parameters())
-    names = weight_names(model.config.depth)
+    names = cogvideox.published_names(model, cogvideox.DIT_NAMES)
     assert set(names) == set(want) and set(names.values()) == set(ours)
     for key, name in names.items():
         torch.testing.assert_close(ours[name].grad, want[key].grad, atol=1e-6, rtol=1e-4, msg=key)
@@ -152,7 +153,7 @@ def test_published_presets():
     arguments = inspect.signature(diffusers.CogVideoXTransformer3DModel.__init__).parameters
     larger = {"num_layers": 42, "num_attention_heads": 48, "use_rotary_positional_embeddings": True}
     for name, differs in (("cogvideox-2b", {}), ("cogvideox-5b", larger)):
-        theirs = dit._to_diffusers(PRESETS[name])
+        theirs = cogvideox._to_diffusers(PRESETS[name])
         assert {key: value for key, value in theirs.items() if arguments[key].default != value} == differs
         assert set(arguments) - set(theirs) <= {"self", "dropout"}
 
@@ -305,12 +306,12 @@ def test_round_trip(published, dtype, tmp_path):
     folder, model = published
     theirs = diffusers.CogVideoXTransformer3DModel.from_pretrained(folder, torch_dtype=dtype)
     theirs.save_pretrained(folder)
-    ours = DiT.from_cogvideox(folder)
+    ours = cogvideox.load_dit(folder)
     assert ours.config == model.config and next(ours.parameters()).dtype == dtype
-    ours.save_cogvideox(tmp_path / "out")
+    cogvideox.save_dit(ours, tmp_path / "out")
     before, after = load_file(folder / WEIGHTS), load_file(tmp_path / "out" / WEIGHTS)
     assert before.keys() == after.keys()
-    again = DiT.from_cogvideox(tmp_path / "out")
+    again = cogvideox.load_dit(tmp_path / "out")
     back = diffusers.CogVideoXTransformer3DModel.from_pretrained(tmp_path / "out", torch_dtype=dtype)
     for key in before:
         assert before[key].dtype == after[key].dtype == dtype and torch.equal(before[key], after[key]), key
@@ -320,7 +321,7 @@ def test_round_trip(published, dtype, tmp_path):
     assert {k: v for k, v in theirs.config.items() if k not in skip} == {
         k: v for k, v in back.config.items() if k not in skip
     }
-    wide = DiT.from_cogvideox(folder, dtype=torch.float64)
+    wide = cogvideox.load_dit(folder, dtype=torch.float64)
     assert all(
         torch.equal(p.double(), q) and q.dtype == torch.float64 for p, q in zip(ours.parameters(), wide.parameters())
     )
@@ -334,30 +335,35 @@ def test_shards(published):
     whole = load_file(folder / WEIGHTS)
     reference(model).save_pretrained(folder / "sharded", max_shard_size="200KB")
     assert len(list((folder / "sharded").glob("*.safetensors"))) > 2
-    loaded = DiT.from_cogvideox(folder / "sharded")
-    assert all(torch.equal(loaded.get_parameter(name), whole[key]) for key, name in weight_names(2).items())
+    loaded = cogvideox.load_dit(folder / "sharded")
+    assert all(
+        torch.equal(loaded.get_parameter(name), whole[key])
+        for key, name in cogvideox.published_names(loaded, cogvideox.DIT_NAMES).items()
+    )
     with pytest.raises(UserError, match="already holds"):
-        loaded.save_cogvideox(folder / "sharded")
+        cogvideox.save_dit(loaded, folder / "sharded")
     gone = sorted((folder / "sharded").glob("*.safetensors"))[1]
     gone.unlink()
     with pytest.raises(UserError, match=gone.name):
-        DiT.from_cogvideox(folder / "sharded")
+        cogvideox.load_dit(folder / "sharded")
 
 
 def test_prediction_and_schedule(published, tmp_path):
     folder, model = published
-    assert DiT.from_cogvideox(folder).config == model.config  # alone: as published for its family
+    assert cogvideox.load_dit(folder).config == model.config  # alone: as published for its family
     scheduler = diffusers.CogVideoXDDIMScheduler(
         beta_schedule="scaled_linear", rescale_betas_zero_snr=True, prediction_type="sample", snr_shift_scale=2.0
     )
     scheduler.save_pretrained(folder.parent / "scheduler")
-    config = DiT.from_cogvideox(folder).config
+    config = cogvideox.load_dit(folder).config
     assert (config.prediction, config.schedule, config.snr_shift) == ("sample", "cogvideox", 2.0)
     made = perturbed(replace(model.config, prediction="conjugate", schedule="ddpm", snr_shift=5.0))
     (folder / WEIGHTS).unlink()
-    made.save_cogvideox(folder)  # our own word goes before the scheduler that happens to stand beside it
-    assert DiT.from_cogvideox(folder).config == made.config
-    (folder / "config.json").write_text(json.dumps({"_class_name": dit.CLASS} | dit._to_diffusers(model.config)))
+    cogvideox.save_dit(made, folder)  # our own word goes before the scheduler that happens to stand beside it
+    assert cogvideox.load_dit(folder).config == made.config
+    (folder / "config.json").write_text(
+        json.dumps({"_class_name": cogvideox.DIT_CLASS} | cogvideox._to_diffusers(model.config))
+    )
     refused = [("rescale_betas_zero_snr", False), ("beta_schedule", "linear"), ("prediction_type", "flow")]
     for key, value in [
         *refused,
@@ -367,7 +373,7 @@ def test_prediction_and_schedule(published, tmp_path):
         good = file.read_text()
         file.write_text(json.dumps(json.loads(good) | {key: value}))
         with pytest.raises(UserError, match=value if key == "prediction_type" else key):
-            DiT.from_cogvideox(folder)
+            cogvideox.load_dit(folder)
         file.write_text(good)
 
 
@@ -412,27 +418,27 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_folders(case, tmp_path):
-    perturbed(TINY).save_cogvideox(tmp_path)
+    cogvideox.save_dit(perturbed(TINY), tmp_path)
     spoil, named = BAD[case]
     spoil(tmp_path)
     with pytest.raises(UserError, match=named) as e:
-        DiT.from_cogvideox(tmp_path)
+        cogvideox.load_dit(tmp_path)
     assert str(tmp_path) in str(e.value)
 
 
 def test_a_stored_table_is_dropped(tmp_path):
     model = perturbed(TINY)
-    model.save_cogvideox(tmp_path)
+    cogvideox.save_dit(model, tmp_path)
     edit_weights(tmp_path, lambda w: w.update({"patch_embed.pos_embedding": torch.zeros(1, 79, 96)}))
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), DiT.from_cogvideox(tmp_path).parameters()))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), cogvideox.load_dit(tmp_path).parameters()))
 
 
 def test_missing_folder_and_unwritable_place(tmp_path):
     with pytest.raises(UserError, match="nowhere"):
-        DiT.from_cogvideox(tmp_path / "nowhere")
+        cogvideox.load_dit(tmp_path / "nowhere")
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file"):
-        DiT(TINY).save_cogvideox(tmp_path / "file")
+        cogvideox.save_dit(DiT(TINY), tmp_path / "file")
 
 
 @pytest.fixture

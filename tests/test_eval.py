@@ -24,9 +24,9 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-import checkpoint
+import common
 import eval as evaluation
-from cli import UserError
+from common import UserError
 from dit import DiT, DiTConfig
 from evals import cost, metrics, people, tables, vbench
 from evals.vbench import DIMENSIONS, PAPER, vbench_scores
@@ -360,10 +360,10 @@ def tiny(tmp_path_factory):
             p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
     torch.manual_seed(0)
     vae = VAEConfig((8, 8, 8), 4, 1, 8, 4, "independent", 16, 1.0)
-    checkpoint.save_model(folder / "teacher.safetensors", model, kind="teacher", w=1.0)
-    checkpoint.save_model(folder / "student.safetensors", model, kind="student", timesteps=[999, 749, 499, 249])
-    checkpoint.save_model(folder / "vae.safetensors", VAE3D(vae))
-    checkpoint.save_model(folder / "judge.safetensors", Judge(JudgeConfig("conv", 8)), results={"object": 0.5})
+    common.save_model(folder / "teacher.safetensors", model, kind="teacher", w=1.0)
+    common.save_model(folder / "student.safetensors", model, kind="student", timesteps=[999, 749, 499, 249])
+    common.save_model(folder / "vae.safetensors", VAE3D(vae))
+    common.save_model(folder / "judge.safetensors", Judge(JudgeConfig("conv", 8)), results={"object": 0.5})
     return folder
 
 
@@ -674,7 +674,7 @@ def test_temporal_flickering_is_filtered_before_it_is_scored(tmp_path, package, 
         parser.set_defaults(func=filter_static)
 
     module = types.SimpleNamespace(DEVICE="cuda", register_subparsers=register_subparsers)
-    monkeypatch.setitem(sys.modules, "vbench.cli.static_filter", module)
+    monkeypatch.setitem(sys.modules, "vbench.common.static_filter", module)
     (tmp_path / "info.json").write_text("[]")
     run = lambda: vbench.run_package(
         tmp_path, [entry], "Temporal Flickering", tmp_path / "info.json", tmp_path / "out", "cpu"

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
+import common
 from world import shapes
 from world.judge import Judge, JudgeConfig
 from world.shapes import FACTORS, Clip
@@ -75,7 +75,7 @@ def test_the_shipped_judges_read_rendered_clips(name):
     file = WEIGHTS / f"{name}.safetensors"
     if not file.exists():
         pytest.skip(f"{file.name} is not there")
-    judge, about = checkpoint.load_model(file, Judge)
+    judge, about = common.load_model(file, Judge)
     clips = [Clip.make(shapes.HELD_OUT + 1, i) for i in range(48)]
     truth = torch.tensor([c.truth() for c in clips])
     right = (judge.read(shapes.render_batch(clips)) == truth)[truth >= 0].float().mean()

@@ -1,4 +1,4 @@
-"""In which precision a device computes is decided in one place (cli.py), and every script asks there."""
+"""In which precision a device computes is decided in one place (common.py), and every script asks there."""
 
 import sys
 
@@ -6,14 +6,13 @@ import pytest
 import torch
 from conftest import config, fit
 
-import checkpoint
-import cli
+import common
 import ddpo
 import eval as evaluation
 import pretrain
 import sample
 import train
-from cli import Machine, autocast, has_bfloat16, uses_bfloat16
+from common import Machine, autocast, has_bfloat16, uses_bfloat16
 
 
 @pytest.mark.parametrize(
@@ -56,19 +55,19 @@ def test_autocast_is_entered_where_it_computes_in_bfloat16():
     ],
 )
 def test_one_line_says_what_was_chosen_and_why(monkeypatch, capsys, able, precision, said, chosen):
-    monkeypatch.setattr(cli, "has_bfloat16", lambda: able)
-    cli.start(machine := Machine(device="cpu", precision=precision))
+    monkeypatch.setattr(common, "has_bfloat16", lambda: able)
+    common.start(machine := Machine(device="cpu", precision=precision))
     printed = capsys.readouterr().out
     assert said in printed and len(printed.splitlines()) == 1 and machine.precision == chosen
 
 
 def test_no_more_threads_than_cores(monkeypatch, capsys):
-    monkeypatch.setattr(cli.os, "sched_getaffinity", lambda _: {3, 5}, raising=False)
+    monkeypatch.setattr(common.os, "sched_getaffinity", lambda _: {3, 5}, raising=False)
     before, used = torch.get_num_threads(), []
     monkeypatch.setattr(torch, "set_num_threads", used.append)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     for asked in (0, 1, 2, 64):
-        cli.start(Machine(device="cpu", threads=asked))
+        common.start(Machine(device="cpu", threads=asked))
     assert used == [2, 1, 2, 2] and "--threads 64: there are 2 cores" in capsys.readouterr().out
     monkeypatch.undo()
     assert torch.get_num_threads() == before
@@ -84,7 +83,7 @@ def test_every_script_computes_as_the_cpu_can(able, tiny, tmp_path, monkeypatch,
         return real(device, dtype, enabled, **more)
 
     monkeypatch.setattr(torch, "autocast", spy)
-    monkeypatch.setattr(cli, "has_bfloat16", lambda: able)
+    monkeypatch.setattr(common, "has_bfloat16", lambda: able)
     vae, judge, run = ["--vae", f"{tiny}/vae.safetensors"], f"{tiny}/judge.safetensors", tmp_path / "run"
     few = ["--iterations", "1", "--batch", "2"]
     student = ["--weights", f"{run}/student.safetensors", *vae]
@@ -118,12 +117,12 @@ def test_another_precision_at_resume_is_said(tiny, tmp_path, capsys):
     fit(config(tiny, tmp_path, iterations=1))
     fit(config(tiny, tmp_path, iterations=2, resume=True, precision="bf16"))
     assert "warning: computed in fp32 until now, and in bf16 from here" in capsys.readouterr().out
-    assert checkpoint.metadata(tmp_path / "student.safetensors", "DiT")["settings"]["precision"] == "bf16"
+    assert common.read_metadata(tmp_path / "student.safetensors", "DiT")["settings"]["precision"] == "bf16"
 
 
 def test_an_unknown_precision_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train.py", "--precision", "int8"])
     with pytest.raises(SystemExit) as left:
-        cli.run(train.main)
+        common.run(train.main)
     said = capsys.readouterr().err
     assert left.value.code == 2 and "--precision" in said and len(said.splitlines()) == 1

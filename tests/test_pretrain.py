@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
+import common
 import pretrain
-from cli import UserError
+from common import UserError
 from dit import DiT
 from vae3d import PRESETS, VAE3D
 from world.judge import Judge, JudgeConfig
@@ -36,7 +36,7 @@ def vae(tmp_path_factory):
 
 
 def test_vae_has_latents_of_unit_variance_and_says_how_it_was_made(vae):
-    model, about = checkpoint.load_model(vae / "vae.safetensors", VAE3D)
+    model, about = common.load_model(vae / "vae.safetensors", VAE3D)
     assert about["steps_trained"] == 4 and about["command"].startswith("python pretrain.py vae")
     assert set(about["results"]) == {"psnr", "psnr_worst_tenth"}
     video = pretrain.shapes.render_batch([pretrain.shapes.Clip.make(pretrain.shapes.HELD_OUT, i) for i in range(8)])
@@ -48,7 +48,7 @@ def test_decoder_only_leaves_latents_as_they_are(vae, tmp_path):
     flags = ["--images", 0, "--batch", 1, "--iterations", 2, "--held-out", 8, "--decoder-only", *SMALL]
     done = run("vae", "--out", tmp_path, "--init", vae / "vae.safetensors", *flags)
     assert done.returncode == 0, done.stderr
-    (before, _), (after, _) = (checkpoint.load_model(f / "vae.safetensors", VAE3D) for f in (vae, tmp_path))
+    (before, _), (after, _) = (common.load_model(f / "vae.safetensors", VAE3D) for f in (vae, tmp_path))
     assert after.config == before.config  # the scaling factor too
     old, new = before.state_dict(), after.state_dict()
     assert all(torch.equal(old[k], new[k]) for k in old if k.startswith("encoder"))
@@ -116,9 +116,9 @@ def test_teacher_resumes_to_the_bit(vae, tmp_path):
         stop = ["--stop-at", iterations] if iterations == 2 else []
         done = run("teacher", "--out", tmp_path / out, "--iterations", 4, *flags, *stop, *more)
         assert done.returncode == 0, done.stderr
-    whole, parts = (checkpoint.load(tmp_path / out / "teacher.safetensors") for out in ("whole", "parts"))
+    whole, parts = (common.load_tensors(tmp_path / out / "teacher.safetensors") for out in ("whole", "parts"))
     assert all(torch.equal(whole[0][k], parts[0][k]) for k in whole[0])
-    assert whole[1]["kind"] == "teacher" and checkpoint.load_model(tmp_path / "whole/teacher.safetensors", DiT)
+    assert whole[1]["kind"] == "teacher" and common.load_model(tmp_path / "whole/teacher.safetensors", DiT)
     logs = [[json.loads(x) for x in (tmp_path / o / "log.jsonl").read_text().splitlines()] for o in ("whole", "parts")]
     assert [x["loss"] for x in logs[0]] == [x["loss"] for x in logs[1]] and len(logs[0]) == 4
 
@@ -130,7 +130,7 @@ def test_judge_resumes_to_the_bit_though_it_was_looked_at(tmp_path):
         cfg = pretrain.JudgeRunConfig(out=str(tmp_path / out), **small, **more)
         with pytest.raises(SystemExit) if "stop_at" in more else contextlib.nullcontext():
             pretrain.train_judge(cfg)
-    whole, parts = (checkpoint.load(tmp_path / out / "judge.safetensors")[0] for out in ("whole", "parts"))
+    whole, parts = (common.load_tensors(tmp_path / out / "judge.safetensors")[0] for out in ("whole", "parts"))
     assert all(torch.equal(whole[k], parts[k]) for k in whole)
 
 
@@ -195,7 +195,7 @@ def test_the_objects_weigh_more_and_fade(vae, tmp_path):
     plain, once, twice = torch.tensor(losses)
     torch.testing.assert_close(twice - plain, 2 * (once - plain), rtol=1e-3, atol=1e-5)
     assert (once > plain).all()
-    covered = checkpoint.load(tmp_path / "1.0/latents.safetensors")[0]["clips_mask"].float()
+    covered = common.load_tensors(tmp_path / "1.0/latents.safetensors")[0]["clips_mask"].float()
     assert covered.amax() == 1 and 0 < covered.mean() < 1  # with random weights the error is about alike everywhere
     share = (once - plain) / plain / covered.mean()
     assert 0.5 < share[0] < 2 and 0.25 < share[1] < 0.75, share
@@ -214,7 +214,7 @@ def test_what_learns_is_what_is_compiled(vae, tmp_path, monkeypatch):
 def test_judge(tmp_path):
     done = run("judge", "--out", tmp_path, "--iterations", 2, "--batch", 2, "--width", 8, "--held-out", 32, *SMALL)
     assert done.returncode == 0, done.stderr
-    _, about = checkpoint.load_model(tmp_path / "judge.safetensors", Judge)
+    _, about = common.load_model(tmp_path / "judge.safetensors", Judge)
     assert set(about["results"]) == set(pretrain.shapes.FACTORS)
 
 

@@ -18,10 +18,10 @@ from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-import checkpoint
+import common
 import preference
 import rewards
-from cli import UserError
+from common import UserError
 from distributed import Ranks
 from world import shapes
 from world.judge import Judge, JudgeConfig
@@ -219,7 +219,7 @@ def test_judge_probabilities(tmp_path):
     torch.manual_seed(0)
     judge = Judge(JudgeConfig("attention", 8)).eval()
     file = tmp_path / "judge.safetensors"
-    checkpoint.save_model(file, judge)
+    common.save_model(file, judge)
     clips = [shapes.Clip.make(0, i) for i in range(3)]
     video = shapes.render_batch(clips)
     prompts = ["a red circle moves left", "a shape at night", "a blue star"]

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
+import cogvideox
+import common
 import sample
-from cli import run
+from common import run
 from dit import DiT, DiTConfig
 from schedule import Schedule, timesteps
 from vae3d import VAE3D, VAEConfig
@@ -41,12 +42,12 @@ def weights(tmp_path_factory):
         channels=4, width=32, depth=1, heads=2, text_dim=32, text_length=16, time_dim=16, latents=(5, 2, 4)
     )
     model = perturb(DiT(config), 1)
-    checkpoint.save_model(folder / "teacher.safetensors", model, kind="teacher", w=2.0)
-    checkpoint.save_model(folder / "student.safetensors", model, kind="student", timesteps=[999, 749, 499, 249])
+    common.save_model(folder / "teacher.safetensors", model, kind="teacher", w=2.0)
+    common.save_model(folder / "student.safetensors", model, kind="student", timesteps=[999, 749, 499, 249])
     with torch.random.fork_rng():
         torch.manual_seed(0)
         vae = VAE3D(VAEConfig((8, 8, 8), 4, 1, 4, patch=4, chunking="independent", chunk_frames=16, scaling_factor=1.0))
-    checkpoint.save_model(folder / "vae.safetensors", vae)
+    common.save_model(folder / "vae.safetensors", vae)
     return folder
 
 
@@ -180,7 +181,7 @@ def test_a_perfect_network_draws_what_it_knows(call, drawn, weights, monkeypatch
     monkeypatch.setattr(DiT, "forward", exact)
     flags = ["--precision", "fp32"] + (["--transition", transition] if transition else [])
     assert call("--prompt", PROMPT, "--weights", weights / f"{kind}.safetensors", "--steps", 4, *flags)[0] == 0
-    vae, _ = checkpoint.load_model(weights / "vae.safetensors", VAE3D)
+    vae, _ = common.load_model(weights / "vae.safetensors", VAE3D)
     with torch.no_grad():
         assert torch.allclose(drawn[0], vae.decode(goal)[0].clamp(-1, 1), atol=1e-4)
 
@@ -243,10 +244,10 @@ def test_bad_input(call, seen, weights, tmp_path, flags, words):
     (tmp_path / "vae.safetensors").write_bytes((weights / "vae.safetensors").read_bytes())
     if "other.safetensors" in flags:
         other = VAE3D(VAEConfig((8, 8, 8), 8, 1, 4, patch=4, chunking="independent", chunk_frames=16))
-        checkpoint.save_model("other.safetensors", other)
+        common.save_model("other.safetensors", other)
     if "t5.safetensors" in flags:
-        student, _ = checkpoint.load_model(weights / "student.safetensors", DiT)
-        checkpoint.save_model("t5.safetensors", student, kind="student", text_fingerprint="another")
+        student, _ = common.load_model(weights / "student.safetensors", DiT)
+        common.save_model("t5.safetensors", student, kind="student", text_fingerprint="another")
     before = sorted(tmp_path.rglob("*"))
     code, out, err = call(
         *(["--prompt", PROMPT] if "--prompt" not in flags and "--prompts" not in flags else []), *flags
@@ -257,10 +258,10 @@ def test_bad_input(call, seen, weights, tmp_path, flags, words):
 
 
 def test_broken_weights_leave_nothing(call, weights, tmp_path):
-    student, about = checkpoint.load_model(weights / "student.safetensors", DiT)
+    student, about = common.load_model(weights / "student.safetensors", DiT)
     with torch.no_grad():
         student.out.bias.fill_(float("nan"))
-    checkpoint.save_model("nan.safetensors", student, kind="student", timesteps=about["timesteps"])
+    common.save_model("nan.safetensors", student, kind="student", timesteps=about["timesteps"])
     code, _, err = call("--prompt", PROMPT, "--weights", "nan.safetensors", "--out", "film.mp4")
     assert code == 2 and "not finite" in err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["nan.safetensors"]
@@ -278,8 +279,8 @@ def test_a_cogvideox_folder(call, seen, tmp_path):
     with torch.random.fork_rng():
         t5 = T5Config(vocab_size=8, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
         T5EncoderModel(t5).save_pretrained("all/text_encoder")
-        VAE3D(VAEConfig((8, 8, 8, 8), 4, 1, 4)).save_cogvideox("all/vae")
-    DiT(replace(config, prediction="velocity", schedule="cogvideox")).save_cogvideox("all/transformer")
+        cogvideox.save_vae(VAE3D(VAEConfig((8, 8, 8, 8), 4, 1, 4)), "all/vae")
+    cogvideox.save_dit(DiT(replace(config, prediction="velocity", schedule="cogvideox")), "all/transformer")
     flags = ["--weights", "all", "--prompt", "panda", "--steps", 2, "--out"]
     code, out, err = call(*flags, "panda.mp4")
     assert code == 0 and seen == [[999, 999], [499, 499]] and "teacher, 2 steps guided with w = 5" in out, err

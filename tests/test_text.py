@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 
-from cli import UserError
+from common import UserError
 from text import T5, WordTable
 
 WORDS = ["a", "red", "blue", "circle", "star", "left", "of", "moves"]

@@ -11,11 +11,12 @@ import torch
 from conftest import ROOT, config, fit
 from PIL import Image
 
-import checkpoint
+import cogvideox
+import common
 import dit
 import nets
 import train
-from cli import UserError
+from common import UserError
 from distributed import Ranks
 from evals import progress, tables
 from video import to_uint8, write_video
@@ -51,7 +52,7 @@ def test_the_program_draws_compares_and_exports(tiny, tmp_path, capsys, monkeypa
     assert gain["frechet"]["mean"] == pytest.approx(-change["frechet"], abs=1e-3)  # nearer is better
     assert tables.table([made]).count("\n") == 10
     assert {p.name for p in (tmp_path / "run").iterdir()} >= {"student.safetensors", "compare.mp4", "compare.png"}
-    model, about = checkpoint.load_model(tmp_path / "run/student.safetensors", dit.DiT)
+    model, about = common.load_model(tmp_path / "run/student.safetensors", dit.DiT)
     assert about["kind"] == "student" and about["timesteps"] == [999, 749, 499, 249] and "train.py" in about["command"]
     assert model(torch.zeros(1, 12, 5, 8, 8), torch.tensor([999]), torch.zeros(1, 32, 128)).isfinite().all()
     lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
@@ -64,7 +65,7 @@ def test_the_program_draws_compares_and_exports(tiny, tmp_path, capsys, monkeypa
     train.export(tmp_path / "run")
     assert "wrote" in capsys.readouterr().out
     (again, said), (first, _) = (
-        checkpoint.load(tmp_path / f) for f in ("run/student.safetensors", "first.safetensors")
+        common.load_tensors(tmp_path / f) for f in ("run/student.safetensors", "first.safetensors")
     )
     assert all(torch.equal(again[k], first[k]) for k in first) and said["timesteps"] == about["timesteps"]
     with pytest.raises(train.UserError, match="holds no checkpoint"):
@@ -106,7 +107,7 @@ def test_every_ablation_trains_and_repeats_to_the_bit(tiny, tmp_path, changes):
     assert [{k: v for k, v in x.items() if k not in SPEED} for x in lines] == [
         {k: v for k, v in x.items() if k not in SPEED} for x in same
     ]
-    teacher, _ = checkpoint.load(f"{tiny}/teacher.safetensors")
+    teacher, _ = common.load_tensors(f"{tiny}/teacher.safetensors")
     assert any((first[k].float() - teacher[k]).abs().max() > 1e-5 for k in first)
     assert all(t.isfinite().all() for t in first.values()) and len(lines) == 3
     assert ("vsd" in lines[0]) == ("fake" in lines[0]) == (changes.get("beta_vsd") != 0)
@@ -138,17 +139,17 @@ def test_resume_refuses_another_student_and_names_other_flags(tiny, tmp_path, ca
 
 
 def test_another_text_encoder_than_the_teachers_is_refused(tiny, tmp_path):
-    model, about = checkpoint.load_model(tiny / "teacher.safetensors", dit.DiT)
-    checkpoint.save_model(tmp_path / "t.safetensors", model, **about | {"text_fingerprint": "another"})
+    model, about = common.load_model(tiny / "teacher.safetensors", dit.DiT)
+    common.save_model(tmp_path / "t.safetensors", model, **about | {"text_fingerprint": "another"})
     with pytest.raises(UserError, match="another text encoder"):
         fit(config(tiny, tmp_path / "run", teacher=str(tmp_path / "t.safetensors")))
 
 
 def test_a_student_of_the_opposite_velocity_begins_where_its_teacher_stands(tiny, tmp_path):
     """v = a eps - b x_0 and x_0 - eps point opposite ways: read as it is, the teacher's output would be noise added."""
-    teacher, _ = checkpoint.load_model(tiny / "teacher.safetensors", dit.DiT)
+    teacher, _ = common.load_model(tiny / "teacher.safetensors", dit.DiT)
     teacher.config = replace(teacher.config, prediction="velocity")
-    checkpoint.save_model(tmp_path / "t.safetensors", teacher, kind="teacher", w=2.0)
+    common.save_model(tmp_path / "t.safetensors", teacher, kind="teacher", w=2.0)
     cfg = config(tiny, tmp_path / "run", teacher=str(tmp_path / "t.safetensors"), prediction="conjugate")
     made = nets.build(cfg, Ranks(0, 1, torch.device("cpu")))
     assert made.student.config.prediction == "conjugate" and made.teacher.config.prediction == "velocity"
@@ -241,19 +242,19 @@ def test_clips_decoded_ahead_are_the_same_clips(tiny, tmp_path, folder, capsys):
 
 
 def test_weights_that_are_something_else_are_refused(tiny, tmp_path):
-    model = checkpoint.load_model(tiny / "teacher.safetensors", dit.DiT)[0]
-    checkpoint.save_model(tmp_path / "s.safetensors", model, kind="student", timesteps=[999, 749, 499, 249])
+    model = common.load_model(tiny / "teacher.safetensors", dit.DiT)[0]
+    common.save_model(tmp_path / "s.safetensors", model, kind="student", timesteps=[999, 749, 499, 249])
     with pytest.raises(UserError, match=r"s\.safetensors says that it is a student"):
         fit(config(tiny, tmp_path / "run", teacher=f"{tmp_path}/s.safetensors"))
     published = dit.DiT(replace(dit.PRESETS["cogvideox-2b"], width=64, depth=1, heads=1))
-    published.save_cogvideox(tmp_path / "s/transformer", kind="student")
+    cogvideox.save_dit(published, tmp_path / "s/transformer", kind="student")
     paths = {name: str(tmp_path / "s") for name in ("teacher", "vae", "text", "data")}
     with pytest.raises(UserError, match="s says that it is a student"):
         fit(train.Config(preset="cogvideox-2b", **paths))
 
 
 def test_a_reward_that_reads_clips_refuses_images_before_the_first_step(tiny, tmp_path, folder):
-    checkpoint.save_model(tmp_path / "judge.safetensors", Judge(JudgeConfig(width=8)))
+    common.save_model(tmp_path / "judge.safetensors", Judge(JudgeConfig(width=8)))
     cfg = config(
         tiny, tmp_path / "run", data=str(folder), reward="agreement", reward_weights=f"{tmp_path}/judge.safetensors"
     )

@@ -23,15 +23,15 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from conftest import difference, equal, launch, in_ranks, whole
+from conftest import difference, equal, in_ranks, launch, whole
 
-import checkpoint
+import common
 import distributed
 import dit
 import rewards
 import train
 import vae3d
-from cli import UserError
+from common import UserError
 from distributed import start, stop
 
 BATCH = 4  # clips an update, whatever the number of ranks
@@ -47,11 +47,11 @@ def tiny(tmp_path_factory):
     teacher = dit.DiT(replace(dit.PRESETS["shapes"], width=32, depth=1, heads=2))
     pairs = ((name, distributed.normal(p.shape, (name,), [0])[0] / 5) for name, p in teacher.named_parameters())
     distributed.load_sharded(teacher, pairs)
-    checkpoint.save_model(folder / "teacher.safetensors", teacher, kind="teacher", w=2.0)
+    common.save_model(folder / "teacher.safetensors", teacher, kind="teacher", w=2.0)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         vae = vae3d.VAE3D(replace(vae3d.PRESETS["shapes"], channels=(8, 8, 8)))
-    checkpoint.save_model(folder / "vae.safetensors", vae)
+    common.save_model(folder / "vae.safetensors", vae)
     return folder
 
 

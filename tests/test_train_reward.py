@@ -8,9 +8,9 @@ import pytest
 import torch
 from conftest import config, fit
 
-import checkpoint
+import common
 import train
-from cli import UserError
+from common import UserError
 from lrm import VideoLRM
 
 JPEG = {"reward": "jpeg_compressibility", "reward_samples": 4, "reward_every": 2, "batch": 2, "global_batch": 2}
@@ -36,9 +36,9 @@ def test_tuning_goes_on_from_a_student_and_an_lrm(tiny, distilled, tmp_path):
     files = {"student": str(distilled / "student.safetensors"), "lrm": str(distilled / "lrm.safetensors")}
     still = {"lr": 0.0, "iterations": 1, "beta_kl": 1.0, "lrm_frozen": True}
     out, about, lines = fit(config(tiny, tmp_path / "a", **JPEG | files | still))
-    before, _ = checkpoint.load(files["student"])
+    before, _ = common.load_tensors(files["student"])
     assert all(torch.equal(out[k], before[k]) for k in before) and about["kind"] == "student"
-    lrms = [checkpoint.load_model(f"{d}/lrm.safetensors", VideoLRM) for d in (distilled, tmp_path / "a")]
+    lrms = [common.load_model(f"{d}/lrm.safetensors", VideoLRM) for d in (distilled, tmp_path / "a")]
     assert all(torch.equal(a, b) for a, b in zip(*(m.state_dict().values() for m, _ in lrms)))
     assert lrms[0][1]["moments"] == lrms[1][1]["moments"] and lrms[0][1]["moments"]["count"] == 8
     assert lines[0]["kl"] == 0 and "lrm" not in lines[0] and lines[0]["reward_evaluations"] == 0
@@ -63,7 +63,7 @@ def test_kl_alone_moves_nothing(tiny, distilled, tmp_path):
     still = {"beta_vsd": 0.0, "beta_cd": 0.0, "beta_kl": 1.0, "lrm_warmup": 3, "precision": "bf16"}
     began = str(distilled / "student.safetensors")
     out, *_ = fit(config(tiny, tmp_path, **JPEG | still | {"iterations": 3}, student=began))
-    before, _ = checkpoint.load(began)
+    before, _ = common.load_tensors(began)
     assert all(torch.equal(out[k], before[k]) for k in before)
 
 
@@ -71,7 +71,7 @@ def test_an_lrm_that_learns_alone_leaves_the_student_as_it_is(tiny, distilled, t
     """Neither a gradient of zeros nor the optimizer's weight decay."""
     alone = JPEG | {"beta_vsd": 0.0, "beta_cd": 0.0, "beta_ft": 0.0, "iterations": 2, "lr": 1e-2}
     out, _, lines = fit(config(tiny, tmp_path, **alone, student=(began := str(distilled / "student.safetensors"))))
-    before, _ = checkpoint.load(began)
+    before, _ = common.load_tensors(began)
     assert all(torch.equal(out[k], before[k]) for k in before) and lines[0]["lrm"] > 0 and "ft" not in lines[0]
 
 
@@ -90,7 +90,7 @@ def test_several_rewards_resume_to_the_bit(tiny, tmp_path):
 def test_a_run_ends_at_its_budget(tiny, tmp_path):
     *_, lines = fit(config(tiny, tmp_path / "a", iterations=9, max_evaluations=8, lrm_backbone="3d", **JPEG))
     assert len(lines) == 2 and lines[-1]["reward_evaluations"] == 8 and "true_reward" in lines[-1]
-    lrm, _ = checkpoint.load_model(tmp_path / "a/lrm.safetensors", VideoLRM)
+    lrm, _ = common.load_model(tmp_path / "a/lrm.safetensors", VideoLRM)
     assert lrm.config.backbone == "3d" and lrm.cnn[0].weight.ndim == 5
     *_, lines = fit(config(tiny, tmp_path / "b", iterations=9, max_seconds=1, beta_cd=0.0, batch=1, fake_updates=9))
     assert lines[-1]["trained_s"] >= 1 > (lines[-2]["trained_s"] if len(lines) > 1 else 0) or len(lines) == 9

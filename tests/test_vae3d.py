@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import vae3d
-from cli import UserError
-from vae3d import NAMES, PRESETS, VAE3D, CausalConv3d, Norm, VAEConfig
+import cogvideox
+from cogvideox import VAE_NAMES, published_name
+from common import UserError
+from vae3d import PRESETS, VAE3D, CausalConv3d, Norm, VAEConfig
 
 TINY = VAEConfig(channels=(4, 8, 8, 12), latent_channels=3, layers_per_block=1, groups=2, scaling_factor=0.7)
 SMALL = replace(PRESETS["shapes"], channels=(8, 16, 16), groups=4)
@@ -51,7 +52,7 @@ def pair(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vae")
     model = reference(TINY, 1)
     model.save_pretrained(folder)
-    return model, VAE3D.from_cogvideox(folder), folder
+    return model, cogvideox.load_vae(folder), folder
 
 
 # ---- parity with diffusers ----
@@ -85,7 +86,7 @@ def test_encode_and_decode_agree_with_diffusers(pair, frames, latents, back):
 def test_other_configs_agree_with_diffusers(tmp_path, c, size):
     theirs = reference(c, 2, torch.float64)  # in float32 some CPUs convolve by ways that round more
     theirs.save_pretrained(tmp_path)
-    ours = VAE3D.from_cogvideox(tmp_path)
+    ours = cogvideox.load_vae(tmp_path)
     assert ours.config == c
     video = noise(1, 3, 25, *size, dtype=torch.float64)
     assert_close(ours.moments(video)[0], theirs.encode(video).latent_dist.mean, 1e-10)
@@ -99,7 +100,7 @@ def test_gradients_agree_with_diffusers(pair):
     theirs, ours = reference(TINY, 3, torch.float64), make(TINY, dtype=torch.float64)
     theirs_names = dict(theirs.named_parameters())
     for name, p in ours.named_parameters():
-        p.data = theirs_names[vae3d.published_name(name)].data.reshape(p.shape).clone()
+        p.data = theirs_names[published_name(name, VAE_NAMES)].data.reshape(p.shape).clone()
     videos = [noise(1, 3, 17, 16, 16, dtype=torch.float64).requires_grad_() for _ in range(2)]
     weight, pixels = (noise(*s, seed=7, dtype=torch.float64) for s in ((1, 6, 5, 2, 2), (1, 3, 17, 16, 16)))
     h = theirs.encode(videos[0]).latent_dist
@@ -109,7 +110,7 @@ def test_gradients_agree_with_diffusers(pair):
     loss.backward()
     assert_close(videos[1].grad, videos[0].grad, 1e-9)
     for name, p in ours.named_parameters():
-        assert_close(p.grad, theirs_names[vae3d.published_name(name)].grad.reshape(p.shape), 1e-9)
+        assert_close(p.grad, theirs_names[published_name(name, VAE_NAMES)].grad.reshape(p.shape), 1e-9)
 
 
 def test_published_parameter_count():
@@ -299,8 +300,8 @@ def test_log_variance_is_clamped():
 
 def test_round_trip_keeps_every_bit(pair, tmp_path):
     theirs, ours, _ = pair
-    ours.save_cogvideox(tmp_path)
-    again, back = VAE3D.from_cogvideox(tmp_path), diffusers.AutoencoderKLCogVideoX.from_pretrained(tmp_path)
+    cogvideox.save_vae(ours, tmp_path)
+    again, back = cogvideox.load_vae(tmp_path), diffusers.AutoencoderKLCogVideoX.from_pretrained(tmp_path)
     for model, other in ((ours, again), (theirs, back)):
         a, b = model.state_dict(), other.state_dict()
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
@@ -309,17 +310,17 @@ def test_round_trip_keeps_every_bit(pair, tmp_path):
 
 def test_every_name_is_mapped_once(pair):
     theirs, ours, _ = pair
-    named = {vae3d.published_name(name) for name, _ in ours.named_parameters()}
+    named = {published_name(name, VAE_NAMES) for name, _ in ours.named_parameters()}
     assert named == set(theirs.state_dict()) and len(named) == len(list(ours.parameters()))
-    assert len(set(NAMES.values())) == len(NAMES)
+    assert len(set(VAE_NAMES.values())) == len(VAE_NAMES)
     used = {".".join("*" if s.isdigit() else s for s in name.split(".")[:-1]) for name, _ in ours.named_parameters()}
-    assert used == set(NAMES)
+    assert used == set(VAE_NAMES)
 
 
 def test_how_chunks_are_coded_survives_the_round_trip(tmp_path):
     c = replace(TINY, chunking="independent", chunk_frames=16)
-    make(c).save_cogvideox(tmp_path)
-    assert VAE3D.from_cogvideox(tmp_path).config == c
+    cogvideox.save_vae(make(c), tmp_path)
+    assert cogvideox.load_vae(tmp_path).config == c
     diffusers.AutoencoderKLCogVideoX.from_pretrained(tmp_path)
 
 
@@ -328,19 +329,19 @@ def test_shards_and_precision(pair, tmp_path):
     theirs.save_pretrained(tmp_path, max_shard_size="30KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     for dtype, cast in ((None, torch.float32), (torch.float16, torch.float16)):
-        got, want = VAE3D.from_cogvideox(tmp_path, dtype).state_dict(), ours.state_dict()
+        got, want = cogvideox.load_vae(tmp_path, dtype).state_dict(), ours.state_dict()
         assert all(torch.equal(got[k], want[k].to(cast)) for k in want)
     with pytest.raises(UserError, match="give another folder"):  # the index there would win over our file
-        ours.save_cogvideox(tmp_path)
+        cogvideox.save_vae(ours, tmp_path)
     shard = sorted(tmp_path.glob("*.safetensors"))[0]
     shard.rename(tmp_path / "elsewhere")
     with pytest.raises(UserError, match=shard.name):
-        VAE3D.from_cogvideox(tmp_path)
+        cogvideox.load_vae(tmp_path)
 
 
 def test_half_precision_files_stay_half(pair, tmp_path):
     reference(TINY, 4).to(torch.bfloat16).save_pretrained(tmp_path)
-    assert {p.dtype for p in VAE3D.from_cogvideox(tmp_path).parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in cogvideox.load_vae(tmp_path).parameters()} == {torch.bfloat16}
 
 
 @pytest.fixture
@@ -362,13 +363,13 @@ def test_weights_that_do_not_fit_are_named(folder):
     key = "decoder.up_blocks.0.upsamplers.0.conv.weight"
     edit(folder, lambda t: t.update({key: torch.zeros(12, 12, 1, 3)}))
     with pytest.raises(UserError, match=rf"{key} has shape \(12, 12, 1, 3\)"):
-        VAE3D.from_cogvideox(folder)
+        cogvideox.load_vae(folder)
     edit(folder, lambda t: t.pop(key))
     with pytest.raises(UserError, match=f"1 tensors are missing.*{key}"):
-        VAE3D.from_cogvideox(folder)
+        cogvideox.load_vae(folder)
     edit(folder, lambda t: t.update({"quant_conv.weight": torch.zeros(1)}))
     with pytest.raises(UserError, match=r"quant_conv\.weight"):
-        VAE3D.from_cogvideox(folder)
+        cogvideox.load_vae(folder)
 
 
 @pytest.mark.parametrize("entry, value", [
@@ -379,24 +380,24 @@ def test_configs_of_other_models_are_refused(folder, entry, value):
     config = json.loads((folder / "config.json").read_text()) | {entry: value}
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=str(folder)):
-        VAE3D.from_cogvideox(folder)
+        cogvideox.load_vae(folder)
 
 
 def test_folders_that_cannot_be_read(folder):
     file = folder / "diffusion_pytorch_model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(UserError, match=r"diffusion_pytorch_model\.safetensors"):
-        VAE3D.from_cogvideox(folder)
+        cogvideox.load_vae(folder)
     file.unlink()
     with pytest.raises(UserError, match="0 safetensors files"):
-        VAE3D.from_cogvideox(folder)
+        cogvideox.load_vae(folder)
     (folder / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json"):
-        VAE3D.from_cogvideox(folder)
-    with pytest.raises(UserError, match=r"nowhere.config\.json"):
-        VAE3D.from_cogvideox(folder / "nowhere")
+        cogvideox.load_vae(folder)
+    with pytest.raises(UserError, match=r"nowhere"):
+        cogvideox.load_vae(folder / "nowhere")
 
 
 def test_a_patchified_vae_has_no_place_in_diffusers(tmp_path):
     with pytest.raises(UserError, match="patch 4"):
-        make(SMALL).save_cogvideox(tmp_path)
+        cogvideox.save_vae(make(SMALL), tmp_path)

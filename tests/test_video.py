@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import video
-from cli import UserError
+from common import UserError
 from video import frames, read_video, timeline, to_uint8, write_grid, write_video, write_video_grid
 
 

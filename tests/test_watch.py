@@ -10,7 +10,7 @@ import torch
 
 import rewards
 import watch
-from cli import UserError
+from common import UserError
 from distributed import Ranks
 
 ALONE = Ranks(0, 1, torch.device("cpu"))

@@ -13,8 +13,8 @@ import time
 import torch
 from tqdm import tqdm
 
-import checkpoint
-from cli import UserError, autocast
+import common
+from common import UserError, autocast
 from evals import vbench
 from evals.metrics import frechet, jackknife, mean_error, neighbours, pm, vendi
 from vae3d import VAE3D
@@ -36,7 +36,7 @@ class Eye:
     """The evaluating judge. `about` is the metadata of its file: how it was made, and how well it reads."""
 
     def __init__(self, path, device="cpu", batch=64, precision="auto"):
-        self.judge, self.about = checkpoint.load_model(path, Judge, device)
+        self.judge, self.about = common.load_model(path, Judge, device)
         self.judge.to(memory_format=torch.channels_last_3d)
         self.device, self.batch, self.precision = device, batch, precision
 
@@ -138,7 +138,7 @@ def model_rows(cfg, label, eye, reference, generator, prompts, named):
 
 def reference_rows(cfg, eye, reference):
     """Other rendered clips, and what the VAE makes of them: two rows."""
-    vae = checkpoint.load_model(cfg.vae, VAE3D, cfg.device)[0].to(memory_format=torch.channels_last_3d)
+    vae = common.load_model(cfg.vae, VAE3D, cfg.device)[0].to(memory_format=torch.channels_last_3d)
     clips, _, named = held_out(cfg.prompts, ELSEWHERE, cfg.captions)  # a clip must not be compared with itself
     groups = {}  # further clips that the same prompt describes
     for i, fixed in enumerate(named[: cfg.vendi_prompts]):

@@ -1,4 +1,4 @@
-"""cli.py: flags from a dataclass, one-line errors with exit code 2, files that are whole or absent."""
+"""common.py: flags from a dataclass, one-line errors with exit code 2, files that are whole or absent."""
 
 import importlib
 import subprocess
@@ -9,7 +9,7 @@ from typing import Literal
 
 import pytest
 
-from cli import UserError, atomic, opt, parse, read_prompts, writable
+from common import UserError, atomic, opt, parse, read_prompts, writable
 
 
 @dataclass
@@ -101,7 +101,7 @@ def test_help_names_flags_texts_and_defaults(capsys):
 
 
 def script(raised):
-    program = f"from cli import *\ndef main():\n    {raised}\n    print('done')\nrun(main)"
+    program = f"from common import *\ndef main():\n    {raised}\n    print('done')\nrun(main)"
     here = Path(__file__).parents[1]
     return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=here)
 

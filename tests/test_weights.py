@@ -7,9 +7,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-import checkpoint
-from checkpoint import load, load_model, save, save_model
-from cli import UserError
+import common
+from common import UserError, load_model, load_tensors, save_model, save_tensors
 
 
 @dataclass
@@ -50,8 +49,8 @@ def test_tensors_come_back_as_they_were(file):
         "empty": torch.zeros(0, 2),
         "trained": nn.Parameter(base),
     }
-    save(file, tensors)
-    back, metadata = load(file)
+    save_tensors(file, tensors)
+    back, metadata = load_tensors(file)
     assert metadata == {} and back.keys() == tensors.keys()
     for name, t in tensors.items():
         assert back[name].dtype == t.dtype and torch.equal(back[name], t)
@@ -71,27 +70,27 @@ def test_metadata_comes_back_as_it_was(file):
         "nested": {"a": [1, {"b": "ü\n"}]},
         "empty": "",
     }
-    save(file, {}, metadata)
-    assert load(file) == ({}, metadata)
+    save_tensors(file, {}, metadata)
+    assert load_tensors(file) == ({}, metadata)
 
 
 def test_a_failing_save_leaves_the_old_file(file, monkeypatch):
-    save(file, {"a": torch.ones(2)})
+    save_tensors(file, {"a": torch.ones(2)})
 
     def fail(tensors, path, metadata):
         path.write_bytes(b"half of")
         raise OSError("power cut")
 
-    monkeypatch.setattr(checkpoint, "save_file", fail)
+    monkeypatch.setattr(common, "save_file", fail)
     with pytest.raises(OSError, match="power cut"):
-        save(file, {"a": torch.zeros(2)})
-    assert load(file)[0]["a"].sum() == 2
+        save_tensors(file, {"a": torch.zeros(2)})
+    assert load_tensors(file)[0]["a"].sum() == 2
     assert [p.name for p in file.parent.iterdir()] == [file.name]
 
 
 def test_what_cannot_be_stored_leaves_nothing(file):
     with pytest.raises(TypeError):
-        save(file, {}, {"a model": Net(NetConfig())})
+        save_tensors(file, {}, {"a model": Net(NetConfig())})
     assert not list(file.parent.iterdir())
 
 
@@ -99,14 +98,14 @@ def test_places_that_cannot_be_written(tmp_path):
     (tmp_path / "plain").write_text("")
     for path in (tmp_path / "plain" / "net.safetensors", tmp_path):
         with pytest.raises(UserError, match="cannot write"):
-            save(path, {"a": torch.ones(2)})
+            save_tensors(path, {"a": torch.ones(2)})
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"\x80\x02}q\x00.", b"\xff" * 100])
 def test_other_files_are_named(file, content):
     file.write_bytes(content)
     with pytest.raises(UserError, match=r"net\.safetensors is not a whole safetensors file"):
-        load(file)
+        load_tensors(file)
 
 
 @pytest.mark.parametrize("cut", [1, 100])
@@ -114,20 +113,20 @@ def test_a_truncated_file_is_named(file, cut):
     save_model(file, Net(NetConfig()))
     file.write_bytes(file.read_bytes()[:-cut])
     with pytest.raises(UserError, match=r"net\.safetensors is not a whole safetensors file"):
-        load(file)
+        load_tensors(file)
 
 
 def test_missing_files_and_folders_are_named(file):
     with pytest.raises(UserError, match=r"there is no file .*net\.safetensors"):
-        load(file)
+        load_tensors(file)
     with pytest.raises(UserError, match=str(file.parent)):
-        load(file.parent)
+        load_tensors(file.parent)
 
 
 def test_a_loaded_file_may_be_replaced(file):
     """The tensors are copies: another save to the same place does not reach them."""
-    save(file, {"a": torch.ones(1000)})
-    tensors, _ = load(file)
+    save_tensors(file, {"a": torch.ones(1000)})
+    tensors, _ = load_tensors(file)
     file.write_bytes(b"\0" * file.stat().st_size)
     assert tensors["a"].sum() == 1000
 
@@ -147,7 +146,7 @@ def test_models_are_stored_in_half_and_loaded_in_float32(file):
     model = Net(NetConfig())
     model.count += 70_000  # more than half precision holds: whole numbers are left alone
     save_model(file, model, torch.float16)
-    tensors, _ = load(file)
+    tensors, _ = load_tensors(file)
     assert tensors["linear.weight"].dtype == torch.float16 and tensors["count"] == 70_000
     back, _ = load_model(file, Net)
     assert back.linear.weight.dtype == torch.float32 and model.linear.weight.dtype == torch.float32
@@ -158,19 +157,19 @@ def test_wrong_models_are_refused(file):
     save_model(file, Net(NetConfig()))
     with pytest.raises(UserError, match="holds Net, where Other is needed"):
         load_model(file, Other)
-    tensors, metadata = load(file)
+    tensors, metadata = load_tensors(file)
     for change, complaint in (
         ({"linear.bias": None}, r"linear\.bias"),
         ({"stranger": torch.ones(1)}, "stranger"),
         ({"linear.weight": torch.ones(2, 4)}, r"linear\.weight"),
     ):
-        save(file, {k: t for k, t in (tensors | change).items() if t is not None}, metadata)
+        save_tensors(file, {k: t for k, t in (tensors | change).items() if t is not None}, metadata)
         with pytest.raises(UserError, match=f"(?s){complaint}"):
             load_model(file, Net)
-    save(file, tensors, metadata | {"config": {"depth": 1}})
+    save_tensors(file, tensors, metadata | {"config": {"depth": 1}})
     with pytest.raises(UserError, match="depth"):
         load_model(file, Net)
-    save(file, tensors, {"class": "Net"})
+    save_tensors(file, tensors, {"class": "Net"})
     with pytest.raises(UserError, match="no config"):
         load_model(file, Net)
     save_file(tensors, file)

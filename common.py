@@ -19,13 +19,16 @@ import os
 import re
 import secrets
 import sys
+import textwrap
 import types
 import typing
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 
 class UserError(Exception):
@@ -47,7 +50,7 @@ LIMITS = (  # flags mean the same in every script, and so does what they may be:
 )
 
 
-def check(config):
+def check_flags(config):
     """UserError for a number that is not finite or beyond its LIMITS, and for a device that is not here."""
     limits = {name: limit for names, *limit in LIMITS for name in names.split()}
     for name, value in ((f.name, getattr(config, f.name)) for f in fields(config)):
@@ -160,7 +163,7 @@ def parse(config, argv, description, presets=None):
     said = vars(parser.parse_args(argv))
     preset = presets[said.get("preset", defaults["preset"])] if presets else {}
     made = config(**(defaults | preset | said))
-    check(made)
+    check_flags(made)
     return made
 
 
@@ -279,3 +282,92 @@ def open_log(file, first):
     with atomic(file) as part:
         part.write_text("".join(line + "\n" for line in kept))
     return open(file, "a")
+
+
+def save_tensors(path, tensors, metadata=None):
+    """Write {name: tensor} and {name: anything JSON can hold} to `path`, replacing it only when all is written.
+
+    Raises UserError where nothing can be written.
+    """
+    # one copy of each: the format has neither strides nor two names for one memory
+    whole = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    seen = {}
+    for name, t in whole.items():
+        if seen.setdefault(t.untyped_storage().data_ptr(), name) != name and t.numel():
+            whole[name] = t.clone()
+    try:
+        with atomic(path) as part:
+            save_file(whole, part, {name: _to_text(value) for name, value in (metadata or {}).items()})
+    except SafetensorError as e:
+        raise UserError(f"cannot write {path}: {e}") from e
+
+
+def load_tensors(path):
+    """-> ({name: tensor} on the CPU, {name: value}) of a file that `save_tensors` wrote.
+
+    Raises UserError naming the file if it is missing, cut off, or no safetensors file.
+    """
+    try:
+        with safe_open(os.fspath(path), "pt") as f:
+            metadata = {name: _from_text(text) for name, text in (f.metadata() or {}).items()}
+            # copies: a mapped file would crash us if somebody wrote into it
+            return {name: f.get_tensor(name).clone() for name in f.keys()}, metadata  # noqa: SIM118
+    except FileNotFoundError:
+        raise UserError(f"there is no file {path}") from None
+    except (OSError, SafetensorError) as e:
+        raise UserError(f"{path} is not a whole safetensors file: {e}") from e
+
+
+def save_model(path, model, dtype=None, **made):
+    """Write a model's weights with its class and configuration. made: further metadata, how it came to be.
+
+    dtype: what floating-point weights are stored in (torch.float16 halves the file), None to leave them as they are.
+    """
+    tensors = {k: t.to(dtype or t.dtype) if t.is_floating_point() else t for k, t in model.state_dict().items()}
+    save_tensors(path, tensors, {"class": type(model).__name__, "config": asdict(model.config), **made})
+
+
+def load_model(path, cls, device="cpu"):
+    """-> (the model on `device`, in float32, for evaluation; its metadata). cls: the class the file must hold.
+
+    Raises UserError if the file cannot be read, or holds another class, or other weights than its config asks for.
+    """
+    tensors, metadata = load_tensors(path)
+    if metadata.get("class") != cls.__name__:
+        raise UserError(f"{path} holds {metadata.get('class', 'weights of no class')}, where {cls.__name__} is needed")
+    try:
+        model = cls(cls.Config(**metadata["config"]))
+        model.load_state_dict(tensors)
+    except KeyError:
+        raise UserError(f"{path} has no config in its metadata") from None
+    except (RuntimeError, TypeError, ValueError) as e:  # missing, unknown or misshapen weights; unknown config fields
+        said = [line.strip() for line in str(e).splitlines() if line.strip()]
+        first = textwrap.shorten(said[min(1, len(said) - 1)], 160, placeholder=" ...")  # after PyTorch's own headline
+        raise UserError(f"{path} does not fit this {cls.__name__}: {first}") from e
+    return model.float().to(device).eval(), metadata
+
+
+def read_metadata(path, name):
+    """The metadata of a file of weights alone, without its tensors. name: the class it must hold. Raises UserError."""
+    try:
+        with safe_open(path, "pt") as f:
+            found = {key: _from_text(text) for key, text in (f.metadata() or {}).items()}
+    except FileNotFoundError:
+        raise UserError(f"there is no file {path}") from None
+    except (OSError, SafetensorError) as e:
+        raise UserError(f"{path} is not a whole safetensors file: {e}") from e
+    if found.get("class") != name:
+        raise UserError(f"{path} holds {found.get('class', 'weights of no class')}, where {name} is needed")
+    return found
+
+
+def _to_text(value):
+    """A string stays itself if it cannot be mistaken for JSON; all else is JSON."""
+    return value if isinstance(value, str) and _from_text(value) is value else json.dumps(value)
+
+
+def _from_text(text):
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
