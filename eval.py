@@ -309,7 +309,7 @@ class VBenchConfig(Config):
     dimensions: tuple[str, ...] = opt(tuple(vbench.key(d) for d in vbench.DIMENSIONS), "which to compute")
 
 
-def vbench(cfg):
+def score_videos(cfg):
     """Quality, Semantic and Total from the package's results; dimensions that have none yet are computed by it."""
     scores, complaints = vbench.read_package_results(cfg.results)
     missing = [d for d in vbench.DIMENSIONS if d not in scores and vbench.key(d) in cfg.dimensions]
@@ -444,7 +444,7 @@ COMMANDS = {
     "time": (CostConfig, time_), "memory": (CostConfig, memory),
     "reward-memory": (RewardMemoryConfig, reward_memory),
     "videos": (VideosConfig, videos),
-    "vbench": (VBenchConfig, vbench), "vendi": (VendiConfig, diversity_of_files), "people": (PeopleConfig, people_),
+    "vbench": (VBenchConfig, score_videos), "vendi": (VendiConfig, diversity_of_files), "people": (PeopleConfig, people_),
     "votes": (VotesConfig, votes), "tuned": (TunedConfig, tuned), "curves": (CurvesConfig, curves),
     "compare": (CompareConfig, compare),
 }  # fmt: skip

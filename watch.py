@@ -29,7 +29,7 @@ WINDOW = 3  # measurements that are averaged before they are compared
 BLIND = 0.2  # a rank correlation: by chance alone 48 samples have 0.15, a mean over 3 measurements of them hardly less
 
 
-def ranks(x):
+def placings(x):
     """The ranks 1..n of x (n,); equal values share the mean of their ranks."""
     _, which, count = x.unique(return_inverse=True, return_counts=True)
     last = count.cumsum(0)
@@ -41,7 +41,7 @@ def spearman(a, b):
     a, b = (torch.as_tensor(x, dtype=torch.float64) for x in (a, b))
     if len(a) < 2 or not (a.isfinite().all() and b.isfinite().all()):
         return math.nan
-    a, b = ((r := ranks(x)) - r.mean() for x in (a, b))
+    a, b = ((r := placings(x)) - r.mean() for x in (a, b))
     return (a @ b / (a.norm() * b.norm())).item()
 
 

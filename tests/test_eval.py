@@ -408,23 +408,23 @@ def test_world_table_keeps_a_models_rows_together_most_steps_first():
 def test_world_repeats_itself_and_makes_its_table(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = flags(tiny, "--steps", 4, 1, "--prompts", 20, "--vendi-prompts", 2)
-    for name in ("ranks-a", "again"):
+    for name in ("world-a", "again"):
         call(monkeypatch, "world", *words, "--out", f"results/{name}.json")
     call(monkeypatch, "world", *words, "--reference", "--out", "results/world-0.json")
-    made, again = (json.loads(Path(f"results/{n}.json").read_text()) for n in ("ranks-a", "again"))
+    made, again = (json.loads(Path(f"results/{n}.json").read_text()) for n in ("world-a", "again"))
     rows = [[{k: v for k, v in row.items() if k != "seconds"} for row in r["rows"]] for r in (made, again)]
     assert rows[0] == rows[1]
     assert [row["steps"] for row in rows[0]] == [4, 1] and [row["nfe"] for row in rows[0]] == [4, 1]
     assert made["judge"] == {"object": 0.5} and made["model"]["kind"] == "student"
     assert "--vendi-prompts 2" in made["command"]
-    rendered, copied = json.loads(Path("results/ranks-0.json").read_text())["rows"]
+    rendered, copied = json.loads(Path("results/world-0.json").read_text())["rows"]
     assert copied["psnr"] < 30
     assert rendered["frechet"]["mean"] < copied["frechet"]["mean"]
 
-    Path("README.md").write_text("before\n<!-- table:ranks -->\nold\n<!-- /table -->\nafter\n")
+    Path("README.md").write_text("before\n<!-- table:world -->\nold\n<!-- /table -->\nafter\n")
     call(monkeypatch, "tables")
     text = Path("README.md").read_text()
-    assert text.startswith("before\n<!-- table:ranks -->\n|") and text.endswith("\n<!-- /table -->\nafter\n")
+    assert text.startswith("before\n<!-- table:world -->\n|") and text.endswith("\n<!-- /table -->\nafter\n")
     assert "old" not in text and "| rendered clips |" in text and "| student | 4 | 4 |" in text
     call(monkeypatch, "tables")
     assert Path("README.md").read_text() == text

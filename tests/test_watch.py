@@ -22,7 +22,7 @@ def test_spearman():
     y = x + torch.randn(50, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     d = x.argsort().argsort() - y.argsort().argsort()  # without ties: 1 - 6 sum d^2 / (n (n^2 - 1))
     assert watch.spearman(x, y) == pytest.approx(1 - 6 * d.square().sum().item() / (50 * (50**2 - 1)))
-    assert watch.in_ranks(torch.tensor([3.0, 1.0, 3.0, 2.0])).tolist() == [3.5, 1, 3.5, 2]
+    assert watch.placings(torch.tensor([3.0, 1.0, 3.0, 2.0])).tolist() == [3.5, 1, 3.5, 2]
     # ranks 1, 2.5, 2.5, 4 against 1, 2, 3, 4: covariance 4.5, sums of squares 4.5 and 5
     assert watch.spearman([1, 2, 2, 3], [1, 2, 3, 4]) == pytest.approx(4.5 / math.sqrt(4.5 * 5))
     assert math.isnan(watch.spearman([1, 1, 1], [1, 2, 3])) and math.isnan(watch.spearman([1, math.nan], [1, 2]))
