@@ -283,8 +283,6 @@ def save_pipeline(folder, model, about):
     dtype = getattr(torch, about.get("weights_dtype", "torch.float32").removeprefix("torch."))
     save_dit(model.to(dtype), folder / "transformer", **about)
     (file := folder / "scheduler" / "scheduler_config.json").unlink(missing_ok=True)  # an earlier run's
-    if about.get("kind") == "teacher":
-        return f"wrote {folder}/transformer, for the teacher's own pipeline"
     kinds = {"velocity": "v_prediction", "sample": "sample", "epsilon": "epsilon"}
     if c.prediction not in kinds or c.schedule == "flow" or about["transition"] != "renoise":
         return f"wrote {folder}/transformer, for sample.py alone: diffusers has no sampler for it"
@@ -296,6 +294,18 @@ def save_pipeline(folder, model, about):
     with atomic(file) as part:
         part.write_text(json.dumps(config, indent=2) + "\n")
     return f"wrote {folder}: transformer and scheduler for diffusers' CogVideoXPipeline (guidance_scale=1)"
+
+
+def save_lora(folder, adapters):
+    """Write a student's adapters (an Adapted's state dict) as diffusers' `load_lora_weights` takes them."""
+    tensors = {}
+    for name, p in adapters.items():
+        _, block, linear, matrix = name.split(".")  # adapters.<block>.<linear>.<A or B>
+        module = published_name(f"blocks.{block}.{linear}.weight", DIT_NAMES).removesuffix(".weight")
+        tensors[f"transformer.{module}.lora_{matrix}.weight"] = p
+    file = Path(folder) / "pytorch_lora_weights.safetensors"
+    save_tensors(file, tensors, {"format": "pt"})
+    return f"wrote {file}, for load_lora_weights of diffusers' CogVideoXPipeline"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

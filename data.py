@@ -250,9 +250,9 @@ class Ahead:
 # the cache
 
 
-def fingerprint(model):
-    """A model's identity: its configuration and the first values of every weight."""
-    some = {name: w.flatten()[:16].double().tolist() for name, w in model.state_dict().items()}
+def fingerprint(model, dtype=torch.float64):
+    """A model's identity: its configuration and the first values of every weight, rounded to `dtype`."""
+    some = {name: w.flatten()[:16].to(dtype).tolist() for name, w in model.state_dict().items()}
     return sha256(json.dumps([asdict(model.config), some], sort_keys=True).encode()).hexdigest()
 
 

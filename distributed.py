@@ -85,7 +85,8 @@ def _mesh(kind, size, shards):
 
 
 def shard(model, ranks, how="full", dtype=None, cpu_offload=False, trainable=True):
-    """Cut model (it has `.blocks`) over the ranks, in place, and return it. Make optimizers and copies afterwards.
+    """Cut model (block by block where it has `.blocks`) over the ranks, in place, and return it. Make optimizers and
+    copies afterwards.
 
     how: "full" over all ranks, "hybrid" within a node and replicated across nodes, "none" replicated on every rank.
     dtype: of computation; what is trained is kept and reduced in float32, what is not is frozen and kept in dtype. (An
@@ -104,7 +105,7 @@ def shard(model, ranks, how="full", dtype=None, cpu_offload=False, trainable=Tru
         # the model casts its inputs: FSDP would also round the rotary table, which blocks take in float32
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
-        for module in (*model.blocks, model):
+        for module in (*getattr(model, "blocks", ()), model):
             fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=policy, offload_policy=offload)
     device = "cpu" if cpu_offload else ranks.device
     return model.to_empty(device=device) if any(p.is_meta for p in model.parameters()) else model.to(device)

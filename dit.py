@@ -158,22 +158,30 @@ class Block(nn.Module):
         self.up = nn.Linear(width, 4 * width)
         self.down = nn.Linear(4 * width, width)
 
-    def forward(self, text, video, c, table):
-        """text (B,L,D), video (B,N,D), c (B,1,time_dim) after SiLU, table of rotary_table or None -> text, video."""
+    def forward(self, text, video, c, table, adapters=None):
+        """text (B,L,D), video (B,N,D), c (B,1,time_dim) after SiLU, table of rotary_table or None -> text, video.
+
+        adapters: {name of a linear map: a module whose output is added to it}, of adapters.py; None: the base alone.
+        """
+        linear = lambda name, x: self.linear(name, x, adapters)
         length = text.shape[1]
         joint, text_gate, gate = self.modulate(self.modulation1, self.norm1, text, video, c)
-        q = self.norm_q(self.q(joint).unflatten(-1, (self.heads, -1)))  # (B, L+N, heads, D/heads)
-        k = self.norm_k(self.k(joint).unflatten(-1, (self.heads, -1)))
-        v = self.v(joint).unflatten(-1, (self.heads, -1))
+        q = self.norm_q(linear("q", joint).unflatten(-1, (self.heads, -1)))  # (B, L+N, heads, D/heads)
+        k = self.norm_k(linear("k", joint).unflatten(-1, (self.heads, -1)))
+        v = linear("v", joint).unflatten(-1, (self.heads, -1))
         if table is not None:
             q, k = rotate(q, table), rotate(k, table)
         y = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-        y = self.out(y.transpose(1, 2).flatten(2))  # (B, L+N, D)
+        y = linear("out", y.transpose(1, 2).flatten(2))  # (B, L+N, D)
         text, video = torch.addcmul(text, text_gate, y[:, :length]), torch.addcmul(video, gate, y[:, length:])
 
         joint, text_gate, gate = self.modulate(self.modulation2, self.norm2, text, video, c)
-        y = self.down(F.gelu(self.up(joint), approximate="tanh"))
+        y = linear("down", F.gelu(linear("up", joint), approximate="tanh"))
         return torch.addcmul(text, text_gate, y[:, :length]), torch.addcmul(video, gate, y[:, length:])
+
+    def linear(self, name, x, adapters):
+        y = getattr(self, name)(x)
+        return y if adapters is None else y + adapters[name](x)
 
     def modulate(self, modulation, norm, text, video, c):
         shift, scale, gate, text_shift, text_scale, text_gate = modulation(c).chunk(6, -1)  # (B, 1, D) each
@@ -205,8 +213,10 @@ class DiT(nn.Module):
             self.to_empty(device=device)
             self.init_weights(0)
 
-    def forward(self, x, t, text):
+    def forward(self, x, t, text, adapters=None):
         """Noisy latents x (B,C,T,H,W), steps t (B,) int64, text (B,L,text_dim) -> (B,C,T,H,W) in x's dtype.
+
+        adapters: of each block, who is meant where several roles share these weights (adapters.py); None: nobody.
 
         H and W are multiples of the patch; T, H, W and L need not be those of the config. The weights' dtype decides
         the arithmetic (x and text are cast to it), except under autocast, where the residual stream keeps it.
@@ -233,11 +243,12 @@ class DiT(nn.Module):
         else:
             scales = config.spatial_scale, config.temporal_scale
             video = video + sincos_table(config.width, T, h, w, *scales, dtype, x.device)
-        for block in self.blocks:
+        for block, adapter in zip(self.blocks, adapters or [None] * config.depth):
+            inputs = text, video, c, table, adapter
             if self.checkpoint_activations and torch.is_grad_enabled():
-                text, video = checkpoint(block, text, video, c, table, use_reentrant=False, preserve_rng_state=False)
+                text, video = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
-                text, video = block(text, video, c, table)
+                text, video = block(*inputs)
         shift, scale = self.modulation_out(c).chunk(2, -1)  # (B, 1, D)
         y = self.out(torch.addcmul(shift, self.norm_out(self.norm(video)), 1 + scale))  # (B, N, C * p * p)
         return y.reshape(B, T, h, w, C, p, p).permute(0, 4, 1, 2, 5, 3, 6).reshape(x.shape).to(x.dtype)

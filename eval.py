@@ -444,7 +444,8 @@ COMMANDS = {
     "time": (CostConfig, time_), "memory": (CostConfig, memory),
     "reward-memory": (RewardMemoryConfig, reward_memory),
     "videos": (VideosConfig, videos),
-    "vbench": (VBenchConfig, score_videos), "vendi": (VendiConfig, diversity_of_files), "people": (PeopleConfig, people_),
+    "vbench": (VBenchConfig, score_videos), "vendi": (VendiConfig, diversity_of_files),
+    "people": (PeopleConfig, people_),
     "votes": (VotesConfig, votes), "tuned": (TunedConfig, tuned), "curves": (CurvesConfig, curves),
     "compare": (CompareConfig, compare),
 }  # fmt: skip

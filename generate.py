@@ -6,13 +6,16 @@ for or a subset of them. All noise of a video comes from that video's own seed, 
 is in its batch, nor its first noise on the number of steps: models and step counts are compared on the same noise.
 """
 
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 import common
+from adapters import merge
 from cogvideox import load_dit, load_vae, read_dit_about
 from common import UserError, autocast, uses_bfloat16
+from data import fingerprint
 from dit import DiT
 from schedule import Schedule, ddim, denoise, few_step, timesteps
 from text import WordTable, load_encoder
@@ -34,9 +37,10 @@ class Generator:
         self.null = self.encoder.encode([""]).to(device)  # (1, L, D)
 
     @classmethod
-    def load(cls, weights, vae="", device="cpu", text="", precision="auto"):
+    def load(cls, weights, vae="", device="cpu", text="", precision="auto", adapter=""):
         """The model in a file of weights, or in a CogVideoX folder of diffusers with its own VAE and T5.
 
+        adapter: file of a student's adapters on these weights, as train.py --rank writes it.
         vae: file or folder (default: the one in the weights' folder); text: folder of a T5 encoder (default: likewise,
         or the word table of the small world); precision: of common.py; published half-precision weights are kept as
         they are where the device computes in bfloat16. Raises UserError where a part is missing or does not fit.
@@ -46,14 +50,9 @@ class Generator:
         except (RuntimeError, AssertionError) as e:
             raise UserError(f"--device {device} cannot be used here: {str(e).splitlines()[0]}") from e
         folder = Path(weights) if Path(weights).is_dir() else None
-        if folder:
-            if not (folder / "transformer").is_dir():
-                raise UserError(f"{weights} has no transformer/: want a .safetensors file or a CogVideoX folder")
-            model = load_dit(folder / "transformer")
-            about = {"kind": "teacher", "w": 5.0}  # published weights are made for a guidance scale of 6
-            about |= read_dit_about(folder / "transformer")
-        else:
-            model, about = common.load_model(weights, DiT)
+        model, about = load_network(weights)
+        if adapter:
+            model, about = add_adapters(model, adapter, weights)
         c, place = model.config, Path(vae or weights)
         coder = load_vae(place)
         size = coder.config.chunk_frames // 4 + 1 if coder.config.chunking == "independent" else 1
@@ -118,3 +117,29 @@ class Generator:
         """Latents (B, C, T, h, w) -> video (B, 3, F, H, W), float32, clamped to [-1, 1]."""
         with autocast(self.precision, self.device):
             return self.vae.decode(latents).float().clamp(-1, 1)
+
+
+def load_network(weights):
+    """-> (DiT, what is said of it) of a file of weights or of a CogVideoX folder of diffusers. Raises UserError."""
+    if not Path(weights).is_dir():
+        return common.load_model(weights, DiT)
+    folder = Path(weights) / "transformer"
+    if not folder.is_dir():
+        raise UserError(f"{weights} has no transformer/: want a .safetensors file or a CogVideoX folder")
+    about = {"kind": "teacher", "w": 5.0}  # published weights are made for a guidance scale of 6
+    return load_dit(folder), about | read_dit_about(folder)
+
+
+def save_adapters(file, weights, base, **about):
+    """Write a student's adapters (an Adapted's state dict) with the identity of their base, a DiT, and `about` them."""
+    about |= {"class": "Adapted", "config": asdict(base.config), "base": fingerprint(base, torch.bfloat16)}
+    common.save_tensors(file, {name: p.half() for name, p in weights.items()}, about)
+
+
+def add_adapters(base, file, weights):
+    """-> (the student that a file of adapters makes of a DiT, what the file says of it). weights: the base's name."""
+    about = common.read_metadata(file, "Adapted")
+    if about["base"] != fingerprint(base, torch.bfloat16):
+        raise UserError(f"{file} holds adapters of other weights than {weights}: name the teacher of their run")
+    base.load_state_dict(merge(base.state_dict(), common.load_tensors(file)[0]))
+    return base, about

@@ -16,6 +16,7 @@ import common
 import distributed
 import lrm as latent_rewards
 import rewards
+from adapters import Adapted
 from cogvideox import below, load_vae, read_dit_about, read_dit_config, read_dit_weights
 from common import UserError
 from data import PRESETS as CLIPS
@@ -125,15 +126,19 @@ def build(cfg, ranks) -> Nets:
             raise UserError(f"{cfg.teacher} has {name} = {there}, --preset {cfg.preset} {here}: choose its own preset")
     own, begin = replace(config, prediction=cfg.prediction or config.prediction), weights
     if cfg.student:
-        said, begin = common.read_metadata(cfg.student, "DiT"), lambda: cfg.student
+        said, begin = common.read_metadata(cfg.student, "Adapted" if cfg.rank else "DiT"), lambda: cfg.student
         own, texts[cfg.student] = DiT.Config(**said["config"]), said.get("text_fingerprint")
         if replace(own, prediction=config.prediction) != config:
             raise UserError(f"{cfg.student} is of another size or schedule than its teacher {cfg.teacher}")
         if said.get("kind") != "student":
             raise UserError(f"--student {cfg.student} is no student's file but a {said.get('kind', 'unknown')}'s")
+        if said.get("rank", 0) != cfg.rank and own == config:
+            raise UserError(f"{cfg.student} has adapters of rank {said.get('rank')}: say --rank {said.get('rank')}")
         if (said.get("timesteps"), own.prediction) != (timesteps(cfg.steps), cfg.prediction or own.prediction):
             want = f"--steps {len(said.get('timesteps') or [])} --prediction {own.prediction}"
             raise UserError(f"{cfg.student} was made with {want}: say so")
+    if cfg.rank and own.prediction != config.prediction:
+        raise UserError("--rank keeps the teacher's last layer, hence its prediction: leave out --prediction")
     if own.prediction == "epsilon" and Schedule(config.schedule, config.snr_shift).a[-1] == 0:
         raise UserError("--prediction epsilon cannot start from pure noise, where this teacher's schedule starts")
 
@@ -175,24 +180,10 @@ def build(cfg, ranks) -> Nets:
     if ranks.main:
         print(memory(cfg, own, ranks, latents))
 
-    half = ranks.device.type == "cuda" and common.uses_bfloat16(cfg.precision, ranks.device)
-    dtype = torch.bfloat16 if half else None
-
-    def network(trainable, config=config, weights=weights):
-        with torch.device("meta"):
-            model = DiT(config)
-        model.checkpoint_activations = cfg.checkpoint_activations and trainable
-        model = distributed.shard(model, ranks, cfg.shard, dtype, cfg.cpu_offload, trainable)
-        return distributed.load_sharded(model, weights())
-
-    teacher, student, ema = network(False), network(True, own, begin), network(True, own, begin).requires_grad_(False)
-    if not cfg.student and {own.prediction, config.prediction} == {"conjugate", "velocity"}:
-        for p in (*student.out.parameters(), *ema.out.parameters()):  # x_0 - eps and a eps - b x_0: nearly opposites
-            distributed.local(p).data.neg_()
-    fake = network(True) if cfg.beta_vsd else None  # a diffusion model of the teacher's kind, whatever ours predicts
-    frozen = network(False, own, begin) if cfg.beta_kl and cfg.student else teacher if cfg.beta_kl else None
+    teacher, student, ema, fake, frozen = networks(cfg, ranks, config, weights, own, begin)
     about = {"kind": "student", "w": w, "fps": fps, "timesteps": timesteps(cfg.steps), "transition": cfg.transition}
     about |= {"latents": list(latents), "text_fingerprint": encoder.fingerprint}
+    about |= {"rank": cfg.rank} if cfg.rank else {}
     if folder:
         about["weights_dtype"] = str(next(weights())[1].dtype)
     if vae:
@@ -219,17 +210,62 @@ def build(cfg, ranks) -> Nets:
     return Nets(teacher, student, fake, ema, vae, encoder, data, about, ranks.device, prompts, **rest)
 
 
+def networks(cfg, ranks, config, weights, own, begin):
+    """Teacher, student, its average, fake score (None without VSD), and the student as it begins (None without KL).
+
+    config, weights: the teacher's DiTConfig and what gives its tensors; own, begin: those of the student as it begins.
+    With --rank all but the teacher are adapters on the teacher's weights, of which there is one copy.
+    """
+    half = ranks.device.type == "cuda" and common.uses_bfloat16(cfg.precision, ranks.device)
+    dtype = torch.bfloat16 if half else None
+
+    def full(trainable, config=config, weights=weights):
+        with torch.device("meta"):
+            model = DiT(config)
+        model.checkpoint_activations = cfg.checkpoint_activations and (trainable or cfg.rank > 0)
+        model = distributed.shard(model, ranks, cfg.shard, dtype, cfg.cpu_offload, trainable)
+        return distributed.load_sharded(model, weights())
+
+    def adapted(trainable, begin=None):
+        with torch.device("meta"):
+            model = Adapted(teacher, cfg.rank)
+        model = distributed.shard(model, ranks, cfg.shard, dtype, cfg.cpu_offload, trainable)
+        return distributed.load_sharded(model, begin()) if begin else distributed.materialise(model, ranks, cfg.seed)
+
+    teacher = full(False)
+    if cfg.rank:
+        students = lambda trainable: adapted(trainable, begin if cfg.student else None)
+        fakes = adapted
+    else:
+        students, fakes = lambda trainable: full(trainable, own, begin), full
+    student, ema = students(True), students(True).requires_grad_(False)
+    if not cfg.student and {own.prediction, config.prediction} == {"conjugate", "velocity"}:
+        for p in (*student.out.parameters(), *ema.out.parameters()):  # x_0 - eps and a eps - b x_0: nearly opposites
+            distributed.local(p).data.neg_()
+    fake = fakes(True) if cfg.beta_vsd else None  # a diffusion model of the teacher's kind, whatever ours predicts
+    frozen = None
+    if cfg.beta_kl:
+        frozen = students(False) if cfg.student else teacher
+    return teacher, student, ema, fake, frozen
+
+
 def held(cfg, config, shards, latents, half=True):
     """Bytes that each of `shards` ranks holds of networks shared by all of them: ({network: (of parameters, gradients,
     optimizer)}, of activations, estimated). config: a DiTConfig; latents: (T, h, w); half: frozen weights and
     activations in bfloat16.
     """
+    per_rank = lambda model: sum(math.ceil(len(p) / shards) * p[0].numel() for p in model.parameters())  # as FSDP cuts
     with torch.device("meta"):
-        n = sum(math.ceil(len(p) / shards) * p[0].numel() for p in DiT(config).parameters())  # as FSDP cuts them
-    teachers = 1 + bool(cfg.beta_kl and cfg.student)  # the other is the student as it began
-    learning = (4 * n, 4 * n, 8 * n)  # AdamW's, in float32
-    networks = {"teacher": (teachers * (2 if half else 4) * n, 0, 0), "student and its optimizer": learning}
-    networks |= {"its average": (4 * n, 0, 0)} | ({"fake score and its optimizer": learning} if cfg.beta_vsd else {})
+        base = DiT(config)
+        n = per_rank(base)
+        m = per_rank(Adapted(base, cfg.rank)) if cfg.rank else n  # of what learns
+    frozen = 2 if half else 4  # bytes
+    learning = (4 * m, 4 * m, 8 * m)  # AdamW's, in float32
+    networks = {"teacher": (frozen * n, 0, 0), "student and its optimizer": learning, "its average": (4 * m, 0, 0)}
+    if cfg.beta_vsd:
+        networks["fake score and its optimizer"] = learning
+    if cfg.beta_kl and cfg.student:
+        networks["the student as it began"] = (frozen * m, 0, 0)
     # a block stores about 20 tensors of all tokens; checkpointed, its input, and the 20 while it is computed again
     tokens = cfg.batch * (config.text_length + math.prod(latents) // config.patch**2)
     blocks = config.depth + 20 if cfg.checkpoint_activations else 20 * config.depth

@@ -54,6 +54,7 @@ class Config(Machine):
     seed: int = opt(0, "seed of all noise")
     out: str = opt("samples", "FILE.mp4 or FILE.gif (several prompts are tiled in it) or a folder (a file for each)")
     weights: str = opt("", "a .safetensors file, or a CogVideoX folder of diffusers (default: the bundled student)")
+    adapter: str = opt("", "a student's adapters on these weights, as train.py --rank writes them")
     vae: str = opt("", "the autoencoder: file or folder (default: the bundled one, or the one in the weights' folder)")
     text: str = opt("", "folder of a T5 encoder (default: the small world's words, or the one in the weights' folder)")
     w: float | None = opt(None, "a teacher's guidance as in Eq. 9, usual scale minus 1 (default: what its weights say)")
@@ -132,7 +133,7 @@ def main(argv=None):
     out, one_file = check_out(cfg.out)
     weights = cfg.weights or WEIGHTS / "student.safetensors"
     vae = cfg.vae or ("" if Path(weights).is_dir() else WEIGHTS / "vae.safetensors")
-    generator = Generator.load(weights, vae, cfg.device, cfg.text, cfg.precision)
+    generator = Generator.load(weights, vae, cfg.device, cfg.text, cfg.precision, cfg.adapter)
     steps, w, fps = choose_steps(cfg, generator), generator.guidance(cfg.w), generator.about.get("fps", shapes.FPS)
     kind = "student" if generator.student else "teacher"
     misplaced = cfg.w if generator.student else cfg.transition

@@ -64,6 +64,7 @@ class Config(Machine):
     beta_kl: float = opt(0.0, "The weight of the distance to the student as it began (section 9). 0 leaves it out.")
     # the student
     student: str = opt("", "The student to go on from, as train.py wrote it. None: it begins as the teacher.")
+    rank: int = opt(0, "The rank of the adapters that student and fake score are. 0: networks of their own.")
     steps: Literal[4, 2, 1] = opt(4, "The number of the student's sampling steps.")
     prediction: Prediction | None = opt(None, "The student's output. None: the teacher's.")  # noqa: RUF009
     generator_input: Literal["simulate", "data"] = opt("simulate", "Its input: its own samples, or noised data.")

@@ -14,11 +14,12 @@ import torch
 
 import common
 import distributed
-from cogvideox import save_pipeline
+from adapters import Adapted, merge
+from cogvideox import save_lora, save_pipeline
 from common import UserError
 from dit import DiT
 from evals.metrics import frechet, jackknife, mean_error, pm
-from generate import Generator
+from generate import Generator, load_network, save_adapters
 from nets import JUDGED
 from video import write_grid, write_video_grid
 from world.shapes import HELD_OUT, Clip, render_batch
@@ -51,9 +52,9 @@ def check_resumed(newest, settings, nets, ranks):
     settings: the run's flags.
     """
     said, config = read_extra(newest)
-    kind = lambda about: [about.get(k) for k in ("timesteps", "transition")]
+    kind = lambda about: [about.get(k) for k in ("timesteps", "transition", "rank")]
     if config != nets.student.config or kind(said["about"]) != kind(nets.about):
-        same = "--steps, --prediction and --transition"
+        same = "--steps, --prediction, --transition and --rank"
         raise UserError(f"{newest} is of another student: repeat its {same}, or leave out --resume")
     old = said["config"]
     other = [
@@ -112,12 +113,23 @@ def draw_videos(nets, who, prompts, seed, n, batch):
     return torch.cat(videos)
 
 
-def write_student(out, config, weights, settings, about):
-    """student.safetensors for sample.py, and of a CogVideoX also a folder for diffusers. settings: the run's flags."""
-    with torch.device("meta"):
-        student = DiT(config)
-    student.load_state_dict(weights, assign=True)
+def write_student(out, config, weights, settings, about, base=None):
+    """student.safetensors for sample.py, and of a CogVideoX also a folder for diffusers. settings: the run's flags.
+
+    weights: the student's state dict, of a DiT, or of adapters on a teacher with the state dict `base`: these are
+    written as they are, adapter.safetensors, and merged.
+    """
     made = {"command": " ".join(["python", *sys.argv]), "date": time.strftime("%Y-%m-%d"), "settings": settings}
+    with torch.device("meta"):
+        teacher, student = DiT(config), DiT(config)
+    if base:
+        teacher.load_state_dict(base, assign=True)
+        save_adapters(out / "adapter.safetensors", weights, teacher, **about | made)
+        print(f"wrote {out / 'adapter.safetensors'}")
+        if Path(settings["teacher"]).is_dir():
+            print(save_lora(out / "lora", weights))
+        weights = merge(base, weights)
+    student.load_state_dict(weights, assign=True)
     file = out / "student.safetensors"
     common.save_model(file, student, torch.float16, **about | made)
     print(f"wrote {file}")
@@ -131,11 +143,16 @@ def export(out):
         raise UserError(f"{out} holds no checkpoint")
     checkpoints = distributed.Checkpoints(out / "checkpoints")
     said, config = read_extra(newest)
+    settings, rank = said["config"], said["about"].get("rank")
     with torch.device("meta"):
         student = DiT(config)
+    base = None
+    if rank:
+        teacher, _ = load_network(settings["teacher"])
+        student, base = Adapted(student, rank), teacher.state_dict()
     student.to_empty(device="cpu")
     checkpoints.load(newest, {"ema": student}, {})
-    write_student(out, config, student.state_dict(), said["config"], said["about"])
+    write_student(out, config, student.state_dict(), settings, said["about"], base)
 
 
 @torch.no_grad()
@@ -175,8 +192,9 @@ def finish(nets, ranks, out, settings, n, batch, pictures):
     settings: the run's flags, for the student's file. Returns the rows of `compare_with_teacher`, [] without a judge.
     """
     weights = distributed.gather(nets.ema)
+    base = distributed.gather(nets.teacher) if settings["rank"] else None
     if ranks.main:
-        write_student(out, nets.student.config, weights, settings, nets.about)
+        write_student(out, nets.student.config, weights, settings, nets.about, base)
     if not nets.vae or not pictures:
         return []
     prompts = nets.prompts[:3]
