@@ -44,7 +44,7 @@ from schedule import Schedule, ddim, denoise, timesteps
 from text import WordTable
 from video import write_grid
 from world import shapes
-from world.judge import Judge, JudgeConfig
+from world.judge import Judge, JudgeConfig, slow_motion
 
 
 @dataclass
@@ -356,13 +356,13 @@ def encode_world(cfg: TeacherConfig, vae: vae3d.VAE3D) -> dict[str, torch.Tensor
 
 
 def noise_steps(n: int, generator: torch.Generator) -> torch.Tensor:
-    """Steps 0..999 of a batch (n,): half of them uniform, half nearer to the middle, where shapes are decided.
+    """Steps 0..999 of a batch (n,): half of them uniform, half about step 730, where words decide what is drawn.
 
-    The middle is logit-normal (Esser et al. 2024). Each half takes one step from every equal part of its distribution:
+    The second half is logit-normal (Esser et al. 2024). Each half takes one step from every equal part of its distribution:
     so the losses of batches differ less.
     """
     spread = lambda n: (torch.arange(n) + torch.rand(n, generator=generator)) / n
-    where = torch.cat([spread(n - n // 2), torch.sigmoid(torch.special.ndtri(spread(n // 2)) - 0.4)])
+    where = torch.cat([spread(n - n // 2), torch.sigmoid(torch.special.ndtri(spread(n // 2)) + 1.0)])
     return (1000 * where).long().clamp(max=999)
 
 
@@ -383,7 +383,7 @@ def train_teacher(cfg: TeacherConfig) -> None:
 
     def loss_of(step):
         rng, noise = random.Random(f"caption {cfg.seed} {step}"), noise_of(cfg, step)
-        still = step < cfg.images or step % 4 == 0  # pictures stay in the mixture to the end
+        still = step < cfg.images or step % 8 == 0  # pictures stay in the mixture to the end
         name, batch = ("stills", 2 * cfg.batch) if still else ("clips", cfg.batch)
         index = torch.randint(len(world[name]), (batch,), generator=noise)
         prompts = [shapes.caption(truth[i], "train", rng, still)[0] for i in index]
@@ -430,7 +430,12 @@ def train_judge(cfg: JudgeRunConfig) -> None:
         video = video + strength.to(cfg.device) * torch.randn(video.shape, generator=noise).to(cfg.device)
         blurred = F.avg_pool3d(video, (1, 3, 3), 1, (0, 1, 1), count_include_pad=False)
         blur = (torch.rand(len(video), 1, 1, 1, 1, generator=noise) < 0.25).to(cfg.device)
-        truth = torch.tensor([c.truth() for c in batch]).to(cfg.device)
+        truth = torch.tensor([c.truth() for c in batch])
+        for i in range(0, len(batch), 4):  # a quarter in slow motion, so that parts of a clip can be read as well
+            first = int(torch.randint(0, shapes.FRAMES - 3, (), generator=noise))
+            video[i] = slow_motion(video[i : i + 1, :, first : first + 4])[0]
+            truth[i, [list(shapes.FACTORS).index(name) for name in ("size", "action", "camera")]] = -1
+        truth = truth.to(cfg.device)
         return model.loss(torch.where(blur, blurred, video), truth), {}
 
     def accuracy(model, n):

@@ -18,6 +18,11 @@ from torch import nn
 from world.shapes import FACTORS, parse
 
 
+def slow_motion(part: torch.Tensor) -> torch.Tensor:
+    """Four frames (B, 3, 4, H, W), each shown four times: a part of a clip at the length that a judge reads."""
+    return part.repeat_interleave(4, 2)
+
+
 @dataclass
 class JudgeConfig:
     kind: str = "conv"  # "conv" or "attention"
