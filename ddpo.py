@@ -43,6 +43,7 @@ import common
 import distributed
 import rewards
 import watch
+from adapters import Adapted, merge
 from cogvideox import load_vae
 from common import Machine, UserError, autocast, open_log, opt, parse, read_prompts, run, uses_bfloat16
 from dit import DiT
@@ -89,6 +90,7 @@ class Config(Machine):
     updates: int = opt(1, "The optimizer updates from one set of samples, of importance sampling.")
     clip_range: float = opt(1e-4, "The range around 1 in which a ratio may gain, of importance sampling.")
     beta_kl: float = opt(0.0, "The weight of the distance to the distilled student. 0 leaves it out.")
+    rank: int = opt(0, "The rank of the adapters that learn. 0: the student itself learns.")
     lr: float = opt(2e-5, "The learning rate (AdamW).")
     clip: float = opt(1.0, "The largest gradient norm. A larger gradient is scaled down to it.")
     shard: Literal["full", "hybrid", "none"] = opt("full", "The sharding of the networks over ranks: distributed.py.")
@@ -346,7 +348,10 @@ def advantages(how, reward, prompts, memory):
 
 
 def load(cfg, ranks):
-    """-> student, a frozen copy of it (None without --beta-kl), VAE, text encoder, the student's metadata."""
+    """-> student, the same frozen (None without --beta-kl), VAE, text encoder, the student's metadata.
+
+    With --rank what learns is adapters on the student, which is itself what is held on to.
+    """
     about = common.read_metadata(cfg.weights, "DiT")
     if about.get("kind") != "student":
         raise UserError(f"{cfg.weights} is no few-step student (its kind: {about.get('kind')}): make one with train.py")
@@ -354,12 +359,22 @@ def load(cfg, ranks):
     half = ranks.device.type == "cuda" and uses_bfloat16(cfg.precision, ranks.device)
     dtype = torch.bfloat16 if half else None
 
+    place = lambda model, trainable: distributed.shard(model, ranks, cfg.shard, dtype, cfg.cpu_offload, trainable)
+
     def network(trainable):
         with torch.device("meta"):
             model = DiT(config)
-        model.checkpoint_activations = cfg.checkpoint_activations and trainable
-        model = distributed.shard(model, ranks, cfg.shard, dtype, cfg.cpu_offload, trainable)
-        return distributed.load_sharded(model, cfg.weights)
+        model.checkpoint_activations = cfg.checkpoint_activations and (trainable or cfg.rank > 0)
+        return distributed.load_sharded(place(model, trainable), cfg.weights)
+
+    student = network(cfg.rank == 0)
+    frozen = None
+    if cfg.beta_kl:
+        frozen = student if cfg.rank else network(False)
+    if cfg.rank:
+        with torch.device("meta"):
+            student = Adapted(student, cfg.rank)
+        distributed.materialise(place(student, True), ranks, cfg.seed)
 
     vae = load_vae(cfg.vae)
     if vae.config.latent_channels != config.channels:
@@ -368,7 +383,7 @@ def load(cfg, ranks):
     encoder = load_encoder(cfg.text, config.text_dim, config.text_length, ranks.device, cfg.precision)
     if about.get("text_fingerprint", encoder.fingerprint) != encoder.fingerprint:
         raise UserError(f"{cfg.weights} was trained with another text encoder: name it with --text FOLDER")
-    return network(True), network(False) if cfg.beta_kl else None, vae, encoder, about
+    return student, frozen, vae, encoder, about
 
 
 def captions(cfg):
@@ -485,6 +500,8 @@ def tune(cfg: Config, ranks) -> None:
         begun = time.time()
     picture(state["step"])
     weights = distributed.gather(student)
+    if cfg.rank:
+        weights = merge(distributed.gather(student.base), weights)
     if ranks.main:
         file = out / "student.safetensors"
         with torch.device("meta"):

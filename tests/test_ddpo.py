@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+import adapters
 import common
 import ddpo
 import rewards
@@ -461,6 +462,19 @@ def test_refl_as_a_process(weights, tmp_path):
     assert line["loss"] == pytest.approx(-line["reward_mean"], rel=1e-5)  # kl is 0: nothing has changed yet
     assert line["kl"] == 0 and line["grad_norm"] > 0 and line["reward_evaluations"] == 2
     assert not same(weights, tmp_path / "runs/ddpo")
+
+
+def test_adapters_learn_beside_the_student_they_hold_on_to(weights, tmp_path, call):
+    flags = ["--rank", 4, "--beta-kl", 1, "--reward", "dynamic_degree", "--save-every", 1, "--lr", 1e-3]
+    assert call(*flags, "--iterations", 2, "--out", "straight")[0] == 0
+    assert call(*flags, "--out", "parts")[0] == 0
+    assert call(*flags, "--iterations", 2, "--out", "parts", "--resume")[0] == 0
+    assert same(tmp_path / "straight", tmp_path / "parts")
+    first, second = lines(tmp_path / "straight")
+    assert first["kl"] == 0 < second["kl"]
+    before, after = (common.load_tensors(Path(f) / "student.safetensors")[0] for f in (weights, tmp_path / "straight"))
+    moved = {name.split(".")[2] for name in before if not torch.equal(before[name], after[name])}
+    assert moved == set(adapters.MAPS)
 
 
 def test_ddpo_on_two_ranks_is_ddpo_on_one(weights, tmp_path, call):
