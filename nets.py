@@ -294,5 +294,5 @@ def memory_table(cfg):
     for size in (1, 2, 4, 8):
         networks, activations = held(cfg, config, size if cfg.shard != "none" else 1, config.latents)
         kinds = dict(zip(("parameters", "gradients", "optimizer"), map(sum, zip(*networks.values()))))
-        rows.append({"preset": cfg.preset, "ranks": size, **kinds, "activations": activations})
+        rows.append({"preset": cfg.preset, "rank": cfg.rank, "ranks": size, **kinds, "activations": activations})
     return tables.table([tables.save(cfg, "sharding", rows=rows)])

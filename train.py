@@ -5,6 +5,7 @@
     python train.py --resume --out runs/train                          # go on, to the bit
     python train.py export --out runs/train                            # the newest checkpoint's student as a file
     python train.py memory --preset dollar                             # what 1, 2, 4, 8 GPUs would hold
+    python train.py --rank 16 --lr 1e-3 --fake-lr 2e-3                 # student and fake score as adapters: one network
     python train.py --student weights/student.safetensors --reward jpeg_compressibility     # tune it to a reward
 
 `algorithm_1` is the paper's listing; numbers after a hash are its lines. Three networks of one architecture take part:
