@@ -525,7 +525,7 @@ def brightness(*_, name="bright"):
 def test_several_rewards_are_standardised_one_by_one_and_measured(call, monkeypatch):
     dark = lambda video, _: -1000 * video.mean((1, 2, 3, 4))
     dark = rewards.Reward("dark", dark, True, False, "", None, "cpu")
-    both = rewards.Reward("sum", None, True, False, "", None, "cpu", parts=[(1.0, brightness()), (0.5, dark)])
+    both = rewards.Reward("sum", None, True, False, "", None, "cpu", terms=[(1.0, brightness()), (0.5, dark)])
     monkeypatch.setattr(rewards, "make", lambda *_: both)
     flags = ["--reward", "bright", "--method", "draft", "--precision", "fp32", "--lr", 1e-3]
     assert call(*flags, "--iterations", 5, "--max-evaluations", 4)[0] == 0

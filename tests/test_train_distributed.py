@@ -59,7 +59,8 @@ def config(folder, out, size=1, total=BATCH, **changes):
     """All losses on, in float32."""
     small = {"teacher": f"{folder}/teacher.safetensors", "vae": f"{folder}/vae.safetensors", "out": str(out)}
     small |= {"iterations": STEPS, "batch": total // size, "global_batch": total, "fake_updates": 2, "m": 1}
-    small |= {"reward": "dynamic_degree", "reward_frames": 2, "precision": "fp32"}
+    small |= {"reward": "dynamic_degree", "reward_frames": 2, "precision": "fp32", "lrm_warmup": 0}
+    small |= {"lrm_updates": 1}  # what a buffer keeps is each rank's own
     small |= {"save_every": 1, "sample_every": 0}
     return train.Config(**train.PRESETS["shapes"] | small | changes)
 
