@@ -16,8 +16,8 @@ here these are the last N (--truncate) moves *that have a std*: of four steps, 7
 
 Eq. 28 is summed over moves, and over the elements of the latents averaged ("mean", as in ddpo-pytorch) or summed
 ("sum", the true log-density, thousands of times larger). AdamW does not see the factor, but --clip, --beta-kl and
---clip-range do: a range of 1e-4 is for the mean. Each clip is weighted with its raw reward, as in Algorithm 2: unbiased
-but noisy, as a reward far from 0 moves all samples alike. --advantage batch | prompt standardises it.
+--clip-range do: a range of 1e-4 is for the mean. Algorithm 2 weights each clip with its raw reward: unbiased but noisy, as
+a reward far from 0 moves all samples alike. So the default standardises it over the iteration; --advantage raw does not.
 
 ReFL (arXiv:2304.05977) takes the gradient of reward, decoder and the x_0 predicted at one of the last N steps, DRaFT-K
 (arXiv:2309.17400) that of the sample through its last K = N steps. --beta-kl adds the mean squared distance to the
@@ -85,7 +85,9 @@ class Config(Machine):
         None, "The way between steps. None: the student's."
     )
     log_p: Literal["mean", "sum"] = opt("mean", "The log-probability over the elements of the latents, of ddpo.")
-    advantage: Literal["raw", "batch", "prompt"] = opt("raw", "The weight of log p: the reward, raw or standardised.")
+    advantage: Literal["raw", "batch", "prompt"] = opt(
+        "batch", "The weight of log p: the reward, standardised, or raw as in the paper."
+    )
     variant: Literal["sf", "is"] = opt("sf", "The loss of ddpo: score function, or importance sampling with clipping.")
     updates: int = opt(1, "The optimizer updates from one set of samples, of importance sampling.")
     clip_range: float = opt(1e-4, "The range around 1 in which a ratio may gain, of importance sampling.")

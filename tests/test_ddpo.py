@@ -353,7 +353,7 @@ def update(weights, monkeypatch):
 
 
 def test_each_move_is_weighted_with_its_own_clips_reward(update):
-    seen = update(clip_range=0.2)
+    seen = update(clip_range=0.2, advantage="raw")
     policy, order = seen.policy, [(clips, i) for clips in seen.clips for i in (1, 2)]  # 749 to 499 and 499 to 249
     assert policy.moves == [1, 2] and len(seen.losses) == 4 and len(seen.moves) == 8
     for (new, old, advantage, how), (clips, i), *both in zip(seen.losses, order, seen.moves[::2], seen.moves[1::2]):
