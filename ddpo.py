@@ -16,8 +16,8 @@ here these are the last N (--truncate) moves *that have a std*: of four steps, 7
 
 Eq. 28 is summed over moves, and over the elements of the latents averaged ("mean", as in ddpo-pytorch) or summed
 ("sum", the true log-density, thousands of times larger). AdamW does not see the factor, but --clip, --beta-kl and
---clip-range do: a range of 1e-4 is for the mean. Algorithm 2 weights each clip with its raw reward: unbiased but noisy, as
-a reward far from 0 moves all samples alike. So the default standardises it over the iteration; --advantage raw does not.
+--clip-range do: a range of 1e-4 is for the mean. Algorithm 2 weights each clip with its raw reward: unbiased but noisy,
+as a reward far from 0 moves all samples alike. By default it is standardised over the iteration (--advantage).
 
 ReFL (arXiv:2304.05977) takes the gradient of reward, decoder and the x_0 predicted at one of the last N steps, DRaFT-K
 (arXiv:2309.17400) that of the sample through its last K = N steps. --beta-kl adds the mean squared distance to the
