@@ -36,9 +36,13 @@ class UserError(Exception):
 
 
 LIMITS = (  # flags mean the same in every script, and so does what they may be: (names, least, most)
-    ("batch iterations m fake_updates save_every log_every warmup clips copies pairs", 1, math.inf),
+    ("batch iterations m fake_updates save_every log_every warmup clips copies pairs lrm_updates", 1, math.inf),
     ("frames height width shard text_length reward_repeats truncate updates repeats every", 1, math.inf),
-    ("threads workers rank global_batch fake_warmup lrm_warmup max_seconds max_evaluations sample_every", 0, math.inf),
+    (
+        "threads workers global_batch fake_warmup lrm_warmup max_seconds max_evaluations sample_every",
+        0,
+        math.inf,
+    ),
     ("reward_every prompt_count images stop_at held_out vendi_prompts fps", 0, math.inf),
     ("lr fake_lr lrm_lr beta_vsd beta_cd beta_ft beta_kl kl object_weight", 0, math.inf),
     ("reward_samples", 2, math.inf),

@@ -16,8 +16,8 @@ here these are the last N (--truncate) moves *that have a std*: of four steps, 7
 
 Eq. 28 is summed over moves, and over the elements of the latents averaged ("mean", as in ddpo-pytorch) or summed
 ("sum", the true log-density, thousands of times larger). AdamW does not see the factor, but --clip, --beta-kl and
---clip-range do: a range of 1e-4 is for the mean. Each clip is weighted with its raw reward, as in Algorithm 2: unbiased
-but noisy, as a reward far from 0 moves all samples alike. --advantage batch | prompt standardises it.
+--clip-range do: a range of 1e-4 is for the mean. Algorithm 2 weights each clip with its raw reward: unbiased but noisy,
+as a reward far from 0 moves all samples alike. By default it is standardised over the iteration (--advantage).
 
 ReFL (arXiv:2304.05977) takes the gradient of reward, decoder and the x_0 predicted at one of the last N steps, DRaFT-K
 (arXiv:2309.17400) that of the sample through its last K = N steps. --beta-kl adds the mean squared distance to the
@@ -43,6 +43,7 @@ import common
 import distributed
 import rewards
 import watch
+from adapters import Adapted, merge
 from cogvideox import load_vae
 from common import Machine, UserError, autocast, open_log, opt, parse, read_prompts, run, uses_bfloat16
 from dit import DiT
@@ -84,11 +85,14 @@ class Config(Machine):
         None, "The way between steps. None: the student's."
     )
     log_p: Literal["mean", "sum"] = opt("mean", "The log-probability over the elements of the latents, of ddpo.")
-    advantage: Literal["raw", "batch", "prompt"] = opt("raw", "The weight of log p: the reward, raw or standardised.")
+    advantage: Literal["raw", "batch", "prompt"] = opt(
+        "batch", "The weight of log p: the reward, standardised, or raw as in the paper."
+    )
     variant: Literal["sf", "is"] = opt("sf", "The loss of ddpo: score function, or importance sampling with clipping.")
     updates: int = opt(1, "The optimizer updates from one set of samples, of importance sampling.")
     clip_range: float = opt(1e-4, "The range around 1 in which a ratio may gain, of importance sampling.")
     beta_kl: float = opt(0.0, "The weight of the distance to the distilled student. 0 leaves it out.")
+    rank: int = opt(0, "The rank of the adapters that learn. 0: the student itself learns.")
     lr: float = opt(2e-5, "The learning rate (AdamW).")
     clip: float = opt(1.0, "The largest gradient norm. A larger gradient is scaled down to it.")
     shard: Literal["full", "hybrid", "none"] = opt("full", "The sharding of the networks over ranks: distributed.py.")
@@ -346,7 +350,10 @@ def advantages(how, reward, prompts, memory):
 
 
 def load(cfg, ranks):
-    """-> student, a frozen copy of it (None without --beta-kl), VAE, text encoder, the student's metadata."""
+    """-> student, the same frozen (None without --beta-kl), VAE, text encoder, the student's metadata.
+
+    With --rank what learns is adapters on the student, which is itself what is held on to.
+    """
     about = common.read_metadata(cfg.weights, "DiT")
     if about.get("kind") != "student":
         raise UserError(f"{cfg.weights} is no few-step student (its kind: {about.get('kind')}): make one with train.py")
@@ -354,12 +361,22 @@ def load(cfg, ranks):
     half = ranks.device.type == "cuda" and uses_bfloat16(cfg.precision, ranks.device)
     dtype = torch.bfloat16 if half else None
 
+    place = lambda model, trainable: distributed.shard(model, ranks, cfg.shard, dtype, cfg.cpu_offload, trainable)
+
     def network(trainable):
         with torch.device("meta"):
             model = DiT(config)
-        model.checkpoint_activations = cfg.checkpoint_activations and trainable
-        model = distributed.shard(model, ranks, cfg.shard, dtype, cfg.cpu_offload, trainable)
-        return distributed.load_sharded(model, cfg.weights)
+        model.checkpoint_activations = cfg.checkpoint_activations and (trainable or cfg.rank > 0)
+        return distributed.load_sharded(place(model, trainable), cfg.weights)
+
+    student = network(cfg.rank == 0)
+    frozen = None
+    if cfg.beta_kl:
+        frozen = student if cfg.rank else network(False)
+    if cfg.rank:
+        with torch.device("meta"):
+            student = Adapted(student, cfg.rank)
+        distributed.materialise(place(student, True), ranks, cfg.seed)
 
     vae = load_vae(cfg.vae)
     if vae.config.latent_channels != config.channels:
@@ -368,7 +385,7 @@ def load(cfg, ranks):
     encoder = load_encoder(cfg.text, config.text_dim, config.text_length, ranks.device, cfg.precision)
     if about.get("text_fingerprint", encoder.fingerprint) != encoder.fingerprint:
         raise UserError(f"{cfg.weights} was trained with another text encoder: name it with --text FOLDER")
-    return network(True), network(False) if cfg.beta_kl else None, vae, encoder, about
+    return student, frozen, vae, encoder, about
 
 
 def captions(cfg):
@@ -485,6 +502,8 @@ def tune(cfg: Config, ranks) -> None:
         begun = time.time()
     picture(state["step"])
     weights = distributed.gather(student)
+    if cfg.rank:
+        weights = merge(distributed.gather(student.base), weights)
     if ranks.main:
         file = out / "student.safetensors"
         with torch.device("meta"):

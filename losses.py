@@ -117,8 +117,11 @@ def lrm_loss(lrm, x, reward, text=None):
     return mse_loss(predicted, at_least_float32(reward))
 
 
-def reward_loss(lrm, x, text=None):
+def reward_loss(lrm, x, text=None, pull=None):
     """Minus the mean reward that the latent reward model sees in x (B, C, T, h, w) (Eq. 15).
+
+    pull (B,): the norm that each sample's gradient shall have, for rewards whose units mean nothing beside the other
+    objectives; None: the reward's own.
 
     Gradient reaches x alone: it is taken here, and handed on by a term that is 0 and has just this slope. So one
     backward pass of the weighted sum (Eq. 16) cannot teach the LRM to please, and the LRM's activations are freed at
@@ -128,6 +131,8 @@ def reward_loss(lrm, x, text=None):
         here = x.detach().requires_grad_()
         reward = at_least_float32(lrm(here) if text is None else lrm(here, text)).mean()
         (slope,) = torch.autograd.grad(reward, here)
+        if pull is not None:
+            slope = slope * _rows(pull / slope.flatten(1).norm(dim=1).clamp(min=1e-12), slope)
     return -(reward.detach() + (slope * (x - here.detach())).sum())
 
 

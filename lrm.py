@@ -17,6 +17,16 @@ the latents is zero. Here the image attends over all tokens and its own feature 
 13's form, kept for the test that shows this. The text's Linear has a bias, Q, K and V have none: that, with GroupNorm's
 scales and shifts, is what gives the paper's total.
 
+An LRM may also learn what a reward is made of, its parts, which do not depend on the prompt: a judge's probabilities, a
+CLIP's image embedding. The reward is a known function of these and of the prompt (rewards.py), so it is computed, and
+its gradient with respect to the latents is that of the computed number. What a number a clip does not teach, which of
+the factors is wrong, the parts say outright. Then `outputs` is their number, and no text is read. `LatentReward` has
+both forms.
+
+Table 12's first convolution cuts the latents into squares of 4x4. On a map of 8x8 that leaves four, so `stride=1` puts
+a 3x3 convolution there; `apart=T` gives the head all T frames side by side instead of their mean, for what is seen only
+between frames. The counts above are those without either.
+
 Where the tables are silent: GroupNorm has 8 groups (small latents end as a map of one pixel, where each group is
 normalised over its channels alone: many small groups would leave little of the signal); every text token is attended
 to, padding included, as the encoder gives it; the attention has one head. Section 7.2 writes it without a scale; here
@@ -29,6 +39,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from schedule import at_least_float32
+
 GROUPS = 8
 
 
@@ -36,6 +48,9 @@ GROUPS = 8
 class ImageLRMConfig:
     channels: int = 12  # of the latents
     width: int = 128
+    outputs: int = 1  # numbers that are predicted: the reward, or its parts
+    stride: int = 4  # of the first convolution, or 1
+    apart: int = 0  # frames that the head sees side by side; 0: their mean
 
 
 @dataclass
@@ -57,7 +72,7 @@ class TextVideoLRMConfig(TextImageLRMConfig):
 
 
 class VideoLRM(nn.Module):
-    """Latents (B, C, T, h, w) -> reward (B,), for any T, h, w >= 1.
+    """Latents (B, C, T, h, w) -> reward (B,), or with several `outputs` (B, outputs), for any T, h, w >= 1.
 
     Made from a Config or from its fields; seed: of the first weights. ValueError for an unknown backbone, and for
     latents of another number of channels.
@@ -74,7 +89,9 @@ class VideoLRM(nn.Module):
             raise ValueError(f"unknown backbone {backbone!r}: frames or 3d")
         self.frames = backbone == "frames"
         if self.frames:
-            first = nn.Conv2d(self.config.channels, width, 4, stride=4)
+            small = getattr(self.config, "stride", 4) == 1
+            kernel = {"kernel_size": 3, "padding": 1} if small else {"kernel_size": 4, "stride": 4}
+            first = nn.Conv2d(self.config.channels, width, **kernel)
             second, third = nn.Conv2d(width, width, 3, stride=2, padding=1), nn.Conv2d(width, width, 1)
         else:
             first = nn.Conv3d(self.config.channels, width, (3, 4, 4), stride=(1, 4, 4), padding=(1, 0, 0))
@@ -85,7 +102,8 @@ class VideoLRM(nn.Module):
         if text_dim is not None:
             self.text = nn.Linear(text_dim, width)
             self.query, self.key, self.value = (nn.Linear(width, width, bias=False) for _ in range(3))
-        self.head = nn.Linear(width, 1)
+        self.outputs, self.apart = getattr(self.config, "outputs", 1), getattr(self.config, "apart", 0)
+        self.head = nn.Linear(width * (self.apart or 1), self.outputs)
         self.init_weights(seed)
 
     @torch.no_grad()
@@ -116,7 +134,11 @@ class VideoLRM(nn.Module):
         return self.project(x).reshape(B, -1, self.config.width)  # (B, T, width)
 
     def forward(self, x):
-        return self.head(self.features(x)).mean(dim=(1, 2))  # (B,)
+        features = self.features(x)  # (B, T, width)
+        if self.apart:
+            features = features.flatten(1)[:, None]  # (B, 1, T width)
+        predicted = self.head(features).mean(1)  # (B, outputs)
+        return predicted.squeeze(1) if self.outputs == 1 else predicted
 
 
 class TextVideoLRM(VideoLRM):
@@ -144,3 +166,67 @@ class TextImageLRM(TextVideoLRM):
     """Table 13, the frames' backbone alone: mean over the frames, each attending over the tokens by itself."""
 
     Config = TextImageLRMConfig
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what an LRM learns of a reward
+
+
+class LatentReward:
+    """A reward as an LRM knows it: what it is taught, and what it says.
+
+    lrm: one of the above; reward: of rewards.py; moments: by which its numbers are standardised, kept up to date by
+    whoever trains. parts: the LRM learns the reward's parts; else, as in the paper, the standardised number.
+    """
+
+    def __init__(self, lrm, reward, moments, parts: bool):
+        self.lrm, self.reward, self.moments, self.parts = lrm, reward, moments, parts
+        self.reads_text = reward.text and not parts
+
+    def labels(self, video, captions):
+        """What the pixel reward says of decoded clips (B, 3, F, H, W): its R numbers (B, R), or its P parts (B, P)."""
+        return self.reward.parts(video) if self.parts else self.reward.scores(video, captions)
+
+    def scores(self, labels, captions):
+        """Labels, or parts as the LRM predicts them -> the R numbers of the reward (B, R)."""
+        return self.reward.from_parts(labels, captions) if self.parts else labels
+
+    def target(self, labels):
+        """What the LRM shall say (Eq. 14): the parts (B, P), or the standardised reward (B,)."""
+        return labels if self.parts else self.moments.standardise(labels)
+
+    def estimate(self, x, text, captions):
+        """The standardised reward (B,) that the LRM sees in latents x, with gradient with respect to x (Eq. 15)."""
+        predicted = self.lrm(x, text) if self.reads_text else self.lrm(x)
+        if not self.parts:
+            return predicted
+        return self.moments.standardise(self.reward.from_parts(at_least_float32(predicted), captions))
+
+
+class Buffer(nn.Module):
+    """The newest `size` samples of a rank with their labels, so that each label, which costs a decoding, teaches often.
+
+    A module, so that a checkpoint keeps it. Latents (C, T, h, w) are kept in bfloat16, text (L, D) where it is read.
+    """
+
+    def __init__(self, size: int, latents: tuple, labels: int, text: tuple = (0, 0)):
+        super().__init__()
+        self.register_buffer("x", torch.zeros(size, *latents, dtype=torch.bfloat16))
+        self.register_buffer("labels", torch.zeros(size, labels))
+        self.register_buffer("text", torch.zeros(size, *text, dtype=torch.bfloat16))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))  # of all that ever came
+
+    def add(self, x, labels, text):
+        """x (B, C, T, h, w), labels (B, n), text (B, L, D): the newest take the places of the oldest."""
+        size, first = len(self.x), int(self.count)
+        places = [(first + i) % size for i in range(len(x))]
+        self.x[places], self.labels[places] = x.to(self.x), labels.to(self.labels)
+        if self.text.numel():
+            self.text[places] = text.to(self.text)
+        self.count += len(x)
+
+    def sample(self, n: int, seed: int):
+        """n of what is kept, each as likely as any other: x, labels, text, in float32."""
+        generator = torch.Generator().manual_seed(seed)
+        rows = torch.randint(min(int(self.count), len(self.x)), (n,), generator=generator)
+        return self.x[rows].float(), self.labels[rows], self.text[rows].float()

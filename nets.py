@@ -14,7 +14,7 @@ import torch
 
 import common
 import distributed
-import lrm as latent_rewards
+import lrm as lrms
 import rewards
 from adapters import Adapted
 from cogvideox import below, load_vae, read_dit_about, read_dit_config, read_dit_weights
@@ -32,6 +32,7 @@ from world.judge import Judge
 from world.shapes import held_out_prompts
 
 JUDGED = 192  # prompts of the small world on which student and teacher are compared at the end
+KEPT, KEPT_BYTES = 512, 2**28  # samples that an LRM's buffer keeps on a rank, or as many as fit
 PROMPTS = [  # what pictures show where the data has no captions to lend
     "a red car drives along a road by the sea",
     "a cat walks over a wooden floor",
@@ -56,8 +57,8 @@ class Nets:
     prompts: list[str]  # for pictures, and for the judge
     judge: Judge | None = None
     lrm: torch.nn.Module | None = None
-    reward: object = None
-    moments: rewards.Moments | None = None
+    latent_reward: lrms.LatentReward | None = None
+    buffer: lrms.Buffer | None = None  # what the LRM has learned from lately
     frozen: DiT | None = None  # the student as it begins, where --beta-kl holds on to it
     precision: str = "auto"  # in which they compute, see common.py
     clips: Ahead | None = None  # the batches of data, made ahead
@@ -65,8 +66,8 @@ class Nets:
     def __post_init__(self):
         self.schedule = Schedule(self.teacher.config.schedule, self.teacher.config.snr_shift)
         self.null = self.encoder.encode([""]).to(self.device)  # (1, L, D)
-        named = {"student": self.student, "ema": self.ema, "fake": self.fake, "lrm": self.lrm}
-        self.modules = {name: module for name, module in named.items() if module}
+        named = {"student": self.student, "ema": self.ema, "fake": self.fake, "lrm": self.lrm, "buffer": self.buffer}
+        self.modules = {name: module for name, module in named.items() if module is not None}
 
 
 class CachedText:
@@ -85,6 +86,10 @@ class CachedText:
 def check(cfg, ranks):
     """What can be wrong with a command before anything is read. cfg: train.py's Config."""
     common.check_flags(cfg)
+    if cfg.fake_warmup is None:
+        cfg.fake_warmup = 20 if cfg.student else 0
+    if cfg.lrm_warmup is None:
+        cfg.lrm_warmup = 0 if cfg.lrm else 25
     learns = cfg.beta_vsd or cfg.beta_cd or cfg.reward != "none"
     for wrong, what in (
         (cfg.m >= len(GRID), f"--m: at most {len(GRID) - 1}, the steps of CD's grid"),
@@ -188,12 +193,14 @@ def build(cfg, ranks) -> Nets:
         about["weights_dtype"] = str(next(weights())[1].dtype)
     if vae:
         vae = vae.to(ranks.device, memory_format=torch.channels_last_3d).eval().requires_grad_(False)
-    reward = lrm = judge = moments = None
+    lrm = latent_reward = buffer = judge = None
     if cfg.reward != "none":
         reward = rewards.make(cfg.reward, cfg.reward_weights, cfg.reward_frames, ranks.device)
         reward.check(data.sizes)
-        make = latent_rewards.TextVideoLRM if reward.text else latent_rewards.VideoLRM
-        sizes = {"text_dim": config.text_dim} if reward.text else {}
+        parts = reward.has_parts if cfg.lrm_labels is None else cfg.lrm_labels == "parts"
+        if parts and not reward.has_parts:
+            raise UserError(f"{cfg.reward} is not made of parts: --lrm-labels scalar")
+        make = lrms.TextVideoLRM if reward.text and not parts else lrms.VideoLRM
         if cfg.lrm:
             lrm, said = common.load_model(cfg.lrm, make, ranks.device)
             learned = said.get("moments", {}).get("weights"), said.get("vae"), said.get("text_fingerprint")
@@ -201,11 +208,22 @@ def build(cfg, ranks) -> Nets:
                 raise UserError(f"{cfg.lrm} learned (reward, VAE, text) {learned}, which is not what is asked for")
             moments = rewards.Moments(**said["moments"])
         else:
-            lrm = make(channels=config.channels, backbone=cfg.lrm_backbone, seed=cfg.seed, **sizes).to(ranks.device)
-            moments = rewards.Moments(reward.weights)
+            sizes = {"channels": config.channels, "backbone": cfg.lrm_backbone}
+            if parts:
+                moves = any(part.size for part in reward.each_reward)  # it sees motion, in clips of one length
+                sizes |= {"outputs": reward.size_of_parts, "stride": 1 if min(latents[1:]) < 24 else 4}
+                sizes |= {"apart": latents[0] if moves and cfg.lrm_backbone == "frames" else 0}
+            elif reward.text:
+                sizes["text_dim"] = config.text_dim
+            lrm, moments = make(seed=cfg.seed, **sizes).to(ranks.device), rewards.Moments(reward.weights)
+        latent_reward = lrms.LatentReward(lrm, reward, moments, parts)
+        text = tuple(encoder.encode([""]).shape[1:]) if latent_reward.reads_text else (0, 0)
+        kept = min(KEPT, KEPT_BYTES // (2 * config.channels * math.prod(latents)))
+        labels = reward.size_of_parts if parts else len(reward.weights)
+        buffer = lrms.Buffer(kept, (config.channels, *latents), labels, text)
     if cfg.data == "shapes" and (file := Path(cfg.vae).parent / "judge.safetensors").exists():
         judge = common.load_model(file, Judge, ranks.device)[0]
-    rest = {"judge": judge, "lrm": lrm, "reward": reward, "moments": moments, "frozen": frozen}
+    rest = {"judge": judge, "lrm": lrm, "latent_reward": latent_reward, "buffer": buffer, "frozen": frozen}
     rest["precision"] = cfg.precision
     return Nets(teacher, student, fake, ema, vae, encoder, data, about, ranks.device, prompts, **rest)
 
@@ -294,5 +312,5 @@ def memory_table(cfg):
     for size in (1, 2, 4, 8):
         networks, activations = held(cfg, config, size if cfg.shard != "none" else 1, config.latents)
         kinds = dict(zip(("parameters", "gradients", "optimizer"), map(sum, zip(*networks.values()))))
-        rows.append({"preset": cfg.preset, "ranks": size, **kinds, "activations": activations})
+        rows.append({"preset": cfg.preset, "rank": cfg.rank, "ranks": size, **kinds, "activations": activations})
     return tables.table([tables.save(cfg, "sharding", rows=rows)])

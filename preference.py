@@ -4,8 +4,9 @@ Each is a large CLIP or BLIP that scores an image, mostly with its prompt; a vid
 Nothing is fetched and no code in a file is run. What each model's own preprocessing does to a picture is done here to
 a tensor, so that the score has a gradient; it differs from theirs by their rounding to 8 bits alone.
 
-Every function here takes (name, its file or folder, device) and returns score(video (B, 3, F, H, W), prompts) -> (B,);
-rewards.py makes rewards of them. Raises UserError for files that are missing or hold something else.
+Every function here takes (name, its file or folder, device) and returns score(video (B, 3, F, H, W), prompts) -> (B,),
+or the two functions whose product the score is; rewards.py makes rewards of them. Raises UserError for files that are
+missing or hold something else.
 """
 
 import json
@@ -39,25 +40,26 @@ def _prepare(images, size, whole):
 
 
 def _mean_over_frames(video, size, whole, score):
-    """score(prepared images (n, 3, size, size), index of each one's clip (n,)) -> (n,), averaged over frames: (B,)."""
+    """score(prepared images (n, 3, size, size), index of each one's clip (n,)) -> (n, ...), averaged over frames."""
     images = ((video.transpose(1, 2).flatten(0, 1) + 1) / 2).clamp(0, 1)  # (B F, 3, H, W)
     clip = torch.arange(len(video), device=video.device).repeat_interleave(video.shape[2])
     parts = zip(images.split(32), clip.split(32))  # all at once would not fit beside a ViT-H
-    return torch.cat([score(_prepare(x, size, whole), i) for x, i in parts]).view(len(video), -1).mean(1)
+    return torch.cat([score(_prepare(x, size, whole), i) for x, i in parts]).unflatten(0, (len(video), -1)).mean(1)
 
 
 def cosine(encode_image, encode_text, size, whole, context, device):
-    """cos(image, text), without CLIP's temperature: the scale on which the paper reports HPSv2 and PickScore."""
+    """The two sides of cos(image, text), without CLIP's temperature, as the paper reports HPSv2 and PickScore.
+
+    -> parts(video) (B, D), the mean of the frames' unit embeddings, and direction(prompts) (B, D), the text's: their
+    product is the mean of the frames' cosines.
+    """
     from open_clip import SimpleTokenizer
 
     tokens = SimpleTokenizer(context_length=context)  # CLIP's words are the same in every implementation
 
-    def score(video, prompts):
-        text = F.normalize(encode_text(tokens(prompts).to(device)), dim=-1)  # (B, D)
-        one = lambda x, clip: (F.normalize(encode_image(x), dim=-1) * text[clip]).sum(-1)
-        return _mean_over_frames(video, size, whole, one)
-
-    return score
+    image = lambda x, clip: F.normalize(encode_image(x), dim=-1)
+    parts = lambda video: _mean_over_frames(video, size, whole, image)
+    return parts, lambda prompts: F.normalize(encode_text(tokens(prompts).to(device)), dim=-1)
 
 
 def _tensors(file):

@@ -28,42 +28,62 @@ from world.shapes import FRAMES, SIZE
 
 
 @dataclass
+class Product:
+    """A score made of parts that do not depend on the prompt: their product with what the prompt asks for.
+
+    Of a judge the parts are the probabilities of all values of all factors, and a prompt asks for the mean of those
+    that it names. Of a CLIP they are the image's embedding, mean over the frames, and a prompt asks for the text's.
+    """
+
+    parts: Callable  # video (B, 3, F, H, W) -> (B, P)
+    direction: Callable  # prompts -> (B, P)
+
+    def __call__(self, video, prompts):
+        return (self.parts(video) * self.direction(prompts)).sum(1)
+
+
+@dataclass
 class Reward:
     """One reward, ready to be called; `make` builds it."""
 
     name: str
-    score: Callable  # (video, prompts) -> (B,)
+    score: Callable  # (video, prompts) -> (B,); a Product where the reward has parts
     differentiable: bool
     text: bool  # does it read the prompt?
     scale: str  # one line on its scale
     frames: int | None  # how many evenly spaced frames are scored; None: all
     device: str | torch.device
     size: tuple | None = None  # the only (frames, height, width) that it reads; None: any
-    parts: list = field(default_factory=list)  # of a weighted sum: (weight, Reward) each
+    terms: list = field(default_factory=list)  # of a weighted sum: (weight, Reward) each
 
     def __call__(self, video: torch.Tensor, prompts: list[str] | None = None, with_grad: bool = False) -> torch.Tensor:
         """video (B, 3, F, H, W) in [-1, 1] -> (B,) float32 on the video's device; NaN for a clip that is not finite.
 
         Raises ValueError for another shape, a wrong number of prompts, or a gradient that does not exist.
         """
-        if video.ndim != 5 or video.shape[1] != 3:
-            raise ValueError(f"a reward takes video (B, 3, F, H, W), not {tuple(video.shape)}")
         if self.text and (prompts is None or len(prompts) != len(video)):
             raise ValueError(f"{self.name} needs one prompt a clip: {len(video)} clips, {len(prompts or [])} prompts")
         if with_grad and not self.differentiable:
             raise ValueError(f"{self.name} has no gradient")
+        return self._of(video, lambda x: self.score(x, prompts), with_grad)
+
+    def _of(self, video, function, with_grad=False):
+        """function(the frames that are scored, in float32) -> (B, ...); NaN for a clip that is not finite."""
+        if video.ndim != 5 or video.shape[1] != 3:
+            raise ValueError(f"a reward takes video (B, 3, F, H, W), not {tuple(video.shape)}")
         self.check([tuple(video.shape[2:])])
         if self.frames and self.frames < video.shape[2]:  # the middles of equal intervals
             video = video[:, :, [int((i + 0.5) * video.shape[2] / self.frames) for i in range(self.frames)]]
         x = video.to(self.device, torch.float32)
         # the published scores are those of float32, whatever precision the training around this call runs in
         with torch.set_grad_enabled(with_grad), torch.autocast(x.device.type, enabled=False):
+            found = function(x).float()
             bad = ~torch.isfinite(x).flatten(1).all(1)
-            return self.score(x, prompts).float().masked_fill(bad, torch.nan).to(video.device)
+            return found.masked_fill(bad.view(-1, *[1] * (found.ndim - 1)), torch.nan).to(video.device)
 
     def check(self, sizes):
         """UserError if clips of these sizes, (frames, height, width) each, have some that the reward cannot read."""
-        for part in [r for _, r in self.parts] or [self]:
+        for part in self.each_reward:
             if part.size and (others := [size for size in sizes if tuple(size) != part.size]):
                 (f, h, w), (frames, height, width) = part.size, others[0]
                 there = f"{len(others)} of {len(sizes)} clips have others, e.g. {frames} of {height}x{width}"
@@ -71,12 +91,35 @@ class Reward:
 
     @property
     def weights(self):
-        return {r.name: w for w, r in self.parts} or {self.name: 1.0}
+        return {r.name: w for w, r in self.terms} or {self.name: 1.0}
 
     def scores(self, video, prompts=None, with_grad=False):
         """The R rewards of a weighted sum one by one, without their weights: (B, R), for Moments; else (B, 1)."""
-        parts = [r for _, r in self.parts] or [self]
-        return torch.stack([part(video, prompts, with_grad) for part in parts], 1)
+        return torch.stack([reward(video, prompts, with_grad) for reward in self.each_reward], 1)
+
+    @property
+    def each_reward(self):
+        """The rewards of a weighted sum, or the reward itself."""
+        return [reward for _, reward in self.terms] or [self]
+
+    @property
+    def has_parts(self):
+        return all(isinstance(reward.score, Product) for reward in self.each_reward)
+
+    @property
+    def size_of_parts(self):
+        return sum(reward.score.direction([""]).shape[1] for reward in self.each_reward)
+
+    def parts(self, video):
+        """What the rewards are made of, one after the other: video (B, 3, F, H, W) -> (B, P)."""
+        return torch.cat([reward._of(video, reward.score.parts) for reward in self.each_reward], 1)
+
+    def from_parts(self, parts, prompts):
+        """The R rewards (B, R) of parts (B, P), with gradient with respect to them."""
+        with torch.no_grad():
+            directions = [reward.score.direction(prompts).to(parts) for reward in self.each_reward]
+        pieces = parts.split([d.shape[1] for d in directions], 1)
+        return torch.stack([(piece * d).sum(1) for piece, d in zip(pieces, directions)], 1)
 
 
 @dataclass
@@ -158,6 +201,7 @@ def make(name: str, weights: str | None = None, frames: int | None = None, devic
             there = f"there is nothing at {file}" if file else "name them with --reward-weights"
             raise UserError(f"the reward {n} needs weights ({needs}); {there}")
         score, many = build(n, file, device), None if moving else frames
+        score = Product(*score) if isinstance(score, tuple) else score
         size = (FRAMES, SIZE, SIZE) if build is _judged else None
         parts.append((weight, Reward(n, score, differentiable, text, scale, many, device, size)))
     if list(spec.values()) == [1.0]:
@@ -165,7 +209,7 @@ def make(name: str, weights: str | None = None, frames: int | None = None, devic
     smooth = all(part.differentiable for _, part in parts)
     total = lambda video, prompts: sum(w * r(video, prompts, torch.is_grad_enabled()) for w, r in parts)
     reads, scale = any(r.text for _, r in parts), "the weighted sum of its parts, not standardised"
-    return Reward(name, total, smooth, reads, scale, None, device, parts=parts)
+    return Reward(name, total, smooth, reads, scale, None, device, terms=parts)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -200,11 +244,7 @@ def _jpeg(name, file, device):
 
 def _judged(name, file, device):
     judge = common.load_model(file, Judge, device)[0].requires_grad_(False)
-
-    def score(video, prompts):
-        return judge.agreement(video, prompts)
-
-    return score
+    return judge.probabilities, judge.direction
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@
     python train.py --resume --out runs/train                          # go on, to the bit
     python train.py export --out runs/train                            # the newest checkpoint's student as a file
     python train.py memory --preset dollar                             # what 1, 2, 4, 8 GPUs would hold
+    python train.py --rank 16 --lr 1e-3 --fake-lr 2e-3                 # student and fake score as adapters: one network
     python train.py --student weights/student.safetensors --reward jpeg_compressibility     # tune it to a reward
 
 `algorithm_1` is the paper's listing; numbers after a hash are its lines. Three networks of one architecture take part:
@@ -61,6 +62,7 @@ class Config(Machine):
     beta_vsd: float = opt(1.0, "The weight of variational score distillation (Eq. 10-13). 0 leaves it out.")
     beta_cd: float = opt(0.5, "The weight of consistency distillation (Eq. 6-7). 0 leaves it out.")
     beta_ft: float = opt(1.0, "The weight of the latent reward, standardised (Eq. 15), where there is a --reward.")
+    ft_share: float = opt(0.3, "The reward's pull on a sample, as a share of VSD's. 0: beta_ft alone, as in the paper.")
     beta_kl: float = opt(0.0, "The weight of the distance to the student as it began (section 9). 0 leaves it out.")
     # the student
     student: str = opt("", "The student to go on from, as train.py wrote it. None: it begins as the teacher.")
@@ -82,7 +84,9 @@ class Config(Machine):
     t_min: int = opt(20, "The least noise step of VSD.")
     t_max: int = opt(980, "The largest noise step of VSD.")
     fake_updates: int = opt(5, "The number of fake-score updates a generator update.")
-    fake_warmup: int = opt(0, "The iterations in which the fake score learns before the student listens to it.")
+    fake_warmup: int | None = opt(
+        None, "The iterations in which the fake score learns alone. None: 20 with --student, which it does not know."
+    )
     # CD
     w_cd: float = opt(7.5, "The guidance of CD's teacher steps (Eq. 9).")
     m: int = opt(5, "The number of teacher steps between CD's two points.")
@@ -95,7 +99,14 @@ class Config(Machine):
     lrm: str = opt("", "The LRM to begin with, the lrm.safetensors of a run with the same reward. None: a new one.")
     lrm_frozen: bool = opt(False, "The LRM does not learn in this run. It needs --lrm.")
     lrm_backbone: Literal["frames", "3d"] = opt("frames", "The backbone of a new LRM: a 2D CNN a frame, or a 3D CNN.")
-    lrm_warmup: int = opt(0, "The iterations in which the LRM learns before the student listens to it.")
+    lrm_warmup: int | None = opt(
+        None, "The iterations in which the LRM learns before the student listens to it. None: 25, with --lrm 0."
+    )
+    lrm_labels: Literal["scalar", "parts"] | None = opt(
+        None,
+        "What the LRM learns: the reward, as in the paper, or its parts. None: parts, where there are any.",
+    )
+    lrm_updates: int = opt(4, "The LRM's updates an iteration: one on fresh labels, the others on kept ones.")
     reward_every: int = opt(100, "The iterations between measurements of the reward on fresh samples. 0: at the end.")
     reward_samples: int = opt(64, "The number of samples in a measurement.")
     reward_repeats: int = opt(1, "The samples of each prompt in it. From 2 on LRMs are compared within prompts too.")
@@ -150,7 +161,7 @@ def algorithm_1(cfg, ranks, nets, optimizers, accumulate=1, first=0):
 
 def generator_step(
     nets, ranks, optimizers, batches, step, *, steps, generator_input, transition, beta_vsd, beta_cd, beta_ft, beta_kl,
-    w_vsd, vsd_weight, t_min, t_max, fake_warmup, w_cd, m, cd_target, cd_loss, lrm_warmup, clip, ema,
+    ft_share, w_vsd, vsd_weight, t_min, t_max, fake_warmup, w_cd, m, cd_target, cd_loss, lrm_warmup, clip, ema,
 ):  # fmt: skip
     """Lines 7-11 and 18-19: one descent of theta on beta_vsd VSD + beta_cd CD + beta_ft FT (Eq. 16), and its average.
 
@@ -182,10 +193,13 @@ def generator_step(
                 cd = consistency_loss(student, target, guided, schedule, x, n, batch.noise("cd"), m, loss=cd_loss)
                 losses["cd"] = beta_cd * cd
             if nets.lrm and beta_ft and step >= lrm_warmup:  # 19: Eq. 15
-                losses["ft"] = beta_ft * reward_loss(nets.lrm, x_hat, text if nets.reward.text else None)
+                estimate = lambda x, text=text, batch=batch: nets.latent_reward.estimate(x, text, batch.captions)
+                pull = ft_share * pulls(losses["vsd"], x_hat) if ft_share and "vsd" in losses else None
+                losses["ft"] = beta_ft * reward_loss(estimate, x_hat, pull=pull)
+                info |= {f"{name}_pull": pulls(losses[name], x_hat).mean() for name in ("vsd", "ft") if name in losses}
         if losses.keys() - {"kl"}:  # alone, the KL's gradient is rounding, of which AdamW would make full steps
             (sum(losses.values()) / len(batches)).backward()
-        if info:
+        if "dropped" in info:
             info["dropped"] = info["dropped"] / len(x)  # the share of samples left out
         parts.append({name: value.item() for name, value in (losses | info).items()})
     numbers = mean_of(parts)
@@ -217,32 +231,51 @@ def fake_score_step(nets, ranks, optimizers, batches, x_hats, j, *, steps, gener
     return numbers | {"fake_norm": gradient_descent(nets.fake, optimizers["fake"], clip, ranks, finite(numbers))}  # 14
 
 
-def lrm_step(nets, ranks, optimizers, batches, x_hats, *, clip):
+def lrm_step(nets, ranks, optimizers, batches, x_hats, *, lrm_updates, clip):
     """Lines 15-17: the latent reward model learns the true reward of decoded latents, real and generated (Eq. 14).
 
-    Returns the numbers of the log, and how many clips the true reward has scored: of a cache that keeps the rewards of
-    its clips, the generated ones alone.
+    Labels cost a decoding, so each is used again: of `lrm_updates` descents the first takes the fresh samples, the
+    others what the buffer has kept. Returns the numbers of the log, and how many clips the true reward has scored: of a
+    cache that keeps the rewards of its clips, the generated ones alone.
     """
-    parts, scored = [], 0
-    for batch, x_hat in zip(batches, x_hats):
-        x = torch.cat([batch.x, x_hat])  # 16: x~ = x u x^, (2B, C, T, h, w)
-        text = torch.cat([batch.text, batch.text]) if nets.reward.text else None
-        unknown, captions = (x, batch.captions * 2) if batch.reward is None else (x_hat, batch.captions)
-        with torch.no_grad(), autocast(nets.precision, ranks.device):
-            pixels = [nets.vae.decode(z).float().clamp(-1, 1) for z in unknown.split(len(x_hat))]  # what is large
-        found = nets.reward.scores(torch.cat(pixels), captions)  # (2B or B, R)
-        known = [] if batch.reward is None else [batch.reward.to(found).view(len(x_hat), -1)]
-        scores = torch.cat([*known, found])  # (2B, R)
-        nets.moments.update(scores, ranks)
-        reward = nets.moments.standardise(scores)  # (2B,)
-        loss = lrm_loss(nets.lrm, x, reward, text)
-        (loss / len(batches)).backward()
-        of_generated = nets.moments.natural(reward[len(batch.x) :]).mean()
-        parts.append({"lrm": loss.item(), "reward": of_generated.item()})
-        scored += len(found)
-    numbers = mean_of(parts)
-    norm = gradient_descent(nets.lrm, optimizers["lrm"], clip, ranks, finite(numbers))  # 17
-    return numbers | {"lrm_norm": norm}, scored
+    latent_reward, numbers, rewards, scored = nets.latent_reward, [], [], 0
+    for j in range(lrm_updates):
+        parts = []
+        for i, (batch, x_hat) in enumerate(zip(batches, x_hats)):
+            if j == 0:
+                x, text = torch.cat([batch.x, x_hat]), torch.cat([batch.text, batch.text])  # 16: x~ = x u x^
+                labels, reward, found = label(nets, ranks, batch, x)
+                nets.buffer.add(x, labels, text)
+                rewards.append({"reward": reward})
+                scored += found
+            else:
+                seed = distributed.randint(2**62, (*batch.key, "kept", ranks.rank, i, j))
+                x, labels, text = (kept.to(ranks.device) for kept in nets.buffer.sample(2 * len(x_hat), seed))
+            loss = lrm_loss(nets.lrm, x, latent_reward.target(labels), text if latent_reward.reads_text else None)
+            (loss / len(batches)).backward()
+            parts.append({"lrm": loss.item()})
+        parts = mean_of(parts)
+        norm = gradient_descent(nets.lrm, optimizers["lrm"], clip, ranks, finite(parts))  # 17
+        numbers.append(parts | {"lrm_norm": norm})
+    return numbers[0] | mean_of(rewards), scored
+
+
+def label(nets, ranks, batch, x):
+    """The true reward of latents x, real and generated (2B, C, T, h, w), as the LRM learns it: labels (2B, n).
+
+    Keeps the running moments up to date. Returns the labels, the mean reward of the generated ones in its own units,
+    and how many clips the true reward has scored.
+    """
+    latent_reward, half = nets.latent_reward, len(batch.x)
+    known = batch.reward is not None and not latent_reward.parts
+    unknown, captions = (x[half:], batch.captions) if known else (x, batch.captions * 2)
+    with torch.no_grad(), autocast(nets.precision, ranks.device):
+        pixels = [nets.vae.decode(z).float().clamp(-1, 1) for z in unknown.split(half)]  # what is large
+    found = latent_reward.labels(torch.cat(pixels), captions)
+    labels = torch.cat([batch.reward.to(found).view(half, -1), found]) if known else found  # (2B, n)
+    scores, moments = latent_reward.scores(labels, batch.captions * 2), latent_reward.moments
+    moments.update(scores, ranks)
+    return labels, moments.natural(moments.standardise(scores[half:])).mean().item(), len(found)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -331,6 +364,12 @@ def average(ema, model, decay):
     torch._foreach_lerp_(old, new, 1 - decay)
 
 
+def pulls(loss, x):
+    """The norm of a loss's gradient with respect to each sample of x: (B,)."""
+    (gradient,) = torch.autograd.grad(loss, x, retain_graph=True)
+    return gradient.flatten(1).norm(dim=1)
+
+
 def mean_of(parts):
     """[{name: number}, ...] -> {name: its mean}."""
     return {name: sum(part[name] / len(parts) for part in parts) for name in parts[0]}
@@ -349,7 +388,7 @@ def train(cfg: Config, ranks) -> None:
     nets, out = build(cfg, ranks), Path(cfg.out)
     optimizers = adam(nets, cfg.lr, cfg.fake_lr, cfg.lrm_lr, (cfg.beta1, cfg.beta2))
     forward = cfg.batch * ranks.size  # clips
-    accumulate = cfg.global_batch // forward if cfg.global_batch else 7 if nets.reward and forward < 16 else 1
+    accumulate = cfg.global_batch // forward if cfg.global_batch else 7 if nets.lrm and forward < 16 else 1
     going_on = cfg.resume or distributed.restarted(ranks)
     if not going_on:
         set_aside(out / "checkpoints", ranks)
@@ -360,7 +399,8 @@ def train(cfg: Config, ranks) -> None:
         check_resumed(newest, asdict(cfg), nets, ranks)
         saved = checkpoints.load(newest, nets.modules, optimizers)
         state = {name: saved[name] for name in state}
-        nets.moments = nets.reward and Moments(**saved["moments"])
+        if nets.lrm:
+            nets.latent_reward.moments = Moments(**saved["moments"])
         if ranks.main:
             print(f"going on from {newest}")
     elif cfg.resume:
@@ -368,7 +408,7 @@ def train(cfg: Config, ranks) -> None:
 
     def save(wait):
         about = {"config": asdict(cfg), "student": asdict(nets.student.config), "about": nets.about}
-        about |= {"moments": nets.moments and asdict(nets.moments), **state}
+        about |= {"moments": nets.lrm and asdict(nets.latent_reward.moments), **state}
         checkpoints.save(state["step"], nets.modules, optimizers, about, wait)
 
     first, in_a_row, teacher_videos = state["step"], 0, []
@@ -386,14 +426,14 @@ def train(cfg: Config, ranks) -> None:
         state["skipped"] += not made
         spent = 0 < cfg.max_seconds <= state["trained"] or 0 < cfg.max_evaluations <= state["evaluated"]
         final = step + 1 == cfg.iterations or distributed.any_rank(spent, ranks)
-        if nets.reward and (final or (cfg.reward_every and step % cfg.reward_every == 0)):
+        if nets.lrm and (final or (cfg.reward_every and step % cfg.reward_every == 0)):
             how = cfg.steps, cfg.reward_samples, cfg.reward_repeats, cfg.batch, cfg.lrm_warmup
             numbers |= measure_reward(nets, ranks, state["watched"], step, *how)
         if cfg.sample_every and (step + 1) % cfg.sample_every == 0 and not ending:
             numbers |= show_progress(nets, ranks, out, step + 1, teacher_videos, cfg.steps, cfg.batch)
         if ranks.main:
             numbers = {name: round(value, 6) for name, value in numbers.items()} | {"skipped": state["skipped"]}
-            numbers |= {"reward_evaluations": state["evaluated"]} if nets.reward else {}
+            numbers |= {"reward_evaluations": state["evaluated"]} if nets.lrm else {}
             speed = {"seconds": time.time() - begun, "iteration_s": took, "samples_s": forward * accumulate / took}
             speed |= {"trained_s": state["trained"], "peak_gib": so_far(ranks.device) / 2**30}
             speed = {name: round(value, 3) for name, value in speed.items()}
@@ -418,7 +458,8 @@ def train(cfg: Config, ranks) -> None:
     if ranks.main and nets.clips:
         print(f"waited for clips in {nets.clips.waited / (time.time() - begun):.1%} of the time")
     if nets.lrm and ranks.main:
-        about = {"reward": cfg.reward, "moments": asdict(nets.moments), "vae": fingerprint(nets.vae)}
+        about = {"reward": cfg.reward, "vae": fingerprint(nets.vae)}
+        about["moments"] = asdict(nets.latent_reward.moments)
         common.save_model(out / "lrm.safetensors", nets.lrm, **about, text_fingerprint=nets.encoder.fingerprint)
     rows = finish(nets, ranks, out, asdict(cfg), cfg.steps, cfg.batch, cfg.sample_every > 0)
     if rows:
@@ -440,7 +481,8 @@ def measure_reward(nets, ranks, watched, step, steps, samples, repeats, batch, l
     generator, after_warmup = sampler(nets, "student"), lambda: [w for w in watched if w["step"] >= lrm_warmup]
     before = watch.overoptimised(after_warmup())
     how = nets.prompts, steps, samples, batch
-    found = watch.measure(generator, nets.reward, *how, ranks, nets.lrm, nets.moments, repeats)
+    latent = nets.latent_reward
+    found = watch.measure(generator, latent.reward, *how, ranks, latent.estimate, latent.moments, repeats)
     watched.append({"step": step} | found)
     sign = watch.overoptimised(after_warmup())
     best = max(watched, key=lambda w: w["true_reward"] if math.isfinite(w["true_reward"]) else -math.inf)

@@ -46,12 +46,13 @@ def spearman(a, b):
 
 
 @torch.no_grad()
-def measure(generator, reward, prompts, n, samples, batch, ranks, lrm=None, moments=None, repeats=1):
+def measure(generator, reward, prompts, n, samples, batch, ranks, estimate=None, moments=None, repeats=1):
     """The true reward of fresh samples in n steps, and what the LRM says of them, alike on all ranks.
 
-    generator: of generate.py; reward: of rewards.py; each prompt is drawn `repeats` times (after the last they begin
-    anew), each sample from noise of its own. -> {"true_reward", "true_error" (a standard error)}, in the reward's own
-    units (of several, in those of the first; without moments their plain weighted sum), each of several as "true_NAME";
+    generator: of generate.py; reward: of rewards.py; estimate(x, text, captions) -> (B,): what an LRM says.
+    Each prompt is drawn `repeats` times (after the last they begin anew), each sample from noise of its own.
+    -> {"true_reward", "true_error" (a standard error)}, in the reward's own units (of several, in those of the first;
+    without moments their plain weighted sum), each of several as "true_NAME";
     with an LRM also "lrm_estimate" and "rank_correlation", with repeats "rank_correlation_within" prompts.
     """
     if samples < 2 or repeats < 1 or samples % repeats:
@@ -63,25 +64,25 @@ def measure(generator, reward, prompts, n, samples, batch, ranks, lrm=None, mome
         text = generator.encoder.encode(captions).to(generator.device)
         x = generator.latents(text, [SEED + i for i in part], n)
         scores = reward.scores(generator.decode(x), captions).double().cpu()  # (B, R)
-        estimate = (lrm(x, text) if reward.text else lrm(x)).double().cpu() if lrm else scores.new_zeros(len(x))
-        rows += torch.cat([estimate[:, None], scores], 1).tolist()
+        estimates = estimate(x, text, captions).double().cpu() if estimate else scores.new_zeros(len(x))
+        rows += torch.cat([estimates[:, None], scores], 1).tolist()
     if ranks.size > 1:
         dist.all_gather_object(parts := [None] * ranks.size, rows)
         rows = [row for part in parts for row in part]
     table = torch.tensor(rows[:samples], dtype=torch.float64)  # (n, 1 + R)
-    estimate, scores = table[:, 0], table[:, 1:]
+    estimates, scores = table[:, 0], table[:, 1:]
     if moments and moments.count:
-        true, estimate = moments.natural(moments.standardise(scores)), moments.natural(estimate)
+        true, estimates = moments.natural(moments.standardise(scores)), moments.natural(estimates)
     else:
         true = scores @ scores.new_tensor(list(reward.weights.values()))
     found = {"true_reward": true.mean().item(), "true_error": (true.std() / len(true) ** 0.5).item()}
     if scores.shape[1] > 1:
         found |= {f"true_{name}": value.item() for name, value in zip(reward.weights, scores.mean(0))}
-    if lrm:
-        found |= {"lrm_estimate": estimate.mean().item(), "rank_correlation": spearman(estimate, true)}
-    if lrm and repeats > 1:
+    if estimate:
+        found |= {"lrm_estimate": estimates.mean().item(), "rank_correlation": spearman(estimates, true)}
+    if estimate and repeats > 1:
         less_the_prompt = lambda x: (x.view(-1, repeats) - x.view(-1, repeats).mean(1, keepdim=True)).flatten()
-        found["rank_correlation_within"] = spearman(less_the_prompt(estimate), less_the_prompt(true))
+        found["rank_correlation_within"] = spearman(less_the_prompt(estimates), less_the_prompt(true))
     return found
 
 

@@ -163,7 +163,8 @@ def _sharding(results):
     lines = []
     for row in _rows(results):
         gib = [row[kind] / 2**30 for kind in kinds]
-        lines.append([row["preset"], row["ranks"], *(f"{x:.2f}" for x in [*gib[:3], sum(gib[:3]), gib[3], sum(gib)])])
+        label = row["preset"] + (f", rank {row['rank']}" if row.get("rank") else "")
+        lines.append([label, row["ranks"], *(f"{x:.2f}" for x in [*gib[:3], sum(gib[:3]), gib[3], sum(gib)])])
     header = ["GiB on each GPU", "GPUs", *kinds[:3], "sum", "activations (estimated)", "together"]
     return header, lines
 

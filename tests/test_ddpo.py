@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+import adapters
 import common
 import ddpo
 import rewards
@@ -352,7 +353,7 @@ def update(weights, monkeypatch):
 
 
 def test_each_move_is_weighted_with_its_own_clips_reward(update):
-    seen = update(clip_range=0.2)
+    seen = update(clip_range=0.2, advantage="raw")
     policy, order = seen.policy, [(clips, i) for clips in seen.clips for i in (1, 2)]  # 749 to 499 and 499 to 249
     assert policy.moves == [1, 2] and len(seen.losses) == 4 and len(seen.moves) == 8
     for (new, old, advantage, how), (clips, i), *both in zip(seen.losses, order, seen.moves[::2], seen.moves[1::2]):
@@ -463,6 +464,19 @@ def test_refl_as_a_process(weights, tmp_path):
     assert not same(weights, tmp_path / "runs/ddpo")
 
 
+def test_adapters_learn_beside_the_student_they_hold_on_to(weights, tmp_path, call):
+    flags = ["--rank", 4, "--beta-kl", 1, "--reward", "dynamic_degree", "--save-every", 1, "--lr", 1e-3]
+    assert call(*flags, "--iterations", 2, "--out", "straight")[0] == 0
+    assert call(*flags, "--out", "parts")[0] == 0
+    assert call(*flags, "--iterations", 2, "--out", "parts", "--resume")[0] == 0
+    assert same(tmp_path / "straight", tmp_path / "parts")
+    first, second = lines(tmp_path / "straight")
+    assert first["kl"] == 0 < second["kl"]
+    before, after = (common.load_tensors(Path(f) / "student.safetensors")[0] for f in (weights, tmp_path / "straight"))
+    moved = {name.split(".")[2] for name in before if not torch.equal(before[name], after[name])}
+    assert moved == set(adapters.MAPS)
+
+
 def test_ddpo_on_two_ranks_is_ddpo_on_one(weights, tmp_path, call):
     # a smooth reward: the size of a JPEG jumps by a byte where one pixel is rounded
     flags = ["--reward", "dynamic_degree", "--precision", "fp32", "--advantage", "batch", "--global-batch", 4]
@@ -511,7 +525,7 @@ def brightness(*_, name="bright"):
 def test_several_rewards_are_standardised_one_by_one_and_measured(call, monkeypatch):
     dark = lambda video, _: -1000 * video.mean((1, 2, 3, 4))
     dark = rewards.Reward("dark", dark, True, False, "", None, "cpu")
-    both = rewards.Reward("sum", None, True, False, "", None, "cpu", parts=[(1.0, brightness()), (0.5, dark)])
+    both = rewards.Reward("sum", None, True, False, "", None, "cpu", terms=[(1.0, brightness()), (0.5, dark)])
     monkeypatch.setattr(rewards, "make", lambda *_: both)
     flags = ["--reward", "bright", "--method", "draft", "--precision", "fp32", "--lr", 1e-3]
     assert call(*flags, "--iterations", 5, "--max-evaluations", 4)[0] == 0

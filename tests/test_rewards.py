@@ -360,6 +360,12 @@ def test_hpsv2(tmp_path):
         image, text, temperature = model(x, open_clip.tokenize(PROMPTS))
         expected = (image @ text.T).diagonal()  # the package's formula: neither temperature nor factor 100
     assert torch.allclose(score, expected, atol=1e-5) and temperature > 10
+    # its parts are the image's embedding: an LRM that knew it would know the number
+    parts = reward.parts(torch.cat([still(i, 3) for i in images]))
+    torch.testing.assert_close(parts, image, atol=1e-5, rtol=0)
+    assert reward.has_parts and reward.size_of_parts == parts.shape[1]
+    assert torch.allclose(reward.from_parts(parts, PROMPTS)[:, 0], expected, atol=1e-5)
+    assert torch.allclose(reward.from_parts(image, PROMPTS)[:, 0], expected, atol=1e-5)
     video = still(images[0], 2).clone().requires_grad_()
     assert torch.autograd.grad(reward(video, PROMPTS[:1], with_grad=True).sum(), video)[0].abs().sum() > 0
 

@@ -59,7 +59,8 @@ def config(folder, out, size=1, total=BATCH, **changes):
     """All losses on, in float32."""
     small = {"teacher": f"{folder}/teacher.safetensors", "vae": f"{folder}/vae.safetensors", "out": str(out)}
     small |= {"iterations": STEPS, "batch": total // size, "global_batch": total, "fake_updates": 2, "m": 1}
-    small |= {"reward": "dynamic_degree", "reward_frames": 2, "precision": "fp32"}
+    small |= {"reward": "dynamic_degree", "reward_frames": 2, "precision": "fp32", "lrm_warmup": 0}
+    small |= {"lrm_updates": 1}  # what a buffer keeps is each rank's own
     small |= {"save_every": 1, "sample_every": 0}
     return train.Config(**train.PRESETS["shapes"] | small | changes)
 
@@ -171,12 +172,13 @@ def place(tmp_path_factory):
 
 
 SGD = {"adam": sgd, "save_every": 100}
+ADAPTED = SGD | {"rank": 4, "checkpoint_activations": True}
 
 
 @pytest.fixture(scope="module")
 def both(tiny, place):
-    """One rank, with AdamW and with SGD."""
-    return several(tiny, [(place / "one", {}), (place / "one, sgd", SGD)])
+    """One rank, with AdamW, with SGD, and with SGD on adapters."""
+    return several(tiny, [(place / "one", {}), (place / "one, sgd", SGD), (place / "one, adapted", ADAPTED)])
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +199,7 @@ def two(tiny, place, killed):
     runs = {
         "straight": (place / "two", {}),
         "sgd": (place / "two, sgd", SGD),
+        "adapted": (place / "two, adapted", ADAPTED),
         "stopped": (stopped, {"happens": (1, 2, signal.SIGTERM), "save_every": 100}),
         "stopped, resumed": (stopped, {"resume": True}),
         "killed, resumed": (place / "killed", {"resume": True}),
@@ -248,6 +251,17 @@ def test_many_ranks_go_the_way_of_one(both, two, four):
         assert difference(run["final"], alone["final"]) < 1e-6
     start = updates(alone)[0][0], updates(alone)[-1][0]
     assert difference(*start) > 1e-2  # it has gone somewhere
+
+
+def test_many_ranks_go_the_way_of_one_with_adapters(both, two):
+    """Base and adapters are cut over the ranks, and blocks are computed again in the backward pass."""
+    alone = both[2]
+    for run in two["adapted"]:
+        assert len(updates(run)) == len(updates(alone)) == STEPS
+        assert all(close(a[:3], b[:3]) for a, b in zip(updates(run), updates(alone)))
+        assert difference(run["final"], alone["final"]) < 1e-5
+    assert all(name.startswith("adapters.") for name in updates(alone)[0][0])
+    assert difference(updates(alone)[0][0], updates(alone)[-1][0]) > 1e-2
 
 
 def test_eight_ranks_run_the_small_world(tiny, place):

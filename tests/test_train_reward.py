@@ -9,12 +9,18 @@ import torch
 from conftest import config, fit
 
 import common
+import nets
 import train
 from common import UserError
-from lrm import VideoLRM
+from distributed import Ranks
+from lrm import Buffer, TextVideoLRM, VideoLRM
+from rewards import Moments
+from world.shapes import FACTORS
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
 
 JPEG = {"reward": "jpeg_compressibility", "reward_samples": 4, "reward_every": 2, "batch": 2, "global_batch": 2}
-JPEG |= {"reward_repeats": 2}
+JPEG |= {"reward_repeats": 2, "lrm_warmup": 0}
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +40,7 @@ def test_the_reward_is_measured_on_fresh_samples(tiny, distilled):
 def test_tuning_goes_on_from_a_student_and_an_lrm(tiny, distilled, tmp_path):
     """Where nothing is learned, what comes out is what went in; a frozen LRM stays and costs no evaluation."""
     files = {"student": str(distilled / "student.safetensors"), "lrm": str(distilled / "lrm.safetensors")}
-    still = {"lr": 0.0, "iterations": 1, "beta_kl": 1.0, "lrm_frozen": True}
+    still = {"lr": 0.0, "iterations": 1, "beta_kl": 1.0, "lrm_frozen": True, "lrm_warmup": None}
     out, about, lines = fit(config(tiny, tmp_path / "a", **JPEG | files | still))
     before, _ = common.load_tensors(files["student"])
     assert all(torch.equal(out[k], before[k]) for k in before) and about["kind"] == "student"
@@ -123,3 +129,81 @@ def test_what_does_not_fit_is_refused(tiny, distilled, tmp_path):
         with pytest.raises(UserError, match=said):
             fit(config(tiny, tmp_path / "run", **changes))
     assert not Path(tmp_path / "run/student.safetensors").exists()
+
+
+def test_warmups_are_for_what_is_new(tiny, distilled, tmp_path):
+    """A new LRM, and a fake score that has never met the student."""
+    student, lrm = str(distilled / "student.safetensors"), str(distilled / "lrm.safetensors")
+    for given, warmups in (
+        ({}, (0, 25)),
+        ({"student": student}, (20, 25)),
+        ({"student": student, "lrm": lrm}, (20, 0)),
+    ):
+        cfg = config(tiny, tmp_path, **JPEG | {"lrm_warmup": None} | given)
+        nets.build(cfg, ALONE)
+        assert (cfg.fake_warmup, cfg.lrm_warmup) == warmups
+
+
+# Parts
+
+
+@pytest.fixture(scope="module")
+def judged(tiny):
+    return {"reward": "agreement", "reward_weights": f"{tiny}/judge.safetensors", "reward_samples": 4, "batch": 2}
+
+
+def test_the_lrm_learns_a_judges_probabilities_and_the_number_is_computed(tiny, tmp_path, judged):
+    cfg = config(tiny, tmp_path, **judged)
+    made = nets.build(cfg, ALONE)
+    latent, values = made.latent_reward, sum(len(values) for values in FACTORS.values())
+    assert latent.parts and made.lrm.outputs == values and made.lrm.apart == 5 and made.lrm.cnn[0].stride == (1, 1)
+    prompts = ["a red star spins", "a small heart at sea", "a moon"]
+    video = torch.rand(3, 3, 16, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    parts = latent.labels(video, prompts)
+    assert parts.shape == (3, values) and (parts >= 0).all()
+    torch.testing.assert_close(latent.scores(parts, prompts), latent.reward.scores(video, prompts))  # from its parts
+    assert torch.equal(latent.target(parts), parts)
+    # the gradient is that of the number: of the values that the prompt names, standardised, and of nothing else
+    latent.moments = Moments(latent.moments.weights, 2.0, [0.25], [2 * 0.5**2])  # deviation 0.5
+    made.lrm.forward = lambda x: x.flatten(1)[:, :values]
+    x = torch.rand(1, 12, 5, 8, 8).requires_grad_()
+    said = latent.estimate(x, None, ["a red star spins"])
+    p = x.flatten(1)[0]
+    first = {factor: sum(len(FACTORS[f]) for f in list(FACTORS)[: list(FACTORS).index(factor)]) for factor in FACTORS}
+    named = {"object": "star", "colour": "red", "action": "spins"}
+    places = [first[factor] + FACTORS[factor].index(value) for factor, value in named.items()]
+    torch.testing.assert_close(said[0], (p[places].mean() - 0.25) / 0.5)
+    said.sum().backward()
+    want = torch.zeros_like(p)
+    want[places] = 1 / (3 * 0.5)
+    torch.testing.assert_close(x.grad.flatten(), want)
+
+
+def test_parts_and_scalars_train_and_resume_to_the_bit(tiny, tmp_path, judged):
+    for labels, reads in (("parts", VideoLRM), ("scalar", TextVideoLRM)):
+        how = judged | {"lrm_labels": labels, "lrm_warmup": 1, "global_batch": 2, "reward_every": 1}
+        straight, _, lines = fit(config(tiny, tmp_path / labels, **how))
+        fit(config(tiny, tmp_path / "parts of it", **how | {"iterations": 2}))
+        again, _, more = fit(config(tiny, tmp_path / "parts of it", **how | {"resume": True}))
+        assert all(torch.equal(straight[name], again[name]) for name in straight)
+        assert [line["lrm"] for line in lines] == [line["lrm"] for line in more]
+        assert "ft" not in lines[0] and "ft" in lines[1] and "rank_correlation" in lines[1]
+        common.load_model(tmp_path / labels / "lrm.safetensors", reads)
+    with pytest.raises(UserError, match="is not made of parts"):
+        fit(config(tiny, tmp_path / "x", **JPEG | {"lrm_labels": "parts"}))
+
+
+def test_a_buffer_keeps_the_newest_and_gives_what_it_keeps():
+    buffer = Buffer(4, (1, 1, 1, 1), 2, (1, 1))
+    for i in range(3):
+        x = torch.tensor([2.0 * i, 2.0 * i + 1])
+        buffer.add(x.view(2, 1, 1, 1, 1), torch.stack([x, -x], 1), 10 * x.view(2, 1, 1))
+    x, labels, text = buffer.sample(200, seed=0)
+    assert set(x.flatten().tolist()) == {2, 3, 4, 5}
+    assert torch.equal(labels, torch.stack([x.flatten(), -x.flatten()], 1)) and torch.equal(
+        text.flatten(), 10 * x.flatten()
+    )
+    assert torch.equal(buffer.sample(9, seed=1)[0], buffer.sample(9, seed=1)[0])
+    first = Buffer(4, (1, 1, 1, 1), 1)
+    first.add(torch.ones(1, 1, 1, 1, 1), torch.ones(1, 1), torch.ones(1, 3, 3))
+    assert (first.sample(50, seed=0)[0] == 1).all()  # never of a place that is still empty

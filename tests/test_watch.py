@@ -47,7 +47,7 @@ def bright(name="bright", sign=1.0):
 
 
 def test_measure():
-    drawn, lrm = Drawn(), lambda x: -(x[:, 0, 0, 0, 0] ** 3)
+    drawn, lrm = Drawn(), lambda x, *_: -(x[:, 0, 0, 0, 0] ** 3)
     moments = rewards.Moments({"bright": 1.0})
     moments.update(torch.tensor([[0.0], [4.0]]), ALONE)  # mean 2, deviation 2
     found = watch.measure(drawn, bright(), ["a", "bbb"], 4, 5, 2, ALONE, lrm, moments)
@@ -62,7 +62,7 @@ def test_measure():
 def test_an_lrm_that_knows_only_the_prompts_has_no_correlation_within_them():
     moments = rewards.Moments({"bright": 1.0}, 2, [0.0], [2.0])
     for estimates, within in (([1.0, 0, 3, 2], -1), ([0.0, 1, 2, 3], 1), ([5.0, 5, 7, 7], math.nan)):
-        drawn, lrm = Drawn(), lambda x, estimates=estimates: torch.tensor(estimates)
+        drawn, lrm = Drawn(), lambda *_, estimates=estimates: torch.tensor(estimates)
         found = watch.measure(drawn, bright(), ["a", "bbb"], 4, 4, 4, ALONE, lrm, moments, repeats=2)
         assert [n for _, n in drawn.seen] == [1, 1, 3, 3]
         assert found["rank_correlation"] > 0.5
@@ -73,7 +73,7 @@ def test_an_lrm_that_knows_only_the_prompts_has_no_correlation_within_them():
 
 def test_measure_of_several_names_each():
     parts = [(1.0, bright("up")), (-0.5, bright("down", -3))]
-    both = rewards.Reward("up,down=-0.5", lambda v, p: v.mean((1, 2, 3, 4)), True, False, "", None, "cpu", parts=parts)
+    both = rewards.Reward("up,down=-0.5", lambda v, p: v.mean((1, 2, 3, 4)), True, False, "", None, "cpu", terms=parts)
     found = watch.measure(Drawn(), both, ["a"], 4, 5, 5, ALONE)
     assert (found["true_up"], found["true_down"]) == (2, -6) and found["true_reward"] == pytest.approx(2 + 3)
 

@@ -23,7 +23,7 @@ from schedule import guide, timesteps
 ALONE = Ranks(0, 1, torch.device("cpu"))
 CHANGES = {"batch": 2, "global_batch": 4, "iterations": 8, "fake_updates": 3, "m": 2, "w_vsd": 2.0, "w_cd": 5.0}
 CHANGES |= {"beta_vsd": 0.5, "beta_cd": 0.25, "beta_ft": 2.0, "ema": 0.9, "clip": 1e9, "t_min": 30, "t_max": 700}
-CHANGES |= {"lr": 1e-3, "fake_lr": 2e-3, "lrm_lr": 4e-3}
+CHANGES |= {"ft_share": 0.0, "lrm_warmup": 0, "lrm_updates": 1, "lr": 1e-3, "fake_lr": 2e-3, "lrm_lr": 4e-3}
 KEYS = ((0, 1), (1, 0))  # another step, another seed
 SLOPES = {"vsd": 1.0, "cd": 16.0, "ft": 256.0, "fake": 1.0, "lrm": 1.0}  # of the losses, in a parameter of a network
 
@@ -56,7 +56,8 @@ def record(tiny, tmp_path, monkeypatch):
         def spy(name, network, keep, answer=lambda loss: loss):
             def loss(*args, **kwargs):
                 seen.calls.append((name, keep(*args, **kwargs)))
-                return answer(SLOPES[name] * next(made.modules[network].parameters()).view(-1)[0])
+                of_x = 0 * seen.calls[-1][1]["x"].sum()  # a gradient there, which the reward's share asks for
+                return answer(SLOPES[name] * next(made.modules[network].parameters()).view(-1)[0] + of_x)
 
             return loss
 
@@ -74,7 +75,7 @@ def record(tiny, tmp_path, monkeypatch):
         spies = {
             "vsd_loss": spy("vsd", "student", vsd, lambda loss: (loss, info)),
             "consistency_loss": spy("cd", "student", cd),
-            "reward_loss": spy("ft", "student", lambda *given: dict(zip(("lrm", "x", "text"), given))),
+            "reward_loss": spy("ft", "student", lambda estimate, x, pull: {"estimate": estimate, "x": x, "pull": pull}),
             "conjugate_velocity_loss": spy("fake", "fake", diffusion),
             "lrm_loss": spy("lrm", "lrm", lambda *given: dict(zip(("lrm", "x", "reward", "text"), given))),
         }
@@ -233,7 +234,61 @@ def test_the_reward_is_asked_of_the_students_samples(record):
     seen = record()
     for call, batch in zip(seen.of("ft"), seen.batches):
         (x_hat,) = [out[0] for of, j, _, out in seen.samples if of is batch and j == 0]
-        assert call["lrm"] is seen.nets.lrm and call["x"] is x_hat and torch.equal(call["text"], batch.text)
+        assert call["x"] is x_hat and call["pull"] is None
+        x = x_hat.detach()
+        assert torch.equal(call["estimate"](x), seen.nets.lrm(x, batch.text))
+
+
+def test_the_rewards_pull_is_a_share_of_vsds(tiny, tmp_path, monkeypatch):
+    """On each sample by itself, so that it does not depend on who else is in the batch."""
+    entry = (lambda *_: light, True, True, True, "", "mean light, and the prompt's length")
+    monkeypatch.setitem(rewards.REWARDS, "light", entry)
+    cfg = config(tiny, tmp_path / "run", reward="light", lrm_warmup=0, ft_share=0.25, beta_vsd=0.5, iterations=1)
+    made, seen, grad = nets.build(cfg, ALONE), {}, torch.autograd.grad
+
+    def sample(*given):
+        seen["x"], *rest = generate(*given)
+        return seen["x"], *rest
+
+    def spy(name):
+        loss = getattr(train, name)
+        monkeypatch.setattr(train, name, lambda *a, **k: seen.setdefault(name, loss(*a, **k)))
+
+    generate = train.generate
+    monkeypatch.setattr(train, "generate", sample)
+    spy("vsd_loss"), spy("reward_loss")
+    monkeypatch.setattr(train, "fake_score_step", lambda *_, **__: {"fake_norm": 0.0})
+    optimizers = train.adam(made, 1e-4, 1e-4, 1e-3, (0.0, 0.99))
+    kept = lambda *args, **more: grad(*args, **more | {"retain_graph": True})
+    monkeypatch.setattr(torch.autograd, "grad", kept)
+    backward = torch.Tensor.backward
+
+    def before_the_graph_is_freed(loss, *args, **kwargs):
+        if "norms" not in seen:
+            seen["norms"] = [
+                grad(part, seen["x"], retain_graph=True)[0].flatten(1).norm(dim=1)
+                for part in (seen["vsd_loss"][0], seen["reward_loss"])
+            ]
+        return backward(loss, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "backward", before_the_graph_is_freed)
+    _, numbers, _, _ = next(train.algorithm_1(cfg, ALONE, made, optimizers))
+    vsd, ft = seen["norms"]
+    torch.testing.assert_close(ft, 0.25 * 0.5 * vsd, rtol=1e-4, atol=0)
+    assert numbers["vsd_pull"] == pytest.approx(0.5 * vsd.mean().item(), rel=1e-4)
+    assert numbers["ft_pull"] == pytest.approx(ft.mean().item(), rel=1e-4)
+
+
+def test_further_lrm_updates_take_what_was_kept(record):
+    seen = record(lrm_updates=3)
+    calls, fresh = seen.of("lrm"), torch.cat([call["x"] for call in seen.of("lrm")[:2]])
+    labels = torch.cat([call["reward"] for call in calls[:2]])
+    assert len(calls) == 6 and seen.gradients["lrm"] == [1.0] * 3 and seen.scored == 8
+    for call in calls[2:]:
+        assert call["x"].shape == (4, 12, 5, 8, 8)
+        for x in call["x"]:
+            assert (fresh.bfloat16() == x).flatten(1).all(1).any()
+    assert len({tuple(call["x"].flatten().tolist()) for call in calls}) == 6 and len(labels) == 8
 
 
 def test_warmups_hold_the_student_back(record):
@@ -281,7 +336,7 @@ def test_random_numbers_follow_from_seed_step_name_and_sample():
 def test_a_step_along_the_reward_raises_what_the_lrm_says(tiny, tmp_path):
     """With the true losses: of the very samples it was taken on, and the average goes where the student goes."""
     alone = {"beta_vsd": 0.0, "beta_cd": 0.0, "reward": "jpeg_compressibility", "batch": 4, "iterations": 1}
-    cfg = config(tiny, tmp_path, **alone, lr=1e-3, clip=1e9)
+    cfg = config(tiny, tmp_path, **alone, lrm_warmup=0, lr=1e-3, clip=1e9)
     made = nets.build(cfg, ALONE)
     optimizers = train.adam(made, cfg.lr, cfg.fake_lr, cfg.lrm_lr, (0.9, 0.999))
     made.clips = train.read_ahead(made, ALONE, 1, seed=cfg.seed, batch=4, data="shapes", workers=0, iterations=1)

@@ -101,13 +101,20 @@ class Judge(nn.Module):
 
     def agreement(self, video: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         """Text-video agreement (B,) in [0, 1]: the mean probability of the factors that each prompt names."""
-        logits = self(video)
-        out = []
-        for i, prompt in enumerate(prompts):
+        return (self.probabilities(video) * self.direction(prompts)).sum(1)
+
+    def probabilities(self, video: torch.Tensor) -> torch.Tensor:
+        """Of every value of every factor, one factor after the other: (B, values)."""
+        return torch.cat([logits.softmax(1) for logits in self(video).values()], 1)
+
+    def direction(self, prompts: list[str]) -> torch.Tensor:
+        """What of `probabilities` a prompt asks for: 1 / n at each of the n values it names, (B, values)."""
+        places = [(factor, value) for factor, values in FACTORS.items() for value in values]
+        out = torch.zeros(len(prompts), len(places), device=self.place.device)
+        for row, prompt in zip(out, prompts):
             named = parse(prompt)
-            p = [logits[f][i].softmax(0)[FACTORS[f].index(v)] for f, v in named.items()]
-            out.append(torch.stack(p).mean() if p else logits["object"][i].sum() * 0)
-        return torch.stack(out)
+            row[[places.index(pair) for pair in named.items()]] = 1 / max(1, len(named))
+        return out
 
     @torch.no_grad()
     def score(self, video: torch.Tensor, prompts: list[str]) -> torch.Tensor:
