@@ -358,8 +358,8 @@ def encode_world(cfg: TeacherConfig, vae: vae3d.VAE3D) -> dict[str, torch.Tensor
 def noise_steps(n: int, generator: torch.Generator) -> torch.Tensor:
     """Steps 0..999 of a batch (n,): half of them uniform, half about step 730, where words decide what is drawn.
 
-    The second half is logit-normal (Esser et al. 2024). Each half takes one step from every equal part of its distribution:
-    so the losses of batches differ less.
+    The second half is logit-normal (Esser et al. 2024). Each half takes one step from every equal part of its
+    distribution: so the losses of batches differ less.
     """
     spread = lambda n: (torch.arange(n) + torch.rand(n, generator=generator)) / n
     where = torch.cat([spread(n - n // 2), torch.sigmoid(torch.special.ndtri(spread(n // 2)) + 1.0)])

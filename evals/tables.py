@@ -80,12 +80,13 @@ def _rows(results):
 def _world(results):
     """Shares in per cent; the rows of one model together, most steps first."""
     header = ["", "steps", "NFE", *MAIN, f"mean of {len(MAIN)}", "Frechet"]
-    header += ["precision", "coverage", "Vendi - 1", "s/video"]
+    header += ["precision", "coverage", "Vendi - 1", "object kept", "s/video"]
     lines, rows = [], _rows(results)
     models = [row["label"] for row in rows]
     for row in sorted(rows, key=lambda row: (models.index(row["label"]), -(row["steps"] or 0))):
         scores = [pm(row[f], 100) for f in (*MAIN, "main")] + [pm(row["frechet"], 1, 2)]
         scores += [f"{100 * row[k]:.1f}" for k in ("precision", "coverage")] + [pm(row.get("vendi"), 1, 3)]
+        scores.append(pm(row.get("identity"), 100))
         seconds = f"{row['seconds']:.2f}" if row.get("seconds") else ""
         lines.append([row["label"], row["steps"] or "", row["nfe"] or "", *scores, seconds])
     return header, lines

@@ -19,7 +19,7 @@ from evals import vbench
 from evals.metrics import frechet, jackknife, mean_error, neighbours, pm, vendi
 from vae3d import VAE3D
 from world import dimensions, shapes
-from world.judge import Judge
+from world.judge import Judge, slow_motion
 
 MAIN = ("object", "object2", "colour", "action", "scene", "camera", "look")  # the factors that the headline averages
 ELSEWHERE = shapes.HELD_OUT + 1  # seed of further clips that nothing is trained on
@@ -47,6 +47,11 @@ class Eye:
         with autocast(self.precision, self.device):
             logits, features = self.judge(video), self.judge.features(video)
         return {name: x.float().softmax(1).cpu() for name, x in logits.items()}, features.float().cpu()
+
+    def keeps_its_object(self, video):
+        """Whether the first and the last four frames, in slow motion, are read as the same object: (B,), 0 or 1."""
+        first, last = (self(slow_motion(part))[0]["object"].argmax(1) for part in (video[:, :, :4], video[:, :, -4:]))
+        return (first == last).float()
 
     def over(self, make, n, name, measure=None):
         """Look at videos 0..n-1; make(list of indices) -> (B, 3, F, H, W). A video that is not finite is left out.
@@ -170,13 +175,16 @@ def reference_rows(cfg, eye, reference):
 
 def look(cfg, eye, reference, first, named, more, numbers):
     """All that is measured of videos 0..n-1, one a prompt, and of further videos `numbers` (5 * prompt + copy)."""
-    measure = (lambda video: dimensions.quality(eye, video)) if cfg.dimensions else None
+    quality = (lambda video: dimensions.quality(eye, video)) if cfg.dimensions else lambda video: {}
+    measure = lambda video: {"identity": eye.keeps_its_object(video)} | quality(video)
     looked = eye.over(first, cfg.prompts, "drawing and looking", measure)
     index, seen = looked["index"], [named[i] for i in looked["index"]]
     if len(index) < 20:
         raise UserError(f"{looked['broken']} of {cfg.prompts} videos are not finite: these weights are broken")
     row = {"seconds": looked["seconds"], "broken": looked["broken"]}
     row |= accuracy(looked["beliefs"], seen) | compare(looked["features"], reference)
+    single = torch.tensor(["relation" not in names for names in seen])
+    row["identity"] = mean_error(looked["measured"].pop("identity")[single].double())
     if numbers:
         others = eye.over(more, len(numbers), "diversity")
         features = torch.cat([looked["features"], others["features"]])
