@@ -29,7 +29,7 @@ import tempfile
 from pathlib import Path
 
 from common import UserError, atomic, read_prompts, read_text
-from video import frames, timeline
+from video import frames
 
 # dimension as in the paper's Table 2: (which total, minimum, maximum, weight); from VBench's scripts/constant.py
 DIMENSIONS = {
@@ -163,7 +163,7 @@ def plan(entries, copies, seed, suffix=".mp4"):
 def whole(path):
     """Can every frame of this video be decoded?"""
     try:
-        return sum(1 for _ in frames(path, timeline(path))) > 0
+        return sum(1 for _ in frames(path)) > 0
     except UserError:
         return False
 
