@@ -223,15 +223,12 @@ class Ahead:
 
     def __call__(self, k):
         begun = time.perf_counter()
-        try:
-            if not self.workers:
-                return self.make(k)
-            for j in range(k, min(k + self.workers + 1, self.end)):
-                if j not in self.coming:
-                    self.coming[j] = self.pool.submit(self.make, j)
-            return self.coming.pop(k).result()
-        finally:
-            self.waited += time.perf_counter() - begun
+        for j in range(k, min(k + self.workers + 1, self.end)) if self.workers else ():
+            if j not in self.coming:
+                self.coming[j] = self.pool.submit(self.make, j)
+        batch = self.coming.pop(k).result() if self.workers else self.make(k)
+        self.waited += time.perf_counter() - begun
+        return batch
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -260,12 +257,12 @@ def cache(data, out, vae, text, made, reward=None, rank=0, ranks=1, device="cpu"
     todo = [i for i in range(len(names)) if not _file(out, i).exists()]
     size, said = [made[key] for key in ("frames", "height", "width", "fps", "seed")], {}
     if rank == 0:
-        names_left = [names[i] for i in todo if names[i] in captions]
-        known, said = probe(data, names_left, made["frames"], made["fps"], workers)
+        print(f"{out}: {len(names) - len(todo)} files are done already")
+        known, said = probe(
+            data, [names[i] for i in todo if names[i] in captions], made["frames"], made["fps"], workers
+        )
         report(data, sizes_of(known, *size[:3]), skipped | said, known)
-        if len(todo) < len(names):
-            print(f"{out}: {len(names) - len(todo)} files are done already")
-        elif not known:
+        if len(todo) == len(names) and not known:
             raise UserError(f"no usable clip in {data}: it needs videos or images with captions")
     common.save_tensors(out / "null.safetensors", {"text": text.null.to(text.dtype)})
     with common.atomic(out / "index.json") as part:  # every process writes the same
@@ -405,15 +402,13 @@ def main():
         raise UserError("say what to do: data.py look CLIPS, or data.py cache --data CLIPS --out CACHE (see --help)")
     if command == "look" and words and not words[0].startswith("-"):
         words = ["--data", *words]
-    cfg = common.parse(
-        Config, words, "Draw a folder of captioned clips as training sees them, or encode it once.", PRESETS
-    )
+    cfg = common.parse(Config, words, "Draw captioned clips as training sees them, or encode them once.", PRESETS)
+    if not cfg.data or not (cfg.out or command == "look"):
+        raise UserError("--data and, for a cache, --out are required")
     size = cfg.frames, cfg.height, cfg.width
     if command == "look":
         folder = Folder(cfg.data, *size, cfg.fps, cfg.seed, cfg.caption_column, cfg.workers)
         return look(folder, cfg.out or "look.png", cfg.fps, cfg.seed)
-    if not cfg.data or not cfg.out:
-        raise UserError("--data and --out are required")
     if cfg.height % 8 or cfg.width % 8 or not cfg.fps:  # found now: a cache that has begun remembers how it was made
         raise UserError("--height and --width are multiples of 8 (a latent's pixels), and --fps is above 0")
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
