@@ -63,8 +63,8 @@ def test_frames_are_the_nearest_in_time(tmp_path, name):
     known = info(path)
     assert known[:4] == (64, 48, 20, pytest.approx(19 / fps, abs=2e-3))
     assert np.abs(np.array(brightness(pictures)) - 10 * np.arange(20)).max() <= 3
-    ours = [i / fps for i in range(20)]
-    for times in (ours, [i / 8.3 for i in range(6)], [0.29, 0.31, 0.61], [0.51], [0.41], [0.0, 0.0], [0.01, 0.59, 0.63]):
+    asked = [[i / rate for i in range(n)] for rate, n in ((fps, 20), (8.3, 6))]
+    for times in (*asked, [0.29, 0.31, 0.61], [0.51], [0.41], [0.0, 0.0], [0.01, 0.59, 0.63]):
         want = np.array([10 * round(t * fps) for t in times])
         assert np.abs(np.array(brightness(frames(path, times, known))) - want).max() <= 3, times
 
