@@ -46,11 +46,14 @@ def test_captions_from_the_table_and_from_beside_the_file(clips):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("line", ["{", '{"text": "a"}', "[1]", '{"file_name": 3, "text": "a"}'])
-def test_a_broken_table_is_named_with_its_line(clips, line):
+@pytest.mark.parametrize(
+    "line, why",
+    [("{", "Expecting .* line 5"), *((line, "row 5") for line in ('{"text": "a"}', "[1]", '{"file_name": 3}'))],
+)
+def test_a_broken_table_is_named_with_its_row(clips, line, why):
     with open(clips / "metadata.jsonl", "a") as f:
         f.write(line)
-    with pytest.raises(UserError, match=r"metadata\.jsonl, line 5"):
+    with pytest.raises(UserError, match=rf"metadata\.jsonl: {why}"):
         list_clips(clips)
 
 
