@@ -136,6 +136,7 @@ def test_links_to_folders_are_followed_and_loops_are_cut(tmp_path):
     (tmp_path / "clips").mkdir()
     (tmp_path / "clips/videos").symlink_to(tmp_path / "disk")
     (tmp_path / "disk/more/back").symlink_to(tmp_path / "disk")  # a loop
+    assert list(list_clips(tmp_path / "clips")[0]) == ["videos/a.mp4", "videos/more/b.mp4"]
     (tmp_path / "disk/out").symlink_to(tmp_path / "clips")  # and one through another link
     (tmp_path / "clips/gone.mp4").symlink_to(tmp_path / "nowhere.mp4")
     (tmp_path / "clips/gone.txt").write_text("a fox")
