@@ -9,11 +9,10 @@ what `cache` wrote: each clip's latents, its caption's embedding, and the reward
 that training holds neither VAE nor text encoder in memory.
 
 A cache is a list of names (index.json), written first, and a numbered file a clip, which appears whole or not at all.
-So a run that was killed goes on with the clips that are missing, any number of processes can share the list without
-speaking to each other, and no clip is lost or doubled.
+So a killed run goes on with the clips that are missing, and processes share the list without speaking to each other.
 
-Both give their samples in an order that is a function of (seed, position) alone, so position is all that training
-must remember. A batch holds clips of one shape, over all ranks; an incomplete one is filled from the shape's first.
+Both give samples in an order that is a function of (seed, position) alone: training remembers no more. A batch holds
+clips of one shape, over all ranks; an incomplete one is filled from the shape's first.
 """
 
 import json
@@ -37,7 +36,7 @@ import common
 from captions import list_clips
 from cogvideox import load_vae
 from common import Machine, UserError, opt
-from video import fit, frames, info, is_image, write_grid
+from video import fit, info, is_image, load_clip, section, write_grid
 from world import shapes
 
 PRESETS = {
@@ -48,40 +47,12 @@ PRESETS = {
 }
 
 
-def section(path, known, n, fps, seed=0):
-    """The times in seconds of n frames at `fps`, from a start chosen by seed; an image has the one time 0.
-
-    known: the file's VideoInfo. Raises UserError where the file is too short.
-    """
-    if is_image(path):
-        return [0.0]
-    room = known.last - (n - 1) / fps
-    if room < -0.5 * known.last / max(1, known.count - 1) or known.count < min(n, 2):  # each needs a frame close by
-        there = f"{known.count} frames in {known.last:.2f} s"
-        raise UserError(f"cannot read {path}: it is too short, {there}, where {n} at {fps:g} fps are wanted")
-    start = max(0.0, room) * random.Random(f"{seed}/{Path(path).name}").random()
-    return [start + i / fps for i in range(n)]
-
-
-def load_clip(path, n, height, width, fps, seed=0, known=None):
-    """One file -> (3, F, H, W) in [-1, 1], F = n, or 1 for an image. known: its VideoInfo, found here if it is None.
-
-    Raises UserError as `info`, `section` and `frames` do.
-    """
-    known = known or info(path)
-    times = section(path, known, n, fps, seed)
-    pictures = [torch.from_numpy(picture).permute(2, 0, 1) for picture in frames(path, times, known)]
-    # in 8 bits, as published preprocessings resize, and nine times as fast as in floats
-    return torch.stack([fit(picture, height, width) for picture in pictures], 1).float().div_(127.5).sub_(1)
-
-
 class Samples:
     """Samples of several shapes, in an order without state. `shapes` has one hashable value a sample."""
 
     def __init__(self, shapes):
-        self.shapes, self.groups, self._last = shapes, {}, (None, None)
-        for i, shape in enumerate(shapes):
-            self.groups.setdefault(shape, []).append(i)
+        self.shapes, self._last = shapes, (None, None)
+        self.groups = {one: [i for i, shape in enumerate(shapes) if shape == one] for one in dict.fromkeys(shapes)}
 
     def __len__(self):
         return len(self.shapes)
@@ -180,8 +151,7 @@ def probe(folder, names, n, fps, workers=1):
     def one(name):
         path = Path(folder) / name
         try:
-            known = info(path)
-            section(path, known, n, fps)
+            section(path, known := info(path), n, fps)
             return known
         except UserError as e:
             return str(e).removeprefix(f"cannot read {path}: ")
@@ -195,10 +165,7 @@ def probe(folder, names, n, fps, workers=1):
 
 
 def report(folder, sizes, skipped, known=None):
-    """Say how many clips of which sizes are used, and how many files are left out, by reason, with an example each.
-
-    sizes: (frames, height, width) of each clip; skipped: {name: why}; known: {name: VideoInfo} of the files opened.
-    """
+    """Say which sizes (frames, height, width) are used, which {name: VideoInfo} known and {name: why} skipped."""
     count = lambda words: ", ".join(f"{word} ({k})" for word, k in Counter(words).most_common(5))
     print(f"{folder}: {len(sizes)} clips of {len(sizes) + len(skipped)} files are used")
     if sizes:
@@ -232,10 +199,6 @@ class Ahead:
         return batch
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the cache
-
-
 def fingerprint(model, dtype=torch.float64):
     """A model's identity: its configuration and the first values of every weight, rounded to `dtype`."""
     some = {name: w.flatten()[:16].to(dtype).tolist() for name, w in model.state_dict().items()}
@@ -247,9 +210,9 @@ def cache(data, out, vae, text, made, reward=None, rank=0, ranks=1, device="cpu"
 
     vae and text as in vae3d.py and text.py; `reward(video (1, 3, F, H, W), [caption]) -> (1,)`, of the decoded latents.
     `made` says how, and must be the same each time: frames, height, width, fps, seed, vae (its fingerprint), reward
-    (its name or None), reward_frames, reward_weights (the file's name). Files that are new in `data` since the last run
-    are added. Of `ranks` processes each makes its share, and the first says what all of them will use. column, workers:
-    as in `Folder`. Raises UserError for a cache that was made otherwise, and where no clip is usable.
+    (its name or None), reward_frames, reward_weights (the file's name). Files that are new in `data` are added. Of
+    `ranks` processes each makes its share, and the first says what all will use. column, workers: as in `Folder`.
+    Returns how many clips there are. Raises UserError for a cache that was made otherwise, and where none is usable.
     """
     data, out, made = Path(data), Path(out), made | {"text": text.fingerprint}
     captions, skipped = list_clips(data, column)
@@ -272,8 +235,7 @@ def cache(data, out, vae, text, made, reward=None, rank=0, ranks=1, device="cpu"
     mine = [i for i in todo if i % ranks == rank]
     clips = Ahead(lambda k: load_clip(data / names[mine[k]], *size), workers, len(mine))
     for k, i in enumerate(tqdm(mine, unit="clip", disable=rank > 0)):
-        name, tensors = names[i], {}
-        about = {"class": "clip", "name": name}
+        name, tensors, about = names[i], {}, {"class": "clip", "name": names[i]}
         try:
             video = clips(k)[None].to(device)  # (1, 3, F, H, W)
             if name not in captions:
@@ -287,8 +249,7 @@ def cache(data, out, vae, text, made, reward=None, rank=0, ranks=1, device="cpu"
             tensors = _encode(video, captions[name], vae, reward) | {"text": embedding[0].to(text.dtype)}
             about |= {"caption": captions[name], "shape": list(tensors["latents"].shape)}
         common.save_tensors(_file(out, i), tensors, about)
-    finished = [_file(out, i) for i in range(len(names)) if _file(out, i).exists()]
-    return sum("shape" in _read_head(file) for file in finished)
+    return sum("shape" in _read_head(file) for file in out.glob("clip-*"))
 
 
 @torch.no_grad()
@@ -334,16 +295,16 @@ def _index(folder, made):
 class LatentCache(Samples):
     """What `cache` wrote: latents, text embeddings and rewards, read clip by clip from the disk.
 
-    Keywords such as vae=FINGERPRINT, text=FINGERPRINT are compared with how the cache was made. Attributes: `made`,
-    `captions`, `sizes` (frames, height, width) of the clips, `left_out` {name: why}, `null` (1, L, D). Raises UserError
-    for another maker, a cache that is unfinished, or a damaged file.
+    Keywords such as vae=FINGERPRINT are compared with how the cache was made. Attributes: `made`, `captions`, `sizes`
+    (frames, height, width) of the clips, `left_out` {name: why}, `null` (1, L, D). Raises UserError for another maker,
+    a cache that is unfinished, or a damaged file.
     """
 
     def __init__(self, folder, **made):
         index = _index(folder, made)
         self.made, files = index["made"], [_file(folder, i) for i in range(len(index["names"]))]
-        if missing := [file.name for file in files if not file.exists()]:
-            some = f"{len(missing)} of {len(files)} clips are missing, first {missing[0]}"
+        if missing := sum(not file.exists() for file in files):
+            some = f"{missing} of {len(files)} clips are missing"
             raise UserError(f"the cache {folder} is unfinished, {some}: run data.py cache again")
         heads = [_read_head(file) for file in files]
         self.left_out = {head["name"]: head["skipped"] for head in heads if "skipped" in head}
@@ -429,8 +390,8 @@ def main():
         score = reward.scores if len(reward.weights) > 1 else reward  # of a sum, each by itself
     made = {k: getattr(cfg, k) for k in ("frames", "height", "width", "fps", "seed", "reward", "reward_frames")}
     made |= {"vae": fingerprint(vae), "reward_weights": Path(cfg.reward_weights or "").name}
-    files = cfg.caption_column, cfg.workers
-    n = cache(cfg.data, cfg.out, vae.eval().to(device), text, made, score, rank, ranks, device, *files)
+    vae, how = vae.eval().to(device), (cfg.caption_column, cfg.workers)
+    n = cache(cfg.data, cfg.out, vae, text, made, score, rank, ranks, device, *how)
     print(f"{cfg.out}: {n} clips")
 
 

@@ -11,6 +11,7 @@ import collections
 import contextlib
 import io
 import itertools
+import random
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -218,6 +219,33 @@ def fit(pictures, height, width):
     scale = max(height / h, width / w)
     size = [max(height, round(h * scale)), max(width, round(w * scale))]
     return v2.center_crop(v2.resize(pictures, size, v2.InterpolationMode.BICUBIC, antialias=True), [height, width])
+
+
+def section(path, known, n, fps, seed=0):
+    """The times in seconds of n frames at `fps`, from a start chosen by seed; an image has the one time 0.
+
+    known: the file's VideoInfo. Raises UserError where the file is too short.
+    """
+    if is_image(path):
+        return [0.0]
+    room = known.last - (n - 1) / fps
+    if room < -0.5 * known.last / max(1, known.count - 1) or known.count < min(n, 2):  # each needs a frame close by
+        there = f"{known.count} frames in {known.last:.2f} s"
+        raise UserError(f"cannot read {path}: it is too short, {there}, where {n} at {fps:g} fps are wanted")
+    start = max(0.0, room) * random.Random(f"{seed}/{Path(path).name}").random()
+    return [start + i / fps for i in range(n)]
+
+
+def load_clip(path, n, height, width, fps, seed=0, known=None):
+    """One file -> (3, F, H, W) in [-1, 1], F = n, or 1 for an image. known: its VideoInfo, found here if it is None.
+
+    Raises UserError as `info`, `section` and `frames` do.
+    """
+    known = known or info(path)
+    times = section(path, known, n, fps, seed)
+    pictures = [torch.from_numpy(picture).permute(2, 0, 1) for picture in frames(path, times, known)]
+    # in 8 bits, as published preprocessings resize, and nine times as fast as in floats
+    return torch.stack([fit(picture, height, width) for picture in pictures], 1).float().div_(127.5).sub_(1)
 
 
 def to_uint8(video):

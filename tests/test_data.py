@@ -20,9 +20,9 @@ from safetensors import safe_open
 import common
 import data
 from common import UserError
-from data import Folder, LatentCache, Samples, cache, list_clips, load_clip
+from data import Folder, LatentCache, Samples, cache, list_clips
 from text import WordTable
-from video import info
+from video import info, load_clip, section
 
 HERE = Path(__file__).parents[1]
 WORDS = "a red blue ball rolls picture of number zero one two three four five six seven eight nine".split()  # noqa: SIM905
@@ -71,10 +71,9 @@ def clips(tmp_path):
 def test_clips_are_resampled_in_time(tmp_path):
     """At 8 fps from 20: the frames nearest to multiples of 1/8 s after the section's start."""
     path = film(tmp_path / "a.mp4")
-    section = lambda n, seed: data.section(path, info(path), n, 8.0, seed)
-    starts = set()
+    times_of, starts = lambda n, seed: section(path, info(path), n, 8.0, seed), set()
     for seed in range(8):
-        times = section(8, seed)
+        times = times_of(8, seed)
         assert np.allclose(np.diff(times), 1 / 8) and times[0] >= 0 and times[-1] <= 39 / 20 + 1e-9
         x = load_clip(path, 8, 40, 60, 8.0, seed)
         assert x.shape == (3, 8, 40, 60)
@@ -82,8 +81,8 @@ def test_clips_are_resampled_in_time(tmp_path):
         # a time may lie halfway between two frames
         assert ((x.mean((0, 2, 3)) - want).abs() < 9 / 127.5).all()
         starts.add(times[0])
-    assert len(starts) == 8 and section(8, 3) == section(8, 3)
-    assert section(16, 1)[0] < 0.1  # 16 frames fit in almost exactly
+    assert len(starts) == 8 and times_of(8, 3) == times_of(8, 3)
+    assert times_of(16, 1)[0] < 0.1  # 16 frames fit in almost exactly
     slow = film(tmp_path / "slow.mp4", n=5, fps=2, step=50)  # fewer frames than are wanted: each is shown repeatedly
     levels = ((load_clip(slow, 16, 40, 60, 8.0).mean((0, 2, 3)) + 1) * 127.5).round()
     assert levels.diff().ge(-1).all() and len(levels.div(50).round().unique()) == 5
