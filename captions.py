@@ -44,18 +44,19 @@ def list_clips(folder, column="text"):
             continue
         if kind not in IMAGES + VIDEOS:
             skipped[name] = f"{kind} files are not read" if kind else "files without a suffix are not read"
-        elif isinstance(caption, str) and caption.strip():
-            captions[name] = " ".join(caption.split())
-        elif beside:
+            continue
+        if beside and not (isinstance(caption, str) and caption.strip()):
             try:
-                captions[name] = " ".join(read_text(folder / beside).split())
+                caption = read_text(folder / beside)
             except UserError:
                 skipped[name] = "its .txt is no text in UTF-8 or UTF-16"
+                continue
+        if not isinstance(caption or "", str):
+            skipped[name] = "its caption is no text"
+        elif words := (caption or "").split():
+            captions[name] = " ".join(words)
         else:
-            skipped[name] = "it has no caption" if caption in (None, "") else "its caption is no text"
-    for name in [name for name, caption in captions.items() if not caption]:
-        skipped[name] = "it has no caption"
-        del captions[name]
+            skipped[name] = "it has no caption"
     return captions, skipped
 
 
@@ -68,13 +69,12 @@ def _walk(folder):
 
     for root, inside, files in os.walk(folder, onerror=unreadable, followlinks=True):
         place = Path(root).relative_to(folder)
-        above = {os.path.realpath(folder / part) for part in (place, *place.parents)}
         for name in files + inside:
             if name.startswith("."):
                 skipped[(place / name).as_posix()] = "it is hidden: its name begins with a dot"
-            elif name in files:
-                names.append((place / name).as_posix())
+        names += [(place / name).as_posix() for name in files if not name.startswith(".")]
         # a link to a folder that it lies in would lead round and round
+        above = {os.path.realpath(folder / part) for part in (place, *place.parents)}
         inside[:] = [d for d in inside if not d.startswith(".") and os.path.realpath(Path(root, d)) not in above]
     return sorted(names), skipped
 
@@ -86,33 +86,25 @@ def _key(name):
 
 def _read_table(table, column):
     """-> [(file name, caption)] of a table's rows; the caption is whatever stands there."""
-    if table.suffix == ".jsonl":
-        rows = []
-        for number, line in enumerate(read_text(table).split("\n"), 1):
-            if not line.strip():
-                continue
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                rows.append(None)
-            if not isinstance(rows[-1], dict) or not isinstance(rows[-1].get("file_name"), str):
-                raise UserError(f"{table}, line {number}: not a JSON object with file_name and {column}")
-    elif table.suffix == ".csv":
-        try:
+    try:
+        if table.suffix == ".jsonl":
+            lines = [line for line in read_text(table).split("\n") if line.strip()]
+            rows = json.loads("[" + ",\n".join(lines) + "]")  # as one text, so that an error tells its line
+        elif table.suffix == ".csv":
             rows = list(csv.DictReader(io.StringIO(read_text(table), newline="")))
-        except csv.Error as e:
-            raise UserError(f"cannot read {table}: {e}") from e
-    else:
-        try:
-            from pyarrow import ArrowException, parquet  # here, since few have such tables
-        except ImportError:
-            raise UserError(f"{table} is read by pyarrow: pip install pyarrow, or save it as metadata.csv") from None
-        try:
+        else:
+            from pyarrow import parquet  # here, since few have such tables
+
             rows = parquet.read_table(table).to_pylist()
-        except (ArrowException, OSError) as e:
-            raise UserError(f"cannot read {table}: {e}") from e
+    except ImportError:
+        raise UserError(f"{table} is read by pyarrow: pip install pyarrow, or save it as metadata.csv") from None
+    except (ValueError, csv.Error, OSError) as e:  # pyarrow's own errors are among these
+        raise UserError(f"cannot read {table}: {e}") from e
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
+            raise UserError(f"cannot read {table}: row {number} names no file as file_name")
     columns = {name for row in rows for name in row}
-    if rows and not {"file_name", column} <= columns:
+    if rows and column not in columns:
         there = ", ".join(sorted(map(str, columns)))
         raise UserError(f"{table} has the columns {there}: wanted file_name and {column} (see --caption-column)")
-    return [(row["file_name"], row.get(column)) for row in rows if row["file_name"]]
+    return [(row["file_name"], row.get(column)) for row in rows]

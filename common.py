@@ -37,7 +37,7 @@ class UserError(Exception):
 
 LIMITS = (  # flags mean the same in every script, and so does what they may be: (names, least, most)
     ("batch iterations m fake_updates save_every log_every warmup clips copies pairs lrm_updates", 1, math.inf),
-    ("frames height width shard text_length reward_repeats truncate updates repeats every", 1, math.inf),
+    ("frames height width text_length reward_repeats truncate updates repeats every", 1, math.inf),
     (
         "threads workers global_batch fake_warmup lrm_warmup max_seconds max_evaluations sample_every",
         0,

@@ -278,7 +278,7 @@ def videos(cfg):
     mine, broken = [], 0
     for job in jobs[rank::size]:
         if (file := out / job["file"]).exists():
-            if vbench.whole(file):
+            if vbench.readable(file):
                 continue
             broken += 1
         mine.append(job)

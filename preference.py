@@ -16,38 +16,39 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from torchvision.transforms.v2 import functional as v2
 
 from common import UserError
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
-def _prepare(images, size, whole):
+def _prepare(images, size, pad):
     """Images (N, 3, H, W) in [0, 1] to a network's normalised square input (N, 3, size, size).
 
-    whole: the longest side becomes `size`, and black fills the rest before normalising (HPSv2). Otherwise the shortest
+    pad: the longest side becomes `size`, and black fills the rest before normalising (HPSv2). Otherwise the shortest
     side becomes `size`, and the middle is cut out (CLIP).
     """
     h, w = images.shape[-2:]
-    scale = size / (max(h, w) if whole else min(h, w))
-    h, w = (round(h * scale), round(w * scale)) if whole else (int(h * scale + 1e-6), int(w * scale + 1e-6))
-    x = F.interpolate(images, (h, w), mode="bicubic", antialias=True, align_corners=False)
-    top, left = (size - h) // 2, (size - w) // 2
-    if not whole:  # CLIP resizes 8-bit pictures, where what bicubic overshoots is cut off
-        x, top, left = x.clamp(0, 1), -((h - size) // 2), -((w - size) // 2)
-    x = F.pad(x, (left, size - w - left, top, size - h - top))  # negative padding cuts
-    return (x - x.new_tensor(CLIP_MEAN).view(3, 1, 1)) / x.new_tensor(CLIP_STD).view(3, 1, 1)
+    scale = size / (max(h, w) if pad else min(h, w))
+    h, w = (round(h * scale), round(w * scale)) if pad else (int(h * scale + 1e-6), int(w * scale + 1e-6))
+    x = v2.resize(images, [h, w], v2.InterpolationMode.BICUBIC, antialias=True)
+    if not pad:  # CLIP resizes 8-bit pictures, where what bicubic overshoots is cut off
+        x = x.clamp(0, 1)
+    # int, since both round the margin down; center_crop would round it to the even number
+    x = v2.crop(x, int((h - size) / 2), int((w - size) / 2), size, size)
+    return v2.normalize(x, CLIP_MEAN, CLIP_STD)
 
 
-def _mean_over_frames(video, size, whole, score):
+def _mean_over_frames(video, size, pad, score):
     """score(prepared images (n, 3, size, size), index of each one's clip (n,)) -> (n, ...), averaged over frames."""
     images = ((video.transpose(1, 2).flatten(0, 1) + 1) / 2).clamp(0, 1)  # (B F, 3, H, W)
     clip = torch.arange(len(video), device=video.device).repeat_interleave(video.shape[2])
     parts = zip(images.split(32), clip.split(32))  # all at once would not fit beside a ViT-H
-    return torch.cat([score(_prepare(x, size, whole), i) for x, i in parts]).unflatten(0, (len(video), -1)).mean(1)
+    return torch.cat([score(_prepare(x, size, pad), i) for x, i in parts]).unflatten(0, (len(video), -1)).mean(1)
 
 
-def cosine(encode_image, encode_text, size, whole, context, device):
+def cosine(encode_image, encode_text, size, pad, context, device):
     """The two sides of cos(image, text), without CLIP's temperature, as the paper reports HPSv2 and PickScore.
 
     -> parts(video) (B, D), the mean of the frames' unit embeddings, and direction(prompts) (B, D), the text's: their
@@ -58,7 +59,7 @@ def cosine(encode_image, encode_text, size, whole, context, device):
     tokens = SimpleTokenizer(context_length=context)  # CLIP's words are the same in every implementation
 
     image = lambda x, clip: F.normalize(encode_image(x), dim=-1)
-    parts = lambda video: _mean_over_frames(video, size, whole, image)
+    parts = lambda video: _mean_over_frames(video, size, pad, image)
     return parts, lambda prompts: F.normalize(encode_text(tokens(prompts).to(device)), dim=-1)
 
 

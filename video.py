@@ -7,9 +7,11 @@ Frames on disk are uint8 (H, W, 3); clips in memory are float (3, F, H, W) in [-
 tensor alone: one encoder thread, no dates in the file.
 """
 
+import collections
 import contextlib
 import io
 import itertools
+import random
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +19,7 @@ from typing import NamedTuple
 import av
 import numpy as np
 import torch
-from av.video.reformatter import ColorRange, Colorspace, ColorTrc, Interpolation, VideoReformatter
+from av.video.reformatter import ColorRange, Colorspace, ColorTrc, Interpolation
 from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps
 
 from common import UserError, atomic
@@ -43,115 +45,99 @@ def _stream(path):
         raise UserError(f"cannot read {path}: {getattr(e, 'strerror', None) or e}") from e
 
 
-class Listing(NamedTuple):
+class VideoInfo(NamedTuple):
     """What must be known of a file before a section of it can be chosen and found."""
 
-    count: int  # frames, by the mean rate
-    last: float  # seconds from the first frame to the last
-    origin: int  # the first frame's time stamp
-    stamped: bool  # whether decoded frames carry their own times
+    width: int  # as shown
+    height: int
+    count: int = 1  # frames, by the mean rate
+    last: float = 0.0  # seconds from the first frame to the last
+    origin: int = 0  # the first frame's time stamp
+    stamped: bool = True  # whether decoded frames carry their own times
 
 
-LISTINGS = {}  # (path, size, time of its last change) -> Listing
+def is_image(path):
+    return Path(path).suffix.lower() in IMAGES
 
 
-def listing(path):
-    """The Listing of `path`, from its first frame and its last packets; found once, kept while the file is the same.
+def info(path):
+    """The VideoInfo of a video or image, from its first frame and its last packets.
 
-    Raises UserError where the file cannot be read or has no frames.
+    Raises UserError where the file cannot be read, has no frames, or has colours that would come out wrong.
     """
-    if Path(path).suffix.lower() in IMAGES:
-        return Listing(1, 0.0, 0, True)
-    try:
-        found = Path(path).stat()
-    except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror}") from e
-    key = str(path), found.st_size, found.st_mtime_ns
-    if key not in LISTINGS:
-        stamps, base, stamped, rate = _stamps(path, ends=True)
-        last = float((stamps[-1] - stamps[0]) * base)
-        LISTINGS[key] = Listing(round(last * rate) + 1, last, stamps[0], stamped)
-    return LISTINGS[key]
-
-
-def _stamps(path, ends=False):
-    """-> time stamps of the frames in the order of display, their unit in seconds, Listing.stamped, frames a second.
-
-    ends: where the file has an index (.mp4, .mov, .mkv, .webm) only the first and the last few, which a long file gives
-    as fast as a short one.
-    """
+    if is_image(path):
+        height, width, _ = next(frames(path)).shape
+        return VideoInfo(width, height)
     with _stream(path) as (container, stream):
+        first = next(container.decode(stream), None)
+        if first is None:
+            raise UserError(f"cannot read {path}: it has no frames")
+        height, width, _ = rgb(first, stream.sample_aspect_ratio).shape
         # .avi keeps the times of decoding alone, and what is made of them goes backward where frames are reordered
         stamped = container.format.name != "avi" or not stream.codec_context.has_b_frames
-        ends = ends and container.duration and container.format.name.split(",")[0] in ("mov", "matroska")
-        stamps, first = [], []
-        for packet in container.demux(stream):
-            first = first or packet.decode()
-            stamps += _stamp(packet)
-            if ends and first:
-                break
-        if ends and first:
+        base, rate = stream.time_base, stream.average_rate or stream.guessed_rate or 1
+    stamps = _stamps(path, tail=True) or _stamps(path)
+    if not stamps:
+        raise UserError(f"cannot read {path}: it has no frames that carry a time")
+    # a recording may begin with packets that nothing can decode
+    origin = first.pts if stamped and first.pts is not None else stamps[0]
+    last = float((stamps[-1] - origin) * base)
+    return VideoInfo(width, height, round(last * rate) + 1, last, origin, stamped)
+
+
+def _stamps(path, tail=False):
+    """-> sorted time stamps of the frames, found without decoding.
+
+    tail: where the file has an index (.mp4, .mov, .mkv, .webm) the last few alone, which a long file gives as fast as a
+    short one; none where it is cut off.
+    """
+    with _stream(path) as (container, stream):
+        if tail and container.duration and container.format.name.split(",")[0] in ("mov", "matroska"):
             container.seek((container.start_time or 0) + container.duration)  # to the last key frame
-            final = [stamp for packet in container.demux(stream) for stamp in _stamp(packet)]
-            if not final:  # it is cut off
-                return _stamps(path)
-            stamps += final
-        if first and stamped and first[0].pts is not None:  # a recording may begin with frames that nothing can decode
-            stamps = [s for s in stamps if s >= first[0].pts]
-        if not first or not stamps:
-            raise UserError(f"cannot read {path}: it has no frames that carry a time")
-        return sorted(stamps), stream.time_base, stamped, stream.average_rate or stream.guessed_rate or 1
+        shown = (packet for packet in container.demux(stream) if packet.size and not packet.is_discard)
+        stamps = (packet.dts if packet.pts is None else packet.pts for packet in shown)
+        return sorted(stamp for stamp in stamps if stamp is not None)
 
 
-def _stamp(packet):
-    """The time stamp of a packet, in a list; [] if it holds no frame to be shown."""
-    stamp = packet.dts if packet.pts is None else packet.pts
-    return [stamp] if packet.size and not packet.is_discard and stamp is not None else []
-
-
-def timeline(path):
-    """Seconds after the first frame at which each frame of `path` is shown, sorted; found without decoding."""
-    if Path(path).suffix.lower() in IMAGES:
-        return [0.0]
-    stamps, base, *_ = _stamps(path)
-    return [float((s - stamps[0]) * base) for s in stamps]
-
-
-def frames(path, times):
+def frames(path, times=None, known=None):
     """Yield uint8 (H, W, 3): the frame of `path` nearest to each of `times` (ascending seconds after the first frame).
 
-    Decoding starts at the last key frame before the first of `times` and ends with the last of them. Raises UserError
-    where the file is missing, cannot be decoded, breaks off, or has colours that would come out wrong.
+    Without times every frame. known: the file's VideoInfo. Decoding starts at the last key frame before the first of
+    `times` and ends with the last of them. Raises UserError where the file is missing, cannot be decoded, breaks off,
+    or has colours that would come out wrong.
     """
-    if Path(path).suffix.lower() in IMAGES:
+    if is_image(path):
         try:
             with Image.open(path) as image:
                 picture = rgb(image)
         except Exception as e:  # Pillow's many readers raise whatever they meet
             raise UserError(f"cannot read {path}: {e}") from e
-        yield from [picture] * len(times)
+        yield from [picture] * (1 if times is None else len(times))
         return
-    origin, stamped = listing(path)[2:]
+    known = known or info(path)
     with _stream(path) as (container, stream):
-        wanted, base, reformatter, last, before = list(times), stream.time_base, VideoReformatter(), None, 0.0
-        aspect = float(stream.sample_aspect_ratio or 1)
-        seconds = lambda stamp: float((stamp - origin) * base)
-        if stamped:
-            shown = _decode_from(container, stream, origin, origin + int(wanted[0] / base))
-            shown = ((seconds(frame.pts), frame) for frame in shown if frame.pts is not None)
+        base, aspect, longest = stream.time_base, stream.sample_aspect_ratio, 1 / (stream.guessed_rate or 1)
+        start = times[0] if times else 0.0
+        if known.stamped:
+            decoded = _decode_from(container, stream, known.origin, known.origin + int(start / base))
+            shown = ((frame.pts, frame) for frame in decoded if frame.pts is not None)
         else:  # frames come in the order of display, so the k-th has the k-th smallest time
-            shown = zip(map(seconds, _stamps(path)[0]), container.decode(stream))
-        for now, frame in shown:
+            shown = zip(_stamps(path), container.decode(stream))
+        before, last, wanted = 0.0, None, collections.deque(times or [])
+        for stamp, frame in shown:
+            now = float((stamp - known.origin) * base)
             while last is not None and wanted and wanted[0] - before <= now - wanted[0]:  # the last is nearer
-                yield rgb(last, aspect, reformatter)
-                wanted.pop(0)
-            if not wanted:
+                yield rgb(last, aspect)
+                wanted.popleft()
+            if times is None:
+                yield rgb(frame, aspect)
+            elif not wanted:
                 return
             before, last = now, frame
-        if last is None or (wanted and wanted[-1] - before > 1 / (stream.guessed_rate or 1)):
+        if last is None or (known.last if times is None else wanted[-1]) - before > longest:
             raise UserError(f"cannot read {path}: it breaks off")
         for _ in wanted:
-            yield rgb(last, aspect, reformatter)
+            yield rgb(last, aspect)
 
 
 def _decode_from(container, stream, origin, start):
@@ -169,22 +155,23 @@ def _decode_from(container, stream, origin, start):
     return container.decode(stream)
 
 
-def rgb(source, aspect=1.0, reformatter=None):
+def rgb(source, aspect=None):
     """What a player shows of a decoded frame or a Pillow image: uint8 (H, W, 3).
 
-    aspect: the width of a frame's pixels over their height. Raises ValueError, which says why, for what cannot be shown
-    right in 8 bits without a choice of tone: HDR, pixels of 32 bits; and for animated images, which are not videos.
+    aspect: the width of a frame's pixels over their height, None for square ones. Raises ValueError, which says why,
+    for what cannot be shown right in 8 bits without a choice of tone: HDR, pixels of 32 bits; and for animated
+    images, which are not videos.
     """
     if isinstance(source, Image.Image):
         return _of_image(source)
     if source.color_trc in (ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67):
         raise ValueError("its colours are HDR (PQ or HLG): convert it to BT.709")
-    if not 0.1 <= aspect <= 10:
-        raise ValueError(f"its pixels are said to be {aspect:g} times as wide as high")
+    width = round(source.width * (aspect or 1))
+    if not 0.1 <= width / source.width <= 10:
+        raise ValueError(f"its pixels are said to be {float(aspect):g} times as wide as high")
     clear = source.format.has_palette or any(c.is_alpha for c in source.format.components)
-    how = {"interpolation": Interpolation.BICUBIC, "threads": 1}
-    how |= {"width": round(source.width * aspect), "format": "rgba" if clear else "rgb24"}
-    picture = (reformatter or VideoReformatter()).reformat(source, **how).to_ndarray()
+    kind = "rgba" if clear else "rgb24"
+    picture = source.reformat(width, format=kind, interpolation=Interpolation.BICUBIC, threads=1).to_ndarray()
     if matrix := source.side_data.get("DISPLAYMATRIX"):  # x' = a x + c y, y' = b x + d y, in quarter turns
         a, b, _, c, d, *_ = np.frombuffer(bytes(matrix), np.int32).tolist()
         if abs(b) > abs(a):
@@ -219,8 +206,46 @@ def _on_white(rgba):
 
 def read_video(path):
     """Read a whole video or image: uint8 (F, H, W, 3), and its mean frames a second (1.0 for an image)."""
-    shown = timeline(path)
-    return np.stack(list(frames(path, shown))), (len(shown) - 1) / shown[-1] if shown[-1] else 1.0
+    known = info(path)
+    pictures = np.stack(list(frames(path, None, known)))
+    return pictures, (len(pictures) - 1) / known.last if known.last else 1.0
+
+
+def fit(pictures, height, width):
+    """The largest centred part of height:width, resized with antialiasing: (..., h, w) -> (..., height, width)."""
+    from torchvision.transforms.v2 import functional as v2  # here, for importing it takes a second
+
+    h, w = pictures.shape[-2:]
+    scale = max(height / h, width / w)
+    size = [max(height, round(h * scale)), max(width, round(w * scale))]
+    return v2.center_crop(v2.resize(pictures, size, v2.InterpolationMode.BICUBIC, antialias=True), [height, width])
+
+
+def section(path, known, n, fps, seed=0):
+    """The times in seconds of n frames at `fps`, from a start chosen by seed; an image has the one time 0.
+
+    known: the file's VideoInfo. Raises UserError where the file is too short.
+    """
+    if is_image(path):
+        return [0.0]
+    room = known.last - (n - 1) / fps
+    if room < -0.5 * known.last / max(1, known.count - 1) or known.count < min(n, 2):  # each needs a frame close by
+        there = f"{known.count} frames in {known.last:.2f} s"
+        raise UserError(f"cannot read {path}: it is too short, {there}, where {n} at {fps:g} fps are wanted")
+    start = max(0.0, room) * random.Random(f"{seed}/{Path(path).name}").random()
+    return [start + i / fps for i in range(n)]
+
+
+def load_clip(path, n, height, width, fps, seed=0, known=None):
+    """One file -> (3, F, H, W) in [-1, 1], F = n, or 1 for an image. known: its VideoInfo, found here if it is None.
+
+    Raises UserError as `info`, `section` and `frames` do.
+    """
+    known = known or info(path)
+    times = section(path, known, n, fps, seed)
+    pictures = [torch.from_numpy(picture).permute(2, 0, 1) for picture in frames(path, times, known)]
+    # in 8 bits, as published preprocessings resize, and nine times as fast as in floats
+    return torch.stack([fit(picture, height, width) for picture in pictures], 1).float().div_(127.5).sub_(1)
 
 
 def to_uint8(video):
@@ -244,7 +269,7 @@ def _write(path, pictures, fps, colours=255):
     with atomic(path) as part:
         if kind == ".gif":  # a gif counts in hundredths of a second: spread the rounding so that the whole keeps time
             ends = [round(100 * i / fps) for i in range(len(pictures) + 1)]
-            first, *rest = [_palette(p, i % 2, colours) for i, p in enumerate(pictures)]
+            first, *rest = [Image.fromarray(picture).quantize(colours) for picture in pictures]
             lasts = [10 * (b - a) for a, b in itertools.pairwise(ends)]
             first.save(part, save_all=True, append_images=rest, duration=lasts, loop=0)
             return
@@ -256,22 +281,13 @@ def _write(path, pictures, fps, colours=255):
             stream.options = {"crf": "12", "preset": "slow", "x264-params": "cpu-independent=1"}
             stream.codec_context.thread_count = 1  # nor may they depend on the number of threads
             how = {"format": "yuv420p", "dst_colorspace": Colorspace.ITU709, "dst_color_range": ColorRange.MPEG}
-            context, reformatter = stream.codec_context, VideoReformatter()
+            context = stream.codec_context
             context.colorspace = context.color_primaries = context.color_trc = 1  # BT.709, as H.264 numbers it
             context.color_range = ColorRange.MPEG
             for picture in pictures:
                 frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-                container.mux(stream.encode(reformatter.reformat(frame, **how, threads=1)))
+                container.mux(stream.encode(frame.reformat(**how, threads=1)))
             container.mux(stream.encode())
-
-
-def _palette(picture, odd, colours):
-    """256 colours. Pillow drops a frame that equals the last, so every other one has a corner one step bluer."""
-    image = Image.fromarray(picture).quantize(colours)
-    red, green, blue = image.convert("RGB").getpixel((0, 0))
-    image.putpalette([*(image.getpalette() + [0] * 765)[:765], red, green, blue ^ odd])
-    image.putpixel((0, 0), 255)
-    return image
 
 
 def _sheet(rows, captions, titles):
@@ -283,21 +299,14 @@ def _sheet(rows, captions, titles):
     sheet = Image.new("RGB", (gap + cell[0] * max(map(len, rows)), top + gap + cell[1] * len(rows)), "white")
     draw = ImageDraw.Draw(sheet)
     for x, title in enumerate(titles or []):
-        draw.text((gap + cell[0] * x, 1), _fit(title, cell[0] - gap, font), "black", font)
+        draw.text((gap + cell[0] * x, 1), title, "black", font)
     for y, row in enumerate(rows):
         if captions:
-            draw.text((gap, top + cell[1] * y + 1), _fit(captions[y], sheet.width - 2 * gap, font), "black", font)
+            draw.text((gap, top + cell[1] * y + 1), captions[y], "black", font)  # cut off by the sheet's edge
         for x, picture in enumerate(row):
             image = Image.fromarray(picture).resize((width * scale, height * scale), Image.Resampling.NEAREST)
             sheet.paste(image, (gap + cell[0] * x, top + cell[1] * (y + 1) - height * scale))
     return np.asarray(sheet)
-
-
-def _fit(text, width, font):
-    """The text, or as much of it as `width` pixels hold, and dots."""
-    if font.getlength(text) <= width:
-        return text
-    return next((s for n in range(len(text), 0, -1) if font.getlength(s := text[:n].rstrip() + "...") <= width), "")
 
 
 def write_grid(path, videos, captions=None, frames=8, fps=None):
@@ -305,25 +314,21 @@ def write_grid(path, videos, captions=None, frames=8, fps=None):
 
     fps: the frames' times stand above the columns (of the longest video; the others have as many frames or one).
     """
-    longest = max(video.shape[1] for video in videos)
-    times = [f"{i / fps:.2f} s" for i in _spread(longest, frames)] if fps else None
-    rows = []
+    rows, times = [], []
     for video in videos:
-        rows.append(list(to_uint8(video[:, _spread(video.shape[1], frames)])))
+        numbers = torch.linspace(0, video.shape[1] - 1, min(frames, video.shape[1])).round().long()
+        rows.append(list(to_uint8(video[:, numbers])))
+        if fps and len(numbers) > len(times):
+            times = [f"{number / fps:.2f} s" for number in numbers]
     with atomic(path) as part:
         Image.fromarray(_sheet(rows, captions, times)).save(part, "PNG")
-
-
-def _spread(n, frames):
-    """The numbers of at most `frames` of n frames, evenly spread."""
-    return torch.linspace(0, n - 1, min(frames, n)).round().long().tolist()
 
 
 def write_video_grid(path, rows, fps, captions=None, titles=None, colours=255):
     """Write one video that shows many: `rows` lists of videos (3, F, H, W) of one size; a shorter one holds its end.
 
-    `captions` has a text for each row, `titles` one for each column. colours: of each frame of
-    a .gif; fewer make a smaller file.
+    `captions` has a text for each row, `titles` one for each column. colours: of each frame of a .gif; fewer make a
+    smaller file.
     """
     rows = [[to_uint8(video) for video in row] for row in rows]
     length = max(len(video) for row in rows for video in row)

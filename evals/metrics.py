@@ -12,6 +12,8 @@ import math
 import numpy as np
 import torch
 from PIL import Image
+from torchvision.models import inception_v3
+from torchvision.transforms.v2 import functional as v2
 
 from common import UserError
 
@@ -56,15 +58,12 @@ def frechet(a, b):
     a, b = _rows(a), _rows(b)
     if min(len(a), len(b)) < 2:
         raise ValueError("a covariance needs at least two rows")
-    return frechet_gaussian(a.mean(0), torch.cov(a.T).reshape(a.shape[1], -1), b.mean(0), torch.cov(b.T))
-
-
-def frechet_gaussian(mean_a, cov_a, mean_b, cov_b):
-    """The same from means (d,) and covariances (d, d). tr (A B)^(1/2) = tr (A^(1/2) B A^(1/2))^(1/2): symmetric."""
+    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
     values, vectors = torch.linalg.eigh(cov_a)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ cov_b.reshape(root.shape) @ root).clamp(min=0).sqrt().sum()
-    return float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.reshape(root.shape).trace() - 2 * cross)
+    # tr (A B)^(1/2) = tr (A^(1/2) B A^(1/2))^(1/2), of a symmetric matrix
+    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
+    return float((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
 
 
 def jackknife(statistic, *sets, groups=10):
@@ -79,24 +78,17 @@ def jackknife(statistic, *sets, groups=10):
 
 
 def neighbours(real, fake, k=5):
-    """Precision, recall and coverage of fake (m, d) against real (n, d) by balls that reach to the k-th neighbour.
+    """Precision and coverage of fake (m, d) against real (n, d) by balls around reals that reach to the k-th neighbour.
 
-    precision: share of fakes in the ball of some real (Kynkaanniemi et al., arXiv:1904.06991); recall: share of reals
-    in the ball of some fake; coverage: share of reals whose own ball holds a fake (Naeem et al., arXiv:2002.09797),
-    which outliers among the fakes cannot raise. Raises ValueError for k or fewer rows.
+    precision: share of fakes in the ball of some real (Kynkaanniemi et al., arXiv:1904.06991); coverage: share of reals
+    whose own ball holds a fake (Naeem et al., arXiv:2002.09797). Raises ValueError for k or fewer reals.
     """
     real, fake = _rows(real), _rows(fake)
-    if min(len(real), len(fake)) <= k:
+    if len(real) <= k:
         raise ValueError(f"{k} neighbours need more than {k} rows")
-    reach = lambda x: torch.cdist(x, x).kthvalue(k + 1, dim=1).values  # the nearest of all is the point itself
-    between = torch.cdist(real, fake)  # (n, m)
-    inside_real, inside_fake = between <= reach(real)[:, None], between <= reach(fake)
-    share = lambda hits: hits.double().mean().item()
-    return {
-        "precision": share(inside_real.any(0)),
-        "recall": share(inside_fake.any(1)),
-        "coverage": share(inside_real.any(1)),
-    }
+    reach = torch.cdist(real, real).kthvalue(k + 1, dim=1).values  # the nearest of all is the point itself
+    inside = (torch.cdist(real, fake) <= reach[:, None]).double()  # (n, m)
+    return {"precision": inside.amax(0).mean().item(), "coverage": inside.amax(1).mean().item()}
 
 
 def mean_error(values):
@@ -121,7 +113,7 @@ def pm(score, scale=1.0, digits=1):
 
 def pixel_features(pictures):
     """uint8 pictures (n, H, W, 3) -> (n, 3072): resized to 32x32 (bicubic, the shape is not kept), flattened."""
-    small = [Image.fromarray(p).resize((32, 32), Image.Resampling.BICUBIC) for p in pictures]
+    small = [v2.resize(Image.fromarray(p), [32, 32], v2.InterpolationMode.BICUBIC) for p in pictures]
     return np.stack([np.asarray(image).flatten() for image in small])
 
 
@@ -132,8 +124,6 @@ class Inception:
     """
 
     def __init__(self, weights, device="cpu"):
-        from torchvision.models import inception_v3
-
         self.device = device
         self.model = inception_v3(weights=None, transform_input=True, aux_logits=True, init_weights=False)
         try:
@@ -147,14 +137,10 @@ class Inception:
     @torch.no_grad()
     def __call__(self, pictures):
         """uint8 pictures (n, H, W, 3) -> (n, 2048). Like vendi-score, without ImageNet's normalisation."""
-        x = []
-        for picture in pictures:  # the shorter side becomes 299, then the centre
-            image = Image.fromarray(picture)
-            image = image.resize([299 * side // min(image.size) for side in image.size], Image.Resampling.BILINEAR)
-            left, top = (round((side - 299) / 2) for side in image.size)
-            image = image.crop((left, top, left + 299, top + 299))
-            x.append(torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255)
-        return self.model(torch.stack(x).to(self.device)).float().cpu()
+        # Pillow's own resizing, as there: the shorter side becomes 299, then the centre
+        x = [v2.center_crop(v2.resize(Image.fromarray(picture), [299]), [299]) for picture in pictures]
+        x = torch.stack([v2.pil_to_tensor(image) for image in x]) / 255
+        return self.model(x.to(self.device)).float().cpu()
 
 
 def video_diversity(videos, features, every=20):

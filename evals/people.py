@@ -1,8 +1,8 @@
 """People (the paper's section 8.1 and Fig. 13): which of two videos is better, four questions a pair.
 
-`make_page` writes one HTML file that holds everything, videos too: it can be sent by mail and opened without a server
-or a network. It shows pairs of videos of one prompt, both in the same size, frame rate and length, so that none of
-these tells which is which; which side is whose, and the order of the pairs, are drawn anew for each rater. A vote
+`make_page` fills people.html and writes one file that holds everything, videos too: it can be sent by mail and opened
+without a server or a network. It shows pairs of videos of one prompt, both in the same size, frame rate and length, so
+that none of these tells which is which; which side is whose, and the order of the pairs, depend on the rater. A vote
 counts when all four questions are answered, lives in the browser's storage, and leaves it as a JSON file, of which
 `count` makes win rates without ties, as the paper's Fig. 6 shows them, with 95% Wilson intervals.
 """
@@ -18,10 +18,10 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
+from captions import list_clips
 from common import UserError, atomic
-from video import VIDEOS, read_video, write_video
+from video import fit, is_image, read_video, write_video
 
 QUESTIONS = {  # the paper's four, with what they ask for
     "visual quality": "sharp, clean, well lit, pleasant to look at",
@@ -34,24 +34,17 @@ QUESTIONS = {  # the paper's four, with what they ask for
 def prompts_of(folder):
     """The videos below a folder: {what they share with their counterpart: (file, prompt)}.
 
-    Counterparts have the same name, apart from what sample.py puts before it (student4-seed0-). The prompt stands in
-    metadata.jsonl ({"file_name", "text"}) or is the name without VBench's -0 .. -4.
+    Counterparts have the same name, apart from what sample.py puts before it (student4-seed0-). The prompt is the
+    caption (captions.py), or the name without VBench's -0 .. -4. Raises UserError as `list_clips`.
     """
-    folder, said, found = Path(folder), {}, {}
-    if not folder.is_dir():
-        raise UserError(f"no such folder: {folder}")
-    if (table := folder / "metadata.jsonl").exists():
-        try:
-            said = {line["file_name"]: line["text"] for line in map(json.loads, table.read_text("utf-8").splitlines())}
-        except (ValueError, KeyError, TypeError) as e:
-            raise UserError(f'{table} is not a line {{"file_name": ..., "text": ...}} a video: {e!r}') from e
-    for file in sorted(folder.rglob("*")):
-        if file.suffix.lower() not in VIDEOS:
-            continue
-        name = file.relative_to(folder).with_suffix("").as_posix()
-        key, drawn = re.subn(r"^(student|teacher)\d+-seed\d+-(\d+-)?", r"\2", name)
-        words = re.sub(r"^\d+-", "", key).replace("-", " ") if drawn else re.sub(r"-\d+$", "", Path(key).name)
-        found[key] = file, said.get(file.relative_to(folder).as_posix(), words)
+    captions, skipped = list_clips(folder)
+    silent = [name for name, why in skipped.items() if why == "it has no caption"]
+    found = {}
+    for name in sorted([*captions, *silent]):
+        key, ours = re.subn(r"^(student|teacher)\d+-seed\d+-(\d+-)?", r"\2", str(Path(name).with_suffix("")))
+        words = re.sub(r"^\d+-", "", key).replace("-", " ") if ours else re.sub(r"-\d+$", "", Path(key).name)
+        if not is_image(name):
+            found[key] = Path(folder, name), captions.get(name, words)
     return found
 
 
@@ -66,14 +59,7 @@ def alike(a, b):
     out = []
     for pictures, rate in (a, b):
         when = [min(round(i * rate / fps), len(pictures) - 1) for i in range(n)]
-        x = torch.from_numpy(pictures[when]).permute(0, 3, 1, 2).float() / 127.5 - 1  # (F, 3, H, W)
-        scale = max(height / x.shape[2], width / x.shape[3])
-        if x.shape[2:] != (height, width):
-            size = max(height, round(x.shape[2] * scale)), max(width, round(x.shape[3] * scale))
-            x = F.interpolate(x, size, mode="bilinear", antialias=True, align_corners=False)
-            top, left = (x.shape[2] - height) // 2, (x.shape[3] - width) // 2
-            x = x[:, :, top : top + height, left : left + width]
-        out.append(x.transpose(0, 1))
+        out.append(fit(torch.from_numpy(pictures[when]).permute(3, 0, 1, 2), height, width) / 127.5 - 1)
     return *out, fps
 
 
@@ -95,17 +81,18 @@ def make_page(a, b, out, label_a="", label_b="", pairs=50, seed=0):
             except UserError as e:
                 left_out.append(str(e))
                 continue
-            coded = []
-            for video in both:
-                write_video(Path(work) / "v.mp4", video, fps)
-                coded.append(base64.b64encode((Path(work) / "v.mp4").read_bytes()).decode())
-            made.append({"pair": key, "prompt": ours[key][1], "a": coded[0], "b": coded[1]})
+            pair = {"pair": key, "prompt": ours[key][1]}
+            for side, video in zip("ab", both):
+                write_video(file := Path(work, "video.mp4"), video, fps)
+                pair[side] = base64.b64encode(file.read_bytes()).decode()
+            made.append(pair)
     if not made:
         raise UserError(f"{a} and {b} have no readable pair of videos of the same name")
     data = {"a": label_a or Path(a).name, "b": label_b or Path(b).name, "questions": QUESTIONS, "pairs": made}
     data["page"] = hashlib.sha256(json.dumps(data).encode()).hexdigest()[:12]
     with atomic(out) as part:
-        part.write_text(PAGE.replace("DATA", json.dumps(data).replace("<", "\\u003c")), encoding="utf-8")
+        page = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
+        part.write_text(page.replace("DATA", json.dumps(data).replace("<", "\\u003c")), encoding="utf-8")
     return len(made), left_out
 
 
@@ -123,14 +110,14 @@ def read_votes(files):
         try:
             saved = json.loads(Path(file).read_text(encoding="utf-8"))
             for vote in saved["votes"]:
-                answers = {q: vote["answers"][q] for q in QUESTIONS}
+                answers = {question: vote["answers"][question] for question in QUESTIONS}
                 if not set(answers.values()) <= {"a", "b", "equal"}:
                     raise ValueError(f"an answer is none of a, b, equal: {answers}")
-                about = {k: saved[k] for k in ("page", "rater", "a", "b")}
                 who = saved["page"], saved["rater"].strip().lower(), vote["pair"]
                 seen += 1
-                if who not in votes or votes[who]["time"] <= vote.get("time", ""):
-                    votes[who] = about | {"pair": vote["pair"], "answers": answers, "time": vote.get("time", "")}
+                if who not in votes or votes[who]["time"] <= vote["time"]:
+                    about = {key: saved[key] for key in ("page", "rater", "a", "b")}
+                    votes[who] = about | {"pair": vote["pair"], "answers": answers, "time": vote["time"]}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
             complaints.append(f"{file} is no file of votes and is left out: {e!r}")
     if seen > len(votes):
@@ -150,202 +137,20 @@ def wilson(wins, n, z=1.959964):
 
 
 def count(votes):
-    """Rows {"pair of models", "rater" (or "all"), "question", "a", "b", "equal", "rate", "low", "high"}: a's win rate
+    """Rows {"models": (a, b), "rater" (or "all"), "question", "a", "b", "equal", "rate", "low", "high"}: a's win rate
     without ties, 0..1 (None where all are ties), and its 95% interval."""
+    groups = {}
+    for vote in votes:
+        for rater in ("all", vote["rater"]):
+            for question, answer in vote["answers"].items():
+                groups.setdefault((vote["a"], vote["b"], rater, question), []).append(answer)
     rows = []
-    for models in sorted({(v["a"], v["b"]) for v in votes}):
-        of = [v for v in votes if (v["a"], v["b"]) == models]
-        raters = sorted({v["rater"] for v in of})
-        for rater in ["all", *(raters if len(raters) > 1 else [])]:
-            for question in QUESTIONS:
-                n = Counter(v["answers"][question] for v in of if rater in ("all", v["rater"]))
-                low, high = wilson(n["a"], n["a"] + n["b"])
-                rate = n["a"] / (n["a"] + n["b"]) if n["a"] + n["b"] else None
-                row = {"models": models, "rater": rater, "question": question, "rate": rate, "low": low, "high": high}
-                rows.append(row | {side: n[side] for side in ("a", "b", "equal")})
-    return rows
-
-
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Which video is better?</title>
-<style>
-:root { color-scheme: light dark; --line: #8886; --mark: #2b6cb0; }
-* { box-sizing: border-box; }
-body { font: 16px/1.4 system-ui, sans-serif; margin: 0 auto; padding: 1rem; max-width: 60rem; }
-header { display: flex; gap: 1rem; align-items: center; }
-progress { flex: 1; height: .6rem; accent-color: var(--mark); }
-#prompt { font-size: 1.15rem; margin: .8rem 0; min-height: 1.6rem; }
-#videos { display: grid; grid-template-columns: 1fr 1fr; gap: .6rem; }
-figure { margin: 0; text-align: center; }
-video { width: 100%; max-height: 42vh; object-fit: contain; background: #0003; border-radius: 6px; }
-.small video { image-rendering: pixelated; }
-fieldset { border: 1px solid var(--line); border-radius: 6px; margin: .5rem 0; padding: .3rem .7rem;
-  display: grid; grid-template-columns: 1fr auto auto auto; gap: .5rem; align-items: center; }
-fieldset.current { border-color: var(--mark); box-shadow: 0 0 0 1px var(--mark); }
-fieldset small { display: block; opacity: .7; }
-label.answer { border: 1px solid var(--line); border-radius: 6px; padding: .35rem .9rem; cursor: pointer; }
-label.answer:has(:checked) { background: var(--mark); color: #fff; border-color: var(--mark); }
-label.answer:focus-within { outline: 2px solid var(--mark); outline-offset: 1px; }
-label.answer input { position: absolute; opacity: 0; pointer-events: none; }
-button, input[type=text] { font: inherit; padding: .45rem .9rem; border-radius: 6px; border: 1px solid var(--line); }
-button.main { background: var(--mark); color: #fff; border-color: var(--mark); }
-button:disabled { opacity: .4; }
-footer { display: flex; gap: .6rem; flex-wrap: wrap; align-items: center; margin-top: .8rem; }
-footer .keys { opacity: .7; font-size: .85rem; margin-left: auto; }
-[hidden] { display: none !important; }
-</style></head><body>
-<section id="start">
-  <h1>Which video is better?</h1>
-  <p>You will see pairs of videos of the same prompt. For each pair say four times which side is better; a pair counts
-  when all four are answered. Your answers stay in this browser until you save them as a file. You may stop at any time
-  and go on later under the same name.</p>
-  <form id="who"><input type="text" id="name" placeholder="Your name" autocomplete="off" required maxlength="60">
-  <button class="main">Start</button></form>
-</section>
-<main id="vote" hidden>
-  <header><progress id="bar" value="0"></progress><span id="done"></span></header>
-  <p id="prompt"></p>
-  <div id="videos">
-    <figure><video id="left" muted loop autoplay playsinline></video><figcaption>Left</figcaption></figure>
-    <figure><video id="right" muted loop autoplay playsinline></video><figcaption>Right</figcaption></figure>
-  </div>
-  <form id="questions"></form>
-</main>
-<section id="end" hidden><h1>Thank you.</h1><p>All pairs are answered. Please save your votes and send the file to
-whoever gave you this page.</p></section>
-<footer id="foot" hidden>
-  <button id="back">Back</button><button id="next" class="main" disabled>Next pair</button>
-  <button id="save">Save votes</button><button id="other">Another rater</button>
-  <span id="warn"></span>
-  <span class="keys">&larr; left, &rarr; right, &darr; equal, Enter: next, Backspace: back, Space: from the start</span>
-</footer>
-<script type="application/json" id="data">DATA</script>
-<script>
-"use strict";
-const $ = id => document.getElementById(id);
-const data = JSON.parse($("data").textContent), questions = Object.keys(data.questions);
-let memory = {}, name = "", order = [], at = 0, state, shown = Date.now();
-
-// storage: the browser's, or this page's memory where the browser has none
-const get = key => { try { return localStorage.getItem(key); } catch { return memory[key] ?? null; } };
-const put = (key, value) => {
-  memory[key] = value;
-  try { localStorage.setItem(key, value); }
-  catch { $("warn").textContent = "This browser stores nothing: save before you close the page."; }
-};
-const slot = who => `people:${data.page}:${who.trim().toLowerCase()}`;
-const keep = () => put(slot(name), JSON.stringify(state));
-
-// chance that depends on page, rater and pair alone: a reload shows the same sides again
-function chance(text) {
-  let h = 2166136261;
-  for (const c of text) h = Math.imul(h ^ c.codePointAt(0), 16777619);
-  h ^= h >>> 16; h = Math.imul(h, 2246822507); h ^= h >>> 13; h = Math.imul(h, 3266489909); h ^= h >>> 16;
-  return (h >>> 0) / 4294967296;
-}
-const draw = (what, pair) => chance(`${what}|${data.page}|${slot(name)}|${pair.pair}`);
-const leftOf = pair => draw("side", pair) < 0.5 ? "a" : "b";
-
-function begin(who) {
-  name = who.trim(); put(`people:${data.page}`, name);
-  state = JSON.parse(get(slot(name)) || '{"votes": {}, "draft": {}}');
-  order = data.pairs.map(pair => [draw("order", pair), pair]).sort((x, y) => x[0] - y[0]).map(x => x[1]);
-  at = order.findIndex(pair => !(pair.pair in state.votes));
-  if (at < 0) at = order.length;
-  show();
-}
-
-function film(video, coded) {
-  const bytes = Uint8Array.from(atob(coded), c => c.charCodeAt(0));
-  URL.revokeObjectURL(video.src);
-  video.src = URL.createObjectURL(new Blob([bytes], {type: "video/mp4"}));
-}
-
-function show() {
-  const over = at >= order.length, voted = Object.keys(state.votes).length;
-  $("start").hidden = true; $("vote").hidden = over; $("end").hidden = !over; $("foot").hidden = false;
-  $("bar").max = order.length; $("bar").value = voted; $("done").textContent = `${voted} of ${order.length}`;
-  $("back").disabled = at === 0; $("next").hidden = over;
-  $("save").className = over ? "main" : "";
-  if (over) return;
-  const pair = order[at], left = leftOf(pair), right = left === "a" ? "b" : "a";
-  $("prompt").textContent = pair.prompt;
-  film($("left"), pair[left]); film($("right"), pair[right]);
-  const vote = state.votes[pair.pair], side = x => x === "equal" ? x : x === left ? "left" : "right";
-  const old = vote ? Object.fromEntries(questions.map(q => [q, side(vote.answers[q])])) : state.draft[pair.pair] || {};
-  questions.forEach((q, i) => {
-    for (const x of ["left", "right", "equal"]) $(`q${i}${x}`).checked = old[q] === x;
-  });
-  shown = Date.now(); mark(); $("videos").scrollIntoView({block: "nearest"});
-}
-
-const answers = () => Object.fromEntries(questions.map(
-  (q, i) => [q, ["left", "right", "equal"].find(x => $(`q${i}${x}`).checked)]).filter(x => x[1]));
-
-function mark() {  // the first open question is the one the keys answer
-  const given = answers(), open = questions.findIndex(q => !(q in given));
-  questions.forEach((q, i) => $(`q${i}`).classList.toggle("current", i === open));
-  $("next").disabled = open >= 0;
-  return open;
-}
-
-function answered() {
-  state.draft[order[at].pair] = answers(); keep(); mark();
-}
-
-function next() {
-  if (at >= order.length || mark() >= 0) return;
-  const pair = order[at], left = leftOf(pair), right = left === "a" ? "b" : "a", given = answers();
-  const whose = x => x === "equal" ? x : x === "left" ? left : right;
-  state.votes[pair.pair] = {pair: pair.pair, prompt: pair.prompt, left,
-    answers: Object.fromEntries(questions.map(q => [q, whose(given[q])])),
-    seconds: Math.round((Date.now() - shown) / 1000), time: new Date().toISOString()};
-  delete state.draft[pair.pair]; keep();
-  at += 1; show();
-}
-const back = () => { if (at > 0) { at -= 1; show(); } };
-const again = () => { for (const x of ["left", "right"]) { $(x).currentTime = 0; $(x).play(); } };
-
-function save() {
-  const votes = {page: data.page, a: data.a, b: data.b, rater: name, votes: Object.values(state.votes)};
-  const link = document.createElement("a");
-  link.href = URL.createObjectURL(new Blob([JSON.stringify(votes, null, 1)], {type: "application/json"}));
-  link.download = `votes-${name.replace(/[^\\p{L}\\p{N}]+/gu, "-")}-${data.page}.json`;
-  link.click();
-  return votes;
-}
-
-questions.forEach((q, i) => {
-  const box = document.createElement("fieldset"), words = document.createElement("span");
-  box.id = `q${i}`; words.textContent = q[0].toUpperCase() + q.slice(1);
-  words.append(Object.assign(document.createElement("small"), {textContent: data.questions[q]}));
-  box.append(words);
-  for (const x of ["left", "right", "equal"]) {
-    const label = document.createElement("label"), input = document.createElement("input");
-    Object.assign(input, {type: "radio", name: `q${i}`, id: `q${i}${x}`, value: x}); label.className = "answer";
-    label.append(input, x[0].toUpperCase() + x.slice(1)); box.append(label);
-  }
-  $("questions").append(box);
-});
-if (data.pairs.length) $("left").onloadedmetadata = () =>
-  $("videos").classList.toggle("small", $("left").videoHeight <= 128);
-$("questions").onchange = answered;
-$("questions").onsubmit = event => event.preventDefault();
-$("who").onsubmit = event => { event.preventDefault(); if ($("name").value.trim()) begin($("name").value); };
-$("next").onclick = next; $("back").onclick = back; $("save").onclick = save;
-$("other").onclick = () => { put(`people:${data.page}`, ""); location.reload(); };
-addEventListener("keydown", event => {
-  if ($("foot").hidden || event.ctrlKey || event.metaKey || event.altKey) return;
-  const side = {ArrowLeft: "left", ArrowRight: "right", ArrowDown: "equal"}[event.key];
-  const open = at < order.length ? mark() : -1;
-  if (side && open >= 0) { $(`q${open}${side}`).checked = true; answered(); }
-  else if (event.key === "Enter" && document.activeElement.tagName !== "BUTTON") next();
-  else if (event.key === "Backspace") back();
-  else if (event.key === " " && document.activeElement.tagName !== "BUTTON" && at < order.length) again();
-  else if (!side) return;
-  event.preventDefault();
-});
-if (get(`people:${data.page}`)) begin(get(`people:${data.page}`));
-</script></body></html>
-"""
+    for (a, b, rater, question), answers in groups.items():
+        n = Counter(answers)
+        decided = n["a"] + n["b"]
+        low, high = wilson(n["a"], decided)
+        rate = n["a"] / decided if decided else None
+        row = {"models": (a, b), "rater": rater, "question": question, "rate": rate, "low": low, "high": high}
+        rows.append(row | {side: n[side] for side in ("a", "b", "equal")})
+    # all raters together first
+    return sorted(rows, key=lambda row: (row["models"], row["rater"] != "all", row["rater"]))

@@ -261,7 +261,7 @@ def _votes(results):
 
 
 def _vbench(results):
-    return vbench.compare({d: v for result in results for d, v in result["scores"].items()})
+    return vbench.beside_paper({d: v for result in results for d, v in result["scores"].items()})
 
 
 TABLES = {

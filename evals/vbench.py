@@ -1,4 +1,4 @@
-"""VBench: its sixteen dimensions, its totals, and its rules for what is drawn and how files are called.
+"""VBench: its sixteen dimensions, its totals, and its rules for what is sampled and how files are called.
 
 VBench (arXiv:2311.17982) scores a model by 16 numbers, each from its own prompts and its own network, and three totals
 of them (`vbench_scores`). The networks are the package `vbench`'s, which is not required here: this file makes the
@@ -8,7 +8,7 @@ videos that it wants and reads the numbers that it gives. What one has to know f
   named by its short one: the package finds the prompt of a file, and human action even its label, in the name.
 - Temporal flickering has prompts of its own and takes 25 videos of each, of which a filter keeps the first 5 that stand
   still: where things move, a change from frame to frame is no flicker. The paper's 4,730 videos are 5 for these too.
-- Two short prompts stand twice in the list (under appearance style and under overall consistency): 944 names. Drawn
+- Two short prompts stand twice in the list (under appearance style and under overall consistency): 944 names. Sampled
   from the short prompts they are one video; their long prompts differ, and in one folder the second would overwrite the
   first. Here the second goes into a folder of its own, named like its dimension, and is the one that dimension sees.
 - The frame rate in a file's header decides which frames dynamic degree compares. Clips of 5 seconds and more are meant
@@ -26,10 +26,11 @@ import math
 import random
 import shutil
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 from common import UserError, atomic, read_prompts, read_text
-from video import frames, timeline
+from video import frames
 
 # dimension as in the paper's Table 2: (which total, minimum, maximum, weight); from VBench's scripts/constant.py
 DIMENSIONS = {
@@ -109,61 +110,55 @@ def full_info():
 
 
 def suite(prompts="", long=""):
-    """What is to be drawn: [{"name": of the file, "prompt": as drawn, "dimensions": [...], "folder": mostly ""}].
+    """What is sampled: [{"name": of the file, "prompt": as sampled, "dimensions": [...], "folder": mostly ""}].
 
     prompts: VBench_full_info.json (default: the installed package's), or a text file with a prompt a line; long: a text
     file with the long prompt of each. Raises UserError for a missing file, another number of lines, or a prompt that
     cannot be a file's name.
     """
     prompts = prompts or full_info()
-    try:
-        if Path(prompts).suffix == ".json":
-            listed = json.loads(read_text(prompts))
-        else:
-            listed = [{"prompt_en": prompt} for prompt in read_prompts(prompts)]
-        short = [(entry["prompt_en"], list(entry.get("dimension", []))) for entry in listed]
-    except (ValueError, TypeError, KeyError, AttributeError) as e:
-        raise UserError(f"{prompts} is not a list of prompts as VBench's: {e!r}") from e
-    drawn = read_prompts(long) if long else [name for name, _ in short]
-    if len(drawn) != len(short):
+    if Path(prompts).suffix == ".json":
+        try:
+            short = [(entry["prompt_en"], entry["dimension"]) for entry in json.loads(read_text(prompts))]
+        except (ValueError, TypeError, KeyError) as e:
+            raise UserError(f"{prompts} is not a list of prompts as VBench's: {e!r}") from e
+    else:
+        short = [(prompt, []) for prompt in read_prompts(prompts)]
+    sampled = read_prompts(long) if long else [name for name, _ in short]
+    if len(sampled) != len(short):
         raise UserError(
-            f"{long} has {len(drawn)} prompts, {prompts} has {len(short)}: line by line they belong together"
+            f"{long} has {len(sampled)} prompts, {prompts} has {len(short)}: line by line they belong together"
         )
-    entries = {}
-    for (name, dimensions), prompt in zip(short, drawn):
+    entries, seen = {}, Counter()
+    for (name, dimensions), prompt in zip(short, sampled):
         if "/" in name or not name or len(name.encode()) > 240:
             raise UserError(f"a file cannot be called like this prompt: {name!r}")
-        same = [e for e in entries.values() if e["name"] == name]
-        if twin := next((e for e in same if e["prompt"] == prompt), None):  # the same video serves both
-            twin["dimensions"] += [d for d in dimensions if d not in twin["dimensions"]]
+        if (name, prompt) in entries:  # the same video serves both
+            entries[name, prompt]["dimensions"] += dimensions
             continue
-        folder = dimensions[0] if same and dimensions else f"other{len(same)}" if same else ""
-        entries[folder, name] = {"name": name, "prompt": prompt, "dimensions": dimensions, "folder": folder}
+        folder = (dimensions or [f"other{seen[name]}"])[0] if seen[name] else ""
+        entries[name, prompt] = {"name": name, "prompt": prompt, "dimensions": list(dimensions), "folder": folder}
+        seen[name] += 1
     return list(entries.values())
 
 
-def copies_of(entry, copies=5):
-    """How many videos of a prompt are drawn, where most have `copies`: where they are filtered, five times as many."""
-    return copies * (5 if "temporal_flickering" in entry["dimensions"] else 1)
+def files_of(entry, copies=5):
+    """The files of a prompt's videos, `copies` for most prompts; where they are filtered, five times as many."""
+    n = copies * (5 if "temporal_flickering" in entry["dimensions"] else 1)
+    return [str(Path(entry["folder"], f"{entry['name']}-{copy}.mp4")) for copy in range(n)]
 
 
-def plan(entries, copies, seed, suffix=".mp4"):
-    """Every video of a suite: [{"file", "prompt", "seed"}]; each has its own seed, whoever draws it and when."""
-    return [
-        {
-            "file": str(Path(entry["folder"]) / f"{entry['name']}-{copy}{suffix}"),
-            "prompt": entry["prompt"],
-            "seed": random.Random(f"vbench {seed} {entry['folder']}/{entry['name']} {copy}").getrandbits(31),
-        }
-        for entry in entries
-        for copy in range(copies_of(entry, copies))
-    ]
+def plan(entries, copies, seed):
+    """Every video of a suite: [{"file", "prompt", "seed"}]; each has its own seed, whoever samples it and when."""
+    pairs = [(file, entry["prompt"]) for entry in entries for file in files_of(entry, copies)]
+    own = lambda file: random.Random(f"vbench {seed} {file}").getrandbits(31)
+    return [{"file": file, "prompt": prompt, "seed": own(file)} for file, prompt in pairs]
 
 
-def whole(path):
+def readable(path):
     """Can every frame of this video be decoded?"""
     try:
-        return sum(1 for _ in frames(path, timeline(path))) > 0
+        return sum(1 for _ in frames(path)) > 0
     except UserError:
         return False
 
@@ -173,16 +168,11 @@ def whole(path):
 
 
 def stage(videos, entries, dimension, folder):
-    """Fill `folder` with links to the whole files that `dimension` looks at. -> files that are missing or broken"""
-    left_out = []
-    for entry in entries:
-        for copy in range(copies_of(entry)) if key(dimension) in entry["dimensions"] else ():
-            name = f"{entry['name']}-{copy}.mp4"
-            source = Path(videos, entry["folder"], name).resolve()
-            if whole(source):
-                Path(folder, name).symlink_to(source)
-            else:
-                left_out.append(str(Path(entry["folder"], name)))
+    """Fill `folder` with links to the files that `dimension` looks at. -> files that are missing or broken"""
+    files = [file for entry in entries if key(dimension) in entry["dimensions"] for file in files_of(entry)]
+    left_out = [file for file in files if not readable(Path(videos, file))]
+    for file in set(files).difference(left_out):
+        Path(folder, Path(file).name).symlink_to(Path(videos, file).resolve())
     return left_out
 
 
@@ -227,41 +217,28 @@ def static(videos, work, device):
 
 
 def read_package_results(folder):
-    """VBench's *_eval_results.json below a folder -> ({dimension: per cent}, [what is wrong with them])."""
+    """VBench's *_eval_results.json below a folder -> ({dimension: per cent}, [what is wrong with them]).
+
+    Raises UserError for a file that holds no results.
+    """
     scores, complaints = {}, []
     for file in sorted(Path(folder).rglob("*_eval_results.json")):
         try:
             results = json.loads(file.read_text())
-            for dimension in DIMENSIONS:
-                if key(dimension) in results:
-                    score, videos = results[key(dimension)]
-                    scores[dimension] = 100 * _mean(dimension, score, videos, complaints)
+            scores |= {name: 100 * float(results[key(name)][0]) for name in DIMENSIONS if key(name) in results}
         except (ValueError, TypeError, KeyError) as e:
             raise UserError(f"{file} is not a result of vbench: {e!r}") from e
+    for name in [name for name, score in scores.items() if not math.isfinite(score)]:
+        complaints.append(f"{name}: the package's score is {scores.pop(name)}, since a video's is")
     return scores, complaints
 
 
-def _mean(dimension, score, videos, complaints):
-    """The package's score; where a video's is not a number, the mean over the others in its place."""
-    value = lambda video: float(video["video_results"]) if isinstance(video, dict) else math.nan
-    bad = [v["video_path"] for v in videos if isinstance(v, dict) and not math.isfinite(value(v))]
-    if not bad:
-        return float(score)
-    complaints += [f"{dimension}: {Path(path).name} has no score and is left out" for path in bad]
-    good = [value(v) for v in videos if isinstance(v, dict) and math.isfinite(value(v))]
-    scale = 100 if dimension == "Imaging Quality" else 1  # the one dimension whose videos are listed in per cent
-    return sum(good) / len(good) / scale if good else math.nan
-
-
-def compare(scores):
+def beside_paper(scores):
     """Header and lines of a table: each dimension of ours beside the paper's own columns, and the totals."""
     columns = {"here": scores} | {name: dict(zip(DIMENSIONS, values)) for name, values in PAPER.items()}
-    lines = [[d, *(f"{c[d]:.2f}" if d in c else "-" for c in columns.values())] for d in DIMENSIONS]
-    totals = []
-    for column in columns.values():
-        totals.append({})
+    for name, column in columns.items():
         with contextlib.suppress(ValueError):  # a dimension is missing: no totals
-            totals[-1] = vbench_scores(column)
-    for total in ("quality", "semantic", "total"):
-        lines.append([f"**{total}**", *(f"{t[total]:.2f}" if t else "-" for t in totals)])
+            columns[name] = column | {f"**{total}**": score for total, score in vbench_scores(column).items()}
+    rows = [*DIMENSIONS, "**quality**", "**semantic**", "**total**"]
+    lines = [[row, *(f"{c[row]:.2f}" if row in c else "-" for c in columns.values())] for row in rows]
     return ["dimension (per cent)", *columns], lines

@@ -46,11 +46,14 @@ def test_captions_from_the_table_and_from_beside_the_file(clips):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("line", ["{", '{"text": "a"}', "[1]", '{"file_name": 3, "text": "a"}'])
-def test_a_broken_table_is_named_with_its_line(clips, line):
+@pytest.mark.parametrize(
+    "line, why",
+    [("{", "Expecting .* line 5"), *((line, "row 5") for line in ('{"text": "a"}', "[1]", '{"file_name": 3}'))],
+)
+def test_a_broken_table_is_named_with_its_row(clips, line, why):
     with open(clips / "metadata.jsonl", "a") as f:
         f.write(line)
-    with pytest.raises(UserError, match=r"metadata\.jsonl, line 5"):
+    with pytest.raises(UserError, match=rf"metadata\.jsonl: {why}"):
         list_clips(clips)
 
 
@@ -133,6 +136,7 @@ def test_links_to_folders_are_followed_and_loops_are_cut(tmp_path):
     (tmp_path / "clips").mkdir()
     (tmp_path / "clips/videos").symlink_to(tmp_path / "disk")
     (tmp_path / "disk/more/back").symlink_to(tmp_path / "disk")  # a loop
+    assert list(list_clips(tmp_path / "clips")[0]) == ["videos/a.mp4", "videos/more/b.mp4"]
     (tmp_path / "disk/out").symlink_to(tmp_path / "clips")  # and one through another link
     (tmp_path / "clips/gone.mp4").symlink_to(tmp_path / "nowhere.mp4")
     (tmp_path / "clips/gone.txt").write_text("a fox")

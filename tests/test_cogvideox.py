@@ -314,8 +314,8 @@ WRONG = {
     "another shape": lambda model, cache: edit(model / "transformer/config.json", time_embed_dim=24),
     "another vae": lambda model, cache: edit(model / "vae/config.json", scaling_factor=0.5),
     "another text": lambda model, cache: edit(model / "text_encoder/config.json", feed_forward_proj="gated-silu"),
-    "unfinished cache": lambda model, cache: next(cache.glob("shard-*")).unlink(),
-    "cut cache": lambda model, cache: cut(next(cache.glob("shard-*"))),
+    "unfinished cache": lambda model, cache: next(cache.glob("clip-*")).unlink(),
+    "cut cache": lambda model, cache: cut(next(cache.glob("clip-*"))),
     "no cache": lambda model, cache: shutil.rmtree(cache),
     "another preset": lambda model, cache: ["--preset", "cogvideox-5b"],
     "another ranks": lambda model, cache: ["--preset", "dollar"],
@@ -326,7 +326,7 @@ WRONG = {
 SAID = {
     "another model": "UNet2DModel", "no transformer": "transformer", "missing shard": "model-00001-of-00002",
     "cut weights": "diffusion_pytorch_model", "another shape": "time_embed_dim|shape", "another vae": "another vae",
-    "another text": "another text", "unfinished cache": "unfinished", "cut cache": "damaged", "no cache": "no such",
+    "another text": "another text", "unfinished cache": "unfinished", "cut cache": "not a whole", "no cache": "no such",
     "another preset": "rotary", "another ranks": "channels", "pure noise": "pure noise",
     "unknown prediction": "invalid choice", "a reward without decoder": "--vae is needed",
 }  # fmt: skip

@@ -20,8 +20,9 @@ from safetensors import safe_open
 import common
 import data
 from common import UserError
-from data import Folder, LatentCache, cache, list_clips, load_clip, section
+from data import Folder, LatentCache, Samples, cache, list_clips
 from text import WordTable
+from video import info, load_clip, section
 
 HERE = Path(__file__).parents[1]
 WORDS = "a red blue ball rolls picture of number zero one two three four five six seven eight nine".split()  # noqa: SIM905
@@ -70,9 +71,9 @@ def clips(tmp_path):
 def test_clips_are_resampled_in_time(tmp_path):
     """At 8 fps from 20: the frames nearest to multiples of 1/8 s after the section's start."""
     path = film(tmp_path / "a.mp4")
-    starts = set()
+    times_of, starts = lambda n, seed: section(path, info(path), n, 8.0, seed), set()
     for seed in range(8):
-        times = section(path, 8, 8.0, seed)
+        times = times_of(8, seed)
         assert np.allclose(np.diff(times), 1 / 8) and times[0] >= 0 and times[-1] <= 39 / 20 + 1e-9
         x = load_clip(path, 8, 40, 60, 8.0, seed)
         assert x.shape == (3, 8, 40, 60)
@@ -80,8 +81,8 @@ def test_clips_are_resampled_in_time(tmp_path):
         # a time may lie halfway between two frames
         assert ((x.mean((0, 2, 3)) - want).abs() < 9 / 127.5).all()
         starts.add(times[0])
-    assert len(starts) == 8 and section(path, 8, 8.0, 3) == section(path, 8, 8.0, 3)
-    assert section(path, 16, 8.0, 1)[0] < 0.1  # 16 frames fit in almost exactly
+    assert len(starts) == 8 and times_of(8, 3) == times_of(8, 3)
+    assert times_of(16, 1)[0] < 0.1  # 16 frames fit in almost exactly
     slow = film(tmp_path / "slow.mp4", n=5, fps=2, step=50)  # fewer frames than are wanted: each is shown repeatedly
     levels = ((load_clip(slow, 16, 40, 60, 8.0).mean((0, 2, 3)) + 1) * 127.5).round()
     assert levels.diff().ge(-1).all() and len(levels.div(50).round().unique()) == 5
@@ -98,20 +99,18 @@ def test_too_short_a_clip_is_refused(tmp_path):
 
 @pytest.mark.parametrize("height, width", [(64, 64), (24, 80), (80, 24), (16, 16), (137, 90)])
 def test_clips_are_resized_and_cropped_at_the_centre(tmp_path, height, width):
-    """Against torchvision's Resize of the shorter fit and CenterCrop, on a picture with structure."""
-    from torchvision.transforms.v2 import functional as tv
-
+    """Against Pillow, which resizes the part of the picture that is in the middle, on a picture with structure."""
     gen = np.random.default_rng(0)
     small = Image.fromarray(gen.integers(0, 255, (6, 9, 3), dtype=np.uint8))
     small.resize((91, 61), Image.Resampling.BICUBIC).save(tmp_path / "a.png")
     x = load_clip(tmp_path / "a.png", 16, height, width, 8.0)
     assert x.shape == (3, 1, height, width) and x.min() >= -1 and x.max() <= 1
-    whole = torch.from_numpy(np.array(Image.open(tmp_path / "a.png"))).permute(2, 0, 1).double() / 127.5 - 1
     scale = max(height / 61, width / 91)
-    size = [max(height, round(61 * scale)), max(width, round(91 * scale))]
-    want = tv.resize(whole, size, tv.InterpolationMode.BICUBIC, antialias=True).clamp(-1, 1)
-    top, left = (size[0] - height) // 2, (size[1] - width) // 2
-    assert torch.allclose(x[:, 0].double(), want[:, top : top + height, left : left + width], atol=1e-4)
+    size = max(width, round(91 * scale)), max(height, round(61 * scale))
+    want = np.array(Image.open(tmp_path / "a.png").resize(size, Image.Resampling.BICUBIC))
+    top, left = round((size[1] - height) / 2), round((size[0] - width) / 2)
+    got = (x[:, 0].permute(1, 2, 0).numpy() + 1) * 127.5
+    assert np.abs(got - want[top : top + height, left : left + width]).max() <= 1.01
 
 
 def test_a_circle_stays_round_and_in_the_middle(tmp_path):
@@ -134,7 +133,7 @@ def test_folder_says_what_it_uses_and_what_it_leaves_out(clips, capsys):
     for name, why in (("short.mp4", "it is too short, 8"), ("gone.mp4", "it is not"), ("notes.pdf", ".pdf files")):
         assert any(line.startswith(f"  left out: 1, e.g. {name} ({why}") for line in lines), lines
     assert folder.names == ["E.JPG", "a.mp4", "c.mkv", "d.png", "sub/b.webm.mp4"] and len(folder) == 5
-    assert folder.shapes == [1, 16, 16, 1, 16]
+    assert folder.sizes == [(n, 32, 48) for n in (1, 16, 16, 1, 16)]
     video, captions = folder.batch([1, 4, 2])
     assert video.shape == (3, 3, 16, 32, 48) and video.dtype == torch.float32 and video.abs().max() <= 1
     assert captions == ["A red ball", "a blue ball", "A ball rolls"]
@@ -178,23 +177,23 @@ def test_batches_are_made_ahead_and_in_order():
         if k < 6:
             assert set(made) == set(range(2, k + 4))  # the next three are made while nobody waits
     assert asked == [10 * k for k in range(2, 9)] and sorted(made) == list(range(2, 9))  # each once, none beyond
-    assert 0 < ahead.waited < 0.1
+    assert ahead.waited > 0
     with pytest.raises(ZeroDivisionError):
         data.Ahead(lambda k: 1 / 0, 2, 9)(0)
     assert data.Ahead(make, 0, 9)(4) == 40
 
 
 def test_a_clip_costs_as_much_in_a_long_file_as_in_a_short_one(tmp_path):
-    """In files of 4 s and of 10 minutes; from the second clip on, for the first lists its file."""
+    """In files of 4 s and of 10 minutes, of which is known what was found at the start."""
     seconds = {}
     for name, n in (("short.mp4", 4 * 10), ("long.mp4", 600 * 10)):
         film(tmp_path / name, n=n, fps=10, height=64, width=96, step=0)
-        taken = []
+        known, taken = info(tmp_path / name), []
         for seed in range(9):
             begun = time.perf_counter()
-            load_clip(tmp_path / name, 16, 64, 64, 8.0, seed)
+            load_clip(tmp_path / name, 16, 64, 64, 8.0, seed, known)
             taken.append(time.perf_counter() - begun)
-        seconds[name] = sorted(taken[1:])[3]
+        seconds[name] = sorted(taken)[4]
     assert seconds["long.mp4"] < 4 * seconds["short.mp4"], seconds  # twice, and room for a busy machine
 
 
@@ -207,7 +206,7 @@ def test_ranks_open_their_part_of_the_files(clips, monkeypatch, capsys):
     capsys.readouterr()
     both = Folder(clips, 16, 32, 48, 8.0, rank=0, ranks=2, share=lambda mine: [mine, *found])
     assert sorted(opened[0] + opened[1]) == list(list_clips(clips)[0]) and len(opened[0]) == len(opened[1]) == 4
-    assert (both.names, both.sizes, both.captions) == (alone.names, alone.sizes, alone.captions)
+    assert (both.names, both.known, both.captions) == (alone.names, alone.known, alone.captions)
     assert "5 clips of 11 files are used" in capsys.readouterr().out
 
 
@@ -239,12 +238,8 @@ def test_a_file_damaged_further_in_gives_way(clips, capsys):
 # order
 
 
-def samples(*shapes):
-    return data._Samples(list(shapes))
-
-
 def test_batches_have_one_shape_and_miss_nothing():
-    s = samples(*["video"] * 11, *["image"] * 5, "odd")
+    s = Samples(["video"] * 11 + ["image"] * 5 + ["odd"])
     for size in (1, 2, 4, 16):
         batches = s.order(seed=3, epoch=0, size=size)
         assert all(len(b) == size and len({s.shapes[i] for i in b}) == 1 for b in batches)
@@ -260,19 +255,11 @@ def test_batches_have_one_shape_and_miss_nothing():
 
 def test_order_is_a_function_of_seed_and_position():
     shapes = ["video"] * 11 + ["image"] * 5
-    a, b = samples(*shapes), samples(*shapes)
+    a, b = Samples(shapes), Samples(shapes)
     walk = [a.at(1, position, 2) for position in range(30)]
     assert [b.at(1, position, 2) for position in reversed(range(30))][::-1] == walk  # no state: any way round
     assert walk[:9] != walk[9:18] and {i for w in walk[9:18] for i in w} == set(range(16))  # 9 steps an epoch
     assert [a.at(2, position, 2) for position in range(9)] != walk[:9]
-
-
-def test_ranks_share_a_step():
-    s = samples(*["video"] * 9, *["image"] * 8)
-    for position in range(10):
-        parts = [s.at(0, position, 2, rank, 3) for rank in range(3)]
-        together = [i for part in parts for i in part]
-        assert together == s.at(0, position, 6) and len({s.shapes[i] for i in together}) == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -308,7 +295,7 @@ MADE = {"frames": 16, "height": 32, "width": 48, "fps": 8.0, "seed": 5, "reward"
 def test_cache_holds_what_the_encoders_give(clips, tmp_path, capsys):
     reward = lambda video, captions: video.square().mean((1, 2, 3, 4)) + len(captions[0])
     made = MADE | {"reward": "mean"}
-    assert cache(clips, tmp_path / "cache", VAE, TEXT, made, reward, shard=2) == 5
+    assert cache(clips, tmp_path / "cache", VAE, TEXT, made, reward) == 5
     said = capsys.readouterr()
     assert f"{clips}: 5 clips of 11 files are used\n  as 16 x 48x32 (3), 1 x 48x32 (2)\n" in said.out
     assert said.out.count("broken.mp4 (") == 1 and "broken.mp4" not in said.err
@@ -331,9 +318,8 @@ def test_cache_holds_what_the_encoders_give(clips, tmp_path, capsys):
     assert sorted(shape[1] for shape in got.shapes) == [1, 1, 4, 4, 4]  # images and videos, each with its own T
     pair = got.at(0, 0, 2)
     assert got.batch(pair)["latents"].shape[0] == 2 == got.batch(pair)["text"].shape[0]
-    mixed = [got.shapes.index(shape) for shape in set(got.shapes)]
-    with pytest.raises(ValueError, match="one shape"):
-        got.batch(mixed)
+    assert got.sizes == [(1 + 15 * (shape[1] > 1), 32, 48) for shape in got.shapes]
+    assert got.left_out["short.mp4"].startswith("it is too short") and len(got.left_out) == 3
 
 
 def test_cache_without_reward(clips, tmp_path):
@@ -347,15 +333,15 @@ def test_words_that_the_encoder_does_not_know_skip_the_clip(clips, tmp_path, cap
     assert "c.mkv (unknown word 'purple'" in capsys.readouterr().err
 
 
-def stems(folder):
-    """The file names in all shards, and in those that the plan has not yet made."""
-    plan = json.loads((folder / "index.json").read_text())["shards"]
-    found = []
-    for k in range(len(plan)):
-        if (file := data._shard(folder, k)).exists():
-            with safe_open(file, "pt") as f:
-                found.append([s["name"] for s in json.loads(f.metadata()["samples"])])
-    return [name for names in found for name in names], plan
+def made_files(folder):
+    """{name of a clip: its file} in a cache that may be unfinished, and the names of all that it will hold."""
+    names, found = json.loads((folder / "index.json").read_text())["names"], {}
+    for file in folder.glob("clip-*"):
+        with safe_open(file, "pt") as f:
+            name = f.metadata()["name"]
+        assert name not in found
+        found[name] = file
+    return found, names
 
 
 KILLED = """
@@ -366,7 +352,7 @@ class Slow(t.ToyVAE):
     def encode(self, video):
         time.sleep(0.15)
         return super().encode(video)
-t.cache({clips!r}, {out!r}, Slow(), t.TEXT, t.MADE, shard=2)
+t.cache({clips!r}, {out!r}, Slow(), t.TEXT, t.MADE)
 """
 
 
@@ -378,49 +364,41 @@ def test_a_killed_run_goes_on_and_no_clip_is_lost_or_doubled(tmp_path):
         (clips / f"{i:02d}.txt").write_text(f"picture of number {WORDS[8 + i % 10]}")
     program = KILLED.format(here=str(HERE), tests=str(HERE / "tests"), clips=str(clips), out=str(out))
     made = {}
-    for target in (2, 4):  # killed twice, each time with a shard half done
+    for target in (4, 8):  # killed twice, each time with a clip half done
         run = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL)
-        while len(list(out.glob("shard-*.safetensors"))) < target and run.poll() is None:
+        while len(list(out.glob("clip-*.safetensors"))) < target and run.poll() is None:
             time.sleep(0.01)
         time.sleep(0.1)
         os.kill(run.pid, signal.SIGKILL)
         run.wait()
-        (out / f".shard-00099.tmp{run.pid}.safetensors").write_text("as if killed while writing")
-        found, plan = stems(out)
-        assert len(found) == len(set(found)) and target * 2 <= len(found) < 16 and len(plan) == 8
-        with pytest.raises(UserError, match=r"unfinished, . of 8 shards are missing.*run data.py cache again"):
+        found, names = made_files(out)
+        assert target <= len(found) < 16 == len(names)
+        with pytest.raises(UserError, match=r"unfinished, \d+ of 16 clips are missing.*run data.py cache again"):
             LatentCache(out)
-        made |= {p: p.stat().st_mtime_ns for p in out.glob("shard-*.safetensors") if p not in made}
+        made |= {file: file.stat().st_mtime_ns for file in found.values() if file not in made}
     picture(clips / "000.png")  # a clip that is new since is added, and moves none of the others
     (clips / "000.txt").write_text("a red ball")
-    assert cache(clips, out, VAE, TEXT, MADE, shard=2) == 17
+    assert cache(clips, out, VAE, TEXT, MADE) == 17
     assert {p: p.stat().st_mtime_ns for p in made} == made  # what was finished is not made again
-    assert not list(out.glob(".*"))  # nor is anything half written left behind
-    found, _ = stems(out)
-    assert sorted(found) == sorted(p.name for p in clips.glob("*.png"))
+    found, names = made_files(out)
+    assert sorted(found) == sorted(names) == sorted(p.name for p in clips.glob("*.png"))
     got = LatentCache(out)
-    for name, i in zip(found, range(17)):
+    for i, name in enumerate(names):
         want = VAE.encode(load_clip(clips / name, 16, 32, 48, 8.0, 5)[None])
         assert torch.equal(got.batch([i])["latents"], want.half().float())
-    assert cache(clips, out, VAE, TEXT, MADE, shard=2) == 17  # nothing left to do
+    assert cache(clips, out, VAE, TEXT, MADE) == 17  # nothing left to do
 
 
 def test_ranks_take_their_share(clips, tmp_path, capsys):
     out = tmp_path / "cache"
-    first = cache(clips, out, VAE, TEXT, MADE, shard=1, rank=1, ranks=3)
+    first = cache(clips, out, VAE, TEXT, MADE, rank=1, ranks=3)
     with pytest.raises(UserError, match="unfinished"):
         LatentCache(out)
     assert 0 < first < 5
-    cache(clips, out, VAE, TEXT, MADE, shard=1, rank=0, ranks=3)
-    assert cache(clips, out, VAE, TEXT, MADE, shard=1, rank=2, ranks=3) == 5 == len(LatentCache(out))
-    found, _ = stems(out)
-    assert sorted(found) == Folder(clips, 16, 32, 48, 8.0).names
-    assert capsys.readouterr().out.count("clips of 11 files are used") == 2  # rank 0 says it, and the folder above
-
-
-def test_a_rank_without_a_share_is_content(clips, tmp_path):
-    assert cache(clips, tmp_path / "cache", VAE, TEXT, MADE, shard=64, rank=1, ranks=2) == 0
-    assert cache(clips, tmp_path / "cache", VAE, TEXT, MADE, shard=64, rank=0, ranks=2) == 5
+    cache(clips, out, VAE, TEXT, MADE, rank=0, ranks=3)
+    assert cache(clips, out, VAE, TEXT, MADE, rank=2, ranks=3) == 5 == len(LatentCache(out))
+    assert sorted(made_files(out)[0]) == sorted(made_files(out)[1])
+    assert capsys.readouterr().out.count("files are used") == 1  # rank 0 says it
 
 
 @pytest.mark.parametrize("key, value", [("vae", "of another VAE"), ("fps", 12.0), ("reward", "hpsv2")])
@@ -446,13 +424,14 @@ def test_damaged_caches(clips, tmp_path):
     out = tmp_path / "cache"
     with pytest.raises(UserError, match="not a cache"):
         LatentCache(clips)
-    cache(clips, out, VAE, TEXT, MADE, shard=2)
-    whole = data._shard(out, 1).read_bytes()
+    cache(clips, out, VAE, TEXT, MADE)
+    damaged = data._file(out, 1)
+    whole = damaged.read_bytes()
     for cut in (whole[: len(whole) // 2], whole[:-1], b""):
-        data._shard(out, 1).write_bytes(cut)
-        with pytest.raises(UserError, match=r"shard-00001\.safetensors is missing or damaged"):
+        damaged.write_bytes(cut)
+        with pytest.raises(UserError, match=r"clip-000001\.safetensors is not a whole.*run data.py cache again"):
             LatentCache(out)
-    data._shard(out, 1).write_bytes(whole)
+    damaged.write_bytes(whole)
     LatentCache(out)
     (out / "null.safetensors").unlink()
     with pytest.raises(UserError, match="null"):

@@ -103,7 +103,7 @@ def accuracy(beliefs, named):
 
 
 def compare(features, reference):
-    """Frechet distance with its sampling error, precision, recall and coverage against the reference's features."""
+    """Frechet distance with its sampling error, precision and coverage against the reference's features."""
     distance = {"mean": frechet(features, reference), "error": jackknife(frechet, features, reference)}
     return {"frechet": distance, **neighbours(reference, features)}
 
