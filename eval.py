@@ -36,7 +36,7 @@ import rewards
 import watch
 from common import Machine, UserError, atomic, opt, parse, run, start, writable
 from distributed import Ranks
-from evals import cost, people, tables, vbench
+from evals import cost, curves, people, tables, vbench
 from evals.metrics import Inception, pixel_features, vendi, vendi_kernel, video_diversity
 from evals.vbench import vbench_scores
 from generate import Generator
@@ -124,8 +124,8 @@ class TunedConfig(WorldConfig):
 def tuned(cfg):
     """Table 5: students tuned to one reward: its true value on fresh samples, the judge's readings, diversity."""
     starts = [("before", cfg.start, None)] if cfg.start.lower() != "none" else []
-    runs = starts + [(watch.name_and_seed(f)[0], str(Path(f) / "student.safetensors"), f) for f in cfg.runs]
-    logs = [folder and watch.read_log(folder) for *_, folder in runs]
+    runs = starts + [(curves.name_and_seed(f)[0], str(Path(f) / "student.safetensors"), f) for f in cfg.runs]
+    logs = [folder and curves.read_log(folder) for *_, folder in runs]
     if not cfg.runs or not all(log is None or log for log in logs):
         raise UserError("name the folders of finished runs: eval.py tuned RUNS...")
     reward = rewards.make(cfg.reward, cfg.reward_weights, device=cfg.device)
@@ -141,7 +141,7 @@ def tuned(cfg):
         (row,) = model_rows(replace(cfg, steps=(n,)), label, eye, reference["features"], generator, prompts, named)
         row |= watch.measure(generator, reward, unseen, n, cfg.reward_samples, cfg.batch, alone)
         if folder:
-            row |= {"seed": watch.name_and_seed(folder)[1], "iterations": log[-1]["step"] + 1}
+            row |= {"seed": curves.name_and_seed(folder)[1], "iterations": log[-1]["step"] + 1}
             row |= {k: log[-1].get(k) for k in ("trained_s", "reward_evaluations", "rank_correlation")}
             then = [line for line in log if "true_reward" in line and line.get("reward_evaluations")]
             if then:
@@ -153,20 +153,15 @@ def tuned(cfg):
 
 @dataclass
 class CurvesConfig(Config):
-    runs: tuple[str, ...] = opt((), "folders NAME-SEED of train.py and ddpo.py, or a .json that was kept of them")
+    runs: tuple[str, ...] = opt((), "folders NAME-SEED of train.py and ddpo.py")
     only: tuple[str, ...] = opt((), "draw these alone, e.g. rank_correlation lrm (default: all that has been logged)")
-    out: str = opt("curves.svg", "the drawing, or FILE.json to keep what would be drawn")
+    out: str = opt("curves.png", "the drawing, .png, .svg or .pdf")
 
 
-def curves(cfg):
+def draw_curves(cfg):
     """Draw the rewards and the LRM's quality from runs' log.jsonl (the paper's Fig. 8, 10, 11)."""
-    found = watch.panels(cfg.runs, cfg.only)
-    if not found:
-        raise UserError("name the folders of runs with a --reward: eval.py curves RUNS... --out FILE.svg")
-    if cfg.out.endswith(".json"):
-        return tables.save(cfg, "curves", rows=[dict(zip(("title", "axis", "curves"), panel)) for panel in found])
-    watch.draw_curves(cfg.out, found)
-    print(f"wrote {cfg.out}: {'; '.join(f'{title} over {axis}' for title, axis, _ in found)}")
+    titles = curves.draw(cfg.out, cfg.runs, cfg.only)
+    print(f"wrote {cfg.out}: {'; '.join(titles)}")
 
 
 @dataclass
@@ -446,7 +441,7 @@ COMMANDS = {
     "videos": (VideosConfig, videos),
     "vbench": (VBenchConfig, score_videos), "vendi": (VendiConfig, diversity_of_files),
     "people": (PeopleConfig, people_),
-    "votes": (VotesConfig, votes), "tuned": (TunedConfig, tuned), "curves": (CurvesConfig, curves),
+    "votes": (VotesConfig, votes), "tuned": (TunedConfig, tuned), "curves": (CurvesConfig, draw_curves),
     "compare": (CompareConfig, compare),
 }  # fmt: skip
 
@@ -460,7 +455,7 @@ def main():
     words = sys.argv[1:]
     command = words.pop(0) if words else ""
     if command == "table":
-        names = words or sorted(f.stem for f in Path("results").glob("*.json") if not f.stem.startswith("curves"))
+        names = words or sorted(f.stem for f in Path("results").glob("*.json"))
         print("\n\n".join(tables.block(name) for name in names))
     elif command == "tables":
         print(*(f"wrote {path}" for path in tables.write_pages()), sep="\n")

@@ -14,15 +14,12 @@ is not wrong for long, it no longer tells better samples from worse: the student
 samples all alike, and follows noise.
 """
 
-import html
-import json
 import math
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from common import UserError, atomic
+from common import UserError
 
 SEED = 77_000_000  # of the samples' noise, far from those of pictures and evaluation
 WINDOW = 3  # measurements that are averaged before they are compared
@@ -106,107 +103,3 @@ def overoptimised(history, window=WINDOW):
     if correlation(before) > BLIND > correlation(after):
         return "the LRM no longer tells better samples from worse"
     return ""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# curves
-
-
-def read_log(folder):
-    """The lines of a run's log.jsonl, as dicts. UserError where there is none."""
-    file = Path(folder) / "log.jsonl"
-    try:
-        return [json.loads(line) for line in file.read_text().splitlines()]
-    except (OSError, ValueError) as e:
-        raise UserError(f"cannot read {file}: {getattr(e, 'strerror', None) or e}") from e
-
-
-def name_and_seed(folder):
-    """A run's folder NAME-SEED -> (NAME, SEED); of another name (its name, 0)."""
-    name, _, seed = Path(folder).name.rpartition("-")
-    return (name, int(seed)) if name and seed.isdigit() else (Path(folder).name, 0)
-
-
-def panels(runs, only=()):
-    """What `draw_curves` shows of the logs of runs (folders NAME-SEED): what has been logged, or of it `only` these.
-
-    Or, of a single file .json in their place, what `eval.py curves --out FILE.json` has kept of such runs.
-    """
-    if len(runs) == 1 and Path(runs[0]).suffix == ".json":
-        number = lambda y: math.nan if y is None else y
-        try:
-            rows = json.loads(Path(runs[0]).read_text())["rows"]
-            return [
-                (
-                    row["title"],
-                    row["axis"],
-                    {k: [[(x, number(y)) for x, y in c] for c in v] for k, v in row["curves"].items()},
-                )
-                for row in rows
-            ]
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            raise UserError(f"cannot read curves in {runs[0]}: {getattr(e, 'strerror', None) or e}") from e
-    wanted = [
-        ("rank correlation of LRM and reward", "iteration", "step", "rank_correlation"),
-        ("the same within prompts", "iteration", "step", "rank_correlation_within"),
-        ("squared error of the LRM", "iteration", "step", "lrm"),
-        ("true reward of fresh samples", "iteration", "step", "true_reward"),
-        ("what the LRM says of them", "iteration", "step", "lrm_estimate"),
-        ("true reward of fresh samples", "seconds of training", "trained_s", "true_reward"),
-        ("true reward of fresh samples", "evaluations of the reward", "reward_evaluations", "true_reward"),
-    ]
-    logs, found = [(name_and_seed(run)[0], read_log(run)) for run in runs], []
-    for title, axis, x, y in (w for w in wanted if not only or w[-1] in only):
-        curves = {}
-        for label, log in logs:
-            points = [(line[x], line[y]) for line in log if x in line and y in line]
-            part = max(1, len(points) // 100)  # of what is logged every iteration, means
-            means = [tuple(sum(v) / len(v) for v in zip(*points[i : i + part])) for i in range(0, len(points), part)]
-            if means:
-                curves.setdefault(label, []).append(means)
-        if curves:
-            found.append((title, axis, curves))
-    return found
-
-
-COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#7f7f7f")
-
-
-def draw_curves(path, panels, width=420, height=260, columns=3):
-    """Write an SVG: panels, each (title, name of the x axis, {label: [curve]}), a curve [(x, y), ...].
-
-    Curves of one label (the seeds of one method) share its colour. What is not finite is left out.
-    """
-    labels = list(dict.fromkeys(label for *_, curves in panels for label in curves))
-    colour = {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(labels)}
-    parts, left, top, right, bottom = [], 52, 26, 20, 40
-    for i, (title, name, curves) in enumerate(panels):
-        kept = {k: [[p for p in c if math.isfinite(p[0] + p[1])] for c in some] for k, some in curves.items()}
-        points = [p for some in kept.values() for c in some for p in c] or [(0, 0)]
-        (x0, x1), (y0, y1) = ((min(v), max(v)) for v in zip(*points))
-        x1, y0, y1 = x1 + (x1 == x0), y0 - 0.05 * (y1 - y0 or 1), y1 + 0.05 * (y1 - y0 or 1)
-        # the corner where the axes meet
-        begin, low = i % columns * width + left, i // columns * height + height - bottom
-        across = lambda x, x0=x0, x1=x1, begin=begin: begin + (x - x0) / (x1 - x0) * (width - left - right)
-        up = lambda y, y0=y0, y1=y1, low=low: low - (y - y0) / (y1 - y0) * (height - top - bottom)
-        words = lambda x, y, text, anchor="middle", fill="#333": parts.append(
-            f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{fill}">{html.escape(text)}</text>'
-        )
-        middle = begin + (width - left - right) / 2
-        words(middle, low - height + bottom + 15, title), words(middle, low + 32, name)
-        for k in range(5):
-            x, y = x0 + k * (x1 - x0) / 4, y0 + k * (y1 - y0) / 4
-            ends = f'x1="{across(x0):.1f}" x2="{across(x1):.1f}" y1="{up(y):.1f}" y2="{up(y):.1f}"'
-            parts.append(f'<line {ends} stroke="#ddd"/>')
-            words(across(x0) - 5, up(y) + 4, f"{y:.3g}", "end"), words(across(x), low + 14, f"{x:.4g}")
-        for label, some in kept.items():
-            for curve in some:
-                line = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in curve)
-                parts.append(f'<polyline points="{line}" fill="none" stroke="{colour[label]}" stroke-width="1.5"/>')
-    whole = -(-len(panels) // columns) * height
-    for i, label in enumerate(labels):
-        parts.append(f'<text x="{left + 130 * i}" y="{whole + 12}" fill="{colour[label]}">{html.escape(label)}</text>')
-    size = f'width="{max(width * min(columns, len(panels)), left + 130 * len(labels))}" height="{whole + 20}"'
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="11">'
-    with atomic(path) as part:
-        part.write_text("\n".join([head, '<rect width="100%" height="100%" fill="white"/>', *parts, "</svg>"]) + "\n")

@@ -2,16 +2,17 @@
 
 import json
 import math
-import xml.etree.ElementTree as ET
 from types import SimpleNamespace
 
 import pytest
 import torch
+from matplotlib.axes import Axes
 
 import rewards
 import watch
 from common import UserError
 from distributed import Ranks
+from evals import curves
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
@@ -110,32 +111,26 @@ def test_overoptimised_is_when_the_lrm_goes_blind():
     assert said(0.8, 0.7, 0.6, math.nan, math.nan, math.nan) and not said(0.8, 0.7, 0.6, 0.9, 0.9, math.nan)
 
 
-def test_panels_are_made_of_logs(tmp_path):
+def test_curves_are_those_of_the_logs(tmp_path, monkeypatch):
     for name, factor in (("lrm-0", 1), ("lrm-12", 2), ("base", 0)):
         (tmp_path / name).mkdir()
         lines = [{"step": i, "trained_s": 2.0 * i} | ({"lrm": factor * 1.0} if factor else {}) for i in range(250)]
         lines[200] |= {"true_reward": 3.0} | ({"lrm_estimate": 2.5} if factor else {})
         (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = watch.panels([tmp_path / name for name in ("lrm-0", "lrm-12", "base")])
-    assert [(axis, list(curves)) for _, axis, curves in found] == [
-        ("iteration", ["lrm"]), ("iteration", ["lrm", "base"]), ("iteration", ["lrm"]),
-        ("seconds of training", ["lrm", "base"]),
-    ]  # fmt: skip
-    assert watch.panels([tmp_path / "lrm-0"], ("lrm_estimate",)) == [(*found[2][:2], {"lrm": found[2][2]["lrm"][:1]})]
-    error, truth = found[0][2]["lrm"], found[3][2]["base"]
-    assert [len(c) for c in error] == [125, 125] and error[1][0] == (0.5, 2.0) and truth == [[(400.0, 3.0)]]
-
-
-def test_curves_are_drawn_where_the_numbers_are(tmp_path):
-    curves = {"a & b": [[(0, 0.0), (10, 1.0)], [(0, math.nan), (5, 0.5)]], "c": [[(10, 0.5)]]}
-    watch.draw_curves(tmp_path / "x.svg", [("left <1>", "step", curves), ("empty", "step", {"c": []})])
-    root = ET.parse(tmp_path / "x.svg").getroot()
-    lines = root.findall("{http://www.w3.org/2000/svg}polyline")
-    points = [[tuple(map(float, p.split(","))) for p in line.get("points").split()] for line in lines]
-    assert [len(p) for p in points] == [2, 1, 1]
-    (x0, y0), (x1, y1) = points[0]
-    assert points[1][0] == (pytest.approx((x0 + x1) / 2), pytest.approx((y0 + y1) / 2, abs=0.1))
-    assert points[2][0] == (x1, points[1][0][1]) and y1 < y0  # up is more
-    assert len({line.get("stroke") for line in lines}) == 2
+    drawn, plot = [], Axes.plot
+    spy = lambda axis, x, y, **how: drawn.append((axis, x, y, how)) or plot(axis, x, y, **how)
+    monkeypatch.setattr(Axes, "plot", spy)
+    titles = curves.draw(tmp_path / "x.png", [tmp_path / name for name in ("lrm-0", "lrm-12", "base")])
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+    assert [title.split(" over ")[1] for title in titles] == ["iteration"] * 3 + ["seconds of training"]
+    error = [(x, y, how) for axis, x, y, how in drawn if axis is drawn[0][0]]
+    assert [(len(x), x[0], y[0], how["label"]) for x, y, how in error] == [(125, 0.5, 1, "lrm"), (125, 0.5, 2, "lrm")]
+    assert error[0][2]["color"] == error[1][2]["color"]  # two seeds of one name
+    assert drawn[-1][1:3] == ((400.0,), (3.0,)) and drawn[-1][3]["label"] == "base"
+    assert drawn[-1][3]["color"] != drawn[0][3]["color"]
+    (title,) = curves.draw(tmp_path / "y.svg", [tmp_path / "lrm-0"], ("lrm_estimate",))
+    assert title.startswith("what the LRM says")
+    with pytest.raises(UserError, match="name the folders"):
+        curves.draw(tmp_path / "z.png", [])
     with pytest.raises(UserError, match="cannot read"):
-        watch.read_log(tmp_path)
+        curves.read_log(tmp_path)
