@@ -13,6 +13,7 @@
     python eval.py vendi --videos DIR --inception FILE       # diversity of video files (Eq. 17, Table 3)
     python eval.py people --a DIR --b DIR --out PAGE.html    # pairs of videos for people to compare (section 8.1)
     python eval.py votes FILES...                            # what they said (Fig. 6)
+    python eval.py experiments NAME ...                      # the runs behind the tables: evals/experiments.py
     python eval.py table NAME ...                            # results/*.json as Markdown
     python eval.py tables                                    # the same into README.md and docs/
 
@@ -36,7 +37,7 @@ import rewards
 import watch
 from common import Machine, UserError, atomic, opt, parse, run, start, writable
 from distributed import Ranks
-from evals import cost, curves, people, tables, vbench
+from evals import cost, curves, experiments, people, tables, vbench
 from evals.metrics import Inception, pixel_features, vendi, vendi_kernel, video_diversity
 from evals.vbench import vbench_scores
 from generate import Generator
@@ -434,7 +435,21 @@ def compare(cfg):
     print(f"wrote {cfg.out}: {'; '.join(titles)}")
 
 
+@dataclass
+class ExperimentsConfig:
+    names: tuple[str, ...] = opt((), "all, tables or rows; none: what there is, and what has run")
+    budget: float = opt(0.0, "hours after which no further run is begun (0: no limit)")
+
+
+def run_experiments(cfg):
+    """Make the runs of evals/experiments.py that are missing, and measure them."""
+    if not cfg.names:
+        return print(*experiments.listing(), sep="\n")
+    experiments.run(cfg.names, cfg.budget)
+
+
 COMMANDS = {
+    "experiments": (ExperimentsConfig, run_experiments),
     "world": (WorldConfig, world), "validate": (ValidateConfig, validate),
     "time": (CostConfig, time_), "memory": (CostConfig, memory),
     "reward-memory": (RewardMemoryConfig, reward_memory),
@@ -448,7 +463,8 @@ COMMANDS = {
 MEASUREMENTS = {  # what --out NAME.json keeps
     "world", "validate", "time", "memory", "reward-memory", "vbench", "vendi", "tuned", "votes",
 }  # fmt: skip
-POSITIONAL = {"votes": "--files", "tuned": "--runs", "curves": "--runs"}  # what words without a flag are
+# what words without a flag are
+POSITIONAL = {"experiments": "--names", "votes": "--files", "tuned": "--runs", "curves": "--runs"}
 
 
 def main():
@@ -464,8 +480,9 @@ def main():
         if command in POSITIONAL and words and not words[0].startswith("-"):
             words = [POSITIONAL[command], *words]
         cfg = parse(config, words, work.__doc__)
-        start(cfg)
-        if cfg.out and command in MEASUREMENTS:  # find out now, not after the work
+        if isinstance(cfg, Machine):
+            start(cfg)
+        if command in MEASUREMENTS and cfg.out:  # find out now, not after the work
             if not cfg.out.endswith(".json"):
                 raise UserError(f"--out {cfg.out}: a measurement is kept in a file NAME.json")
             writable(cfg.out)

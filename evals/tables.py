@@ -16,7 +16,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 
 from common import UserError, atomic
-from evals import vbench
+from evals import experiments, vbench
 from evals.metrics import mean_error, pm
 from world.reading import MAIN
 from world.shapes import FACTORS
@@ -280,8 +280,10 @@ def table(results, kind=""):
 
 
 def block(name, folder="results"):
-    """The table NAME and below it the commands that made it, or NAME/KIND, another view."""
+    """The table NAME and below it the commands that made it, or NAME/KIND, another view; experiments/NAME: of these."""
     name, _, kind = name.partition("/")
+    if name == "experiments":
+        return f"{markdown(*experiments.rows_of(kind, folder))}\n\n    python eval.py experiments {kind}"
     results = read(name, folder)
     if kind:  # the commands stand where the table itself does
         return table(results, kind)
