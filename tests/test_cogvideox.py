@@ -254,6 +254,7 @@ def test_an_iteration_at_full_scale(preset, monkeypatch):
     """
     monkeypatch.setattr(train, "autocast", lambda *_: contextlib.nullcontext())  # there is none for meta tensors
     cfg = common.parse(train.Config, ["--preset", preset, "--fake-updates", "2", "--m", "1"], "", train.PRESETS)
+    cfg.fake_warmup = cfg.lrm_warmup = 0
     config, calls = dit.PRESETS[preset], collections.Counter()
 
     def network(name):
