@@ -49,7 +49,7 @@ STILLS = (1, 6, 10, 14)  # frames that the judge sees one by one
 
 
 def quality(judge, video):
-    """Raw scores {dimension: (B,)} in 0..1 of the quality dimensions; video (B, 3, F, H, W), judge: as reading.py reads it."""
+    """Raw scores {dimension: (B,)} in 0..1 of the quality dimensions; video (B, 3, F, H, W), judge: of reading.py."""
     video = video.float().cpu()
     return {dimension: score(video) for dimension, score in OF_PIXELS.items()} | consistency(judge, video)
 
@@ -197,6 +197,4 @@ STYLES = {"Appearance Style": "look", "Temporal Style": "camera"}
 
 def validate(*_):
     """For `eval.py validate`, which goes: the corruptions are a test."""
-    raise UserError(
-        "the sixteen dimensions are validated by a test: pytest -m 'slow or not slow' tests/test_dimensions.py"
-    )
+    raise UserError("the corruptions of the sixteen dimensions are a test: pytest tests/test_dimensions.py")
