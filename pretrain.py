@@ -63,7 +63,6 @@ class VAEConfig(Config):
 @dataclass
 class TeacherConfig(Config):
     vae: str = opt("weights/vae.safetensors", "The autoencoder.")
-    preset: str = opt("shapes", "The transformer's size, a name in dit.PRESETS.")
     iterations: int = opt(12000, "The number of optimizer steps.")
     batch: int = opt(32, "The clips of a step, or half its pictures.")
     clips: int = opt(16000, "The clips encoded before training; their captions are new at every step.")
@@ -86,7 +85,7 @@ class JudgeRunConfig(Config):
 
 
 def clips(seed: int, step: int, n: int) -> list[shapes.Clip]:
-    """The n clips of one step: they follow from (seed, step) alone, so a resumed run sees what an unbroken one sees."""
+    """The n clips of one step, which follow from (seed, step): so a resumed run sees what an unbroken one sees."""
     return [shapes.Clip.make(seed, step * n + i) for i in range(n)]
 
 
@@ -165,20 +164,20 @@ def fit(cfg: Config, model: torch.nn.Module, loss_of, pictures=None, ema_decay: 
     Exact resume: the state holds weights, average, optimizer and step, and all randomness follows from the step.
     """
     out = Path(cfg.out)
+    print(f"{type(model).__name__}: {sum(p.numel() for p in model.parameters()):,} parameters")
     half = common.uses_bfloat16(cfg.precision, cfg.device)
     optimizer = Optimizer(model, cfg.lr, torch.bfloat16 if half else torch.float32)
     average = {k: v.detach().clone() for k, v in model.state_dict().items()}
-    first = 0
-    state_file = out / "checkpoint.pt"
+    first, state_file = 0, out / "checkpoint.pt"
     if cfg.resume:
-        if not state_file.exists():
-            raise UserError(f"{state_file} does not exist: leave out --resume to start, or name the folder of a run")
         try:
             state = torch.load(state_file, weights_only=True)
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
             average, first = state["average"], state["step"]
             common.warn_of_precision(state["precision"], cfg.precision)
+        except FileNotFoundError:
+            raise UserError(f"{state_file} does not exist: leave out --resume, or name a run's --out") from None
         except Exception as e:  # whatever half a file, or another network's, may bring about
             raise UserError(f"{state_file} is damaged or of another network ({str(e).splitlines()[0]})") from e
 
@@ -232,7 +231,6 @@ def save(cfg: Config, model: torch.nn.Module, name: str, **about) -> None:
 def train_vae(cfg: VAEConfig) -> None:
     torch.manual_seed(cfg.seed)
     model = vae3d.VAE3D(vae3d.PRESETS["shapes"]).to(cfg.device, memory_format=torch.channels_last_3d)
-    print(f"VAE: {sum(p.numel() for p in model.parameters()):,} parameters")
 
     def loss_of(step):
         if step < cfg.images or step % 8 == 0:  # many frames of as many clips cost what a few clips do
@@ -251,18 +249,15 @@ def train_vae(cfg: VAEConfig) -> None:
         loss = (weight * (error**2 + 0.1 * error.abs())).mean() + cfg.kl * kl
         return loss, {"psnr": vae3d.psnr(copy, video).mean().item(), "kl": kl.item()}
 
-    def held_out(first, n):
-        return shapes.render_batch([shapes.Clip.make(shapes.HELD_OUT, first + i) for i in range(n)]).to(cfg.device)
-
     def pictures():
-        originals = held_out(0, 6)
+        originals = shapes.render_batch(clips(shapes.HELD_OUT, 0, 6)).to(cfg.device)
         return [v.cpu() for pair in zip(originals, model.decode(model.encode(originals))) for v in pair], None
 
     fit(cfg, model, loss_of, pictures)
     scores, latents = [], []
     with torch.no_grad():
-        for i in range(0, cfg.held_out, 8):
-            video = held_out(i, 8)
+        for i in range(math.ceil(cfg.held_out / 8)):
+            video = shapes.render_batch(clips(shapes.HELD_OUT, i, 8)).to(cfg.device)
             latents.append(model.encode(video))
             scores.append(vae3d.psnr(model.decode(latents[-1]), video))
     scores = torch.cat(scores).sort().values
@@ -322,16 +317,13 @@ def noise_steps(n: int, generator: torch.Generator) -> torch.Tensor:
 
 
 def train_teacher(cfg: TeacherConfig) -> None:
-    if cfg.preset not in dit.PRESETS:
-        raise UserError(f"unknown --preset {cfg.preset!r}: choose from {', '.join(dit.PRESETS)}")
     vae, _ = common.load_model(cfg.vae, vae3d.VAE3D, cfg.device)
     vae = vae.to(memory_format=torch.channels_last_3d)
     world = {name: tensor.to(cfg.device) for name, tensor in encode_world(cfg, vae).items()}
-    truth = [shapes.Clip.make(cfg.seed, i) for i in range(max(cfg.clips, cfg.stills))]
-    model = dit.DiT(dit.PRESETS[cfg.preset])
+    truth = clips(cfg.seed, 0, max(cfg.clips, cfg.stills))
+    model = dit.DiT(dit.PRESETS["shapes"])
     model.init_weights(cfg.seed)
     model.to(cfg.device)
-    print(f"teacher: {sum(p.numel() for p in model.parameters()):,} parameters")
     words = WordTable(shapes.WORDS, model.config.text_dim, model.config.text_length)
     schedule, prediction = Schedule(model.config.schedule, model.config.snr_shift), model.config.prediction
 
@@ -351,7 +343,7 @@ def train_teacher(cfg: TeacherConfig) -> None:
         predict = lambda x, t: model(x, t, text)
         return conjugate_velocity_loss(predict, schedule, x0, t, eps, prediction, weight), {}
 
-    prompts = [shapes.caption(shapes.Clip.make(shapes.HELD_OUT, i), "long")[0] for i in range(8)]
+    prompts = [shapes.caption(clip, "long")[0] for clip in clips(shapes.HELD_OUT, 0, 8)]
 
     def pictures():
         text, null = words.encode(prompts).to(cfg.device), words.null.to(cfg.device)
@@ -367,7 +359,6 @@ def train_teacher(cfg: TeacherConfig) -> None:
 def train_judge(cfg: JudgeRunConfig) -> None:
     torch.manual_seed(cfg.seed)
     model = Judge(JudgeConfig(cfg.kind, cfg.width)).to(cfg.device, memory_format=torch.channels_last_3d)
-    print(f"judge: {sum(p.numel() for p in model.parameters()):,} parameters")
 
     def loss_of(step):
         batch = clips(cfg.seed, step, cfg.batch)
@@ -382,7 +373,7 @@ def train_judge(cfg: JudgeRunConfig) -> None:
         return model.loss(torch.where(blur, blurred, video), truth), {}
 
     fit(cfg, model, loss_of, ema_decay=0.995)
-    held_out = [shapes.Clip.make(shapes.HELD_OUT, i) for i in range(cfg.held_out)]
+    held_out = clips(shapes.HELD_OUT, 0, cfg.held_out)
     truth, read = torch.tensor([clip.truth() for clip in held_out]), []
     for i in range(0, cfg.held_out, 32):
         with autocast(cfg.precision, cfg.device):
@@ -395,7 +386,7 @@ def train_judge(cfg: JudgeRunConfig) -> None:
 
 def main():
     jobs = {"vae": (VAEConfig, train_vae), "teacher": (TeacherConfig, train_teacher)}
-    jobs["judge"] = JudgeRunConfig, train_judge
+    jobs |= {"judge": (JudgeRunConfig, train_judge)}
     if len(sys.argv) < 2 or sys.argv[1] not in jobs:
         raise UserError(f"say what to train: python pretrain.py {'|'.join(jobs)} (each has --help)")
     config, job = jobs[sys.argv[1]]

@@ -220,7 +220,6 @@ def test_judge(tmp_path):
         ([], "vae|teacher|judge"),
         (["dog"], "vae|teacher|judge"),
         (["teacher", "--vae", "nowhere.safetensors"], "nowhere.safetensors"),
-        (["teacher", "--preset", "huge"], "huge"),
         (["vae", "--resume", "--out", "nowhere"], "does not exist"),
     ],
 )
