@@ -8,14 +8,12 @@ keeps there what only we need.
 """
 
 import json
-import os
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from common import UserError, atomic, load_model, save_tensors
+from common import UserError, atomic, load_model, open_tensors, save_tensors
 from dit import PRESETS, DiT, DiTConfig
 from schedule import Schedule
 from vae3d import VAE3D, VAEConfig
@@ -357,16 +355,11 @@ def _read_tensors(folder):
     elif len(files) != 1:
         raise UserError(f"{folder} holds {len(files)} safetensors files and no index: want one file, or an index")
     for file in files:
-        try:
-            with safe_open(os.fspath(file), "pt") as f:
-                keys = list(f.keys())
-            for key in keys:
-                with safe_open(os.fspath(file), "pt") as f:
-                    yield key, f.get_tensor(key)
-        except FileNotFoundError:
-            raise UserError(f"there is no file {file}") from None
-        except (OSError, SafetensorError) as e:
-            raise UserError(f"{file} is not a whole safetensors file: {e}") from e
+        with open_tensors(file) as (f, _):
+            keys = list(f.keys())
+        for key in keys:
+            with open_tensors(file) as (f, _):
+                yield key, f.get_tensor(key)
 
 
 def read_named(folder, kind, names, shape, dropped=()):

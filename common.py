@@ -13,6 +13,7 @@ import argparse
 import codecs
 import contextlib
 import errno
+import itertools
 import json
 import math
 import os
@@ -22,7 +23,7 @@ import sys
 import textwrap
 import types
 import typing
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -35,33 +36,30 @@ class UserError(Exception):
     """Something the user can mend. The text is one line: what is wrong, and what to do about it."""
 
 
-LIMITS = (  # flags mean the same in every script, and so does what they may be: (names, least, most)
-    ("batch iterations m fake_updates save_every log_every warmup clips copies pairs lrm_updates", 1, math.inf),
-    ("frames height width text_length reward_repeats truncate updates repeats every", 1, math.inf),
-    (
-        "threads workers global_batch fake_warmup lrm_warmup max_seconds max_evaluations sample_every",
-        0,
-        math.inf,
-    ),
-    ("reward_every prompt_count images stop_at held_out vendi_prompts fps", 0, math.inf),
-    ("lr fake_lr lrm_lr beta_vsd beta_cd beta_ft beta_kl kl object_weight", 0, math.inf),
-    ("reward_samples", 2, math.inf),
-    ("colours", 2, 255),
-    ("w w_vsd w_cd", -1, math.inf),
-    ("ema drop_text", 0, 1),
-    ("beta1 beta2", 0, 0.9999),
-    ("clip", 1e-6, math.inf),
-)
+# Flags mean the same in every script, and so does what they may be.
+AT_LEAST = {
+    1: "batch iterations m fake_updates save_every log_every warmup clips copies pairs lrm_updates frames height width "
+    "text_length reward_repeats truncate updates repeats every held_out",
+    0: "rank ft_share threads workers global_batch fake_warmup lrm_warmup max_seconds max_evaluations sample_every "
+    "reward_every images prompt_count vendi_prompts fps lr fake_lr lrm_lr beta_vsd beta_cd beta_ft beta_kl kl "
+    "object_weight ema drop_text beta1 beta2",
+    2: "reward_samples colours",
+    -1: "w w_vsd w_cd",
+    1e-6: "clip",
+}
+AT_MOST = {1: "ema drop_text", 0.9999: "beta1 beta2", 255: "colours"}
 
 
 def check_flags(config):
-    """UserError for a number that is not finite or beyond its LIMITS, and for a device that is not here."""
-    limits = {name: limit for names, *limit in LIMITS for name in names.split()}
-    for name, value in ((f.name, getattr(config, f.name)) for f in fields(config)):
-        least, most = limits.get(name, (-math.inf, math.inf))
-        for x in value if isinstance(value, (list, tuple)) else (value,):
-            if isinstance(x, (int, float)) and not (least <= x <= most and math.isfinite(x)):
-                what = f"at least {least}" if x < least else f"at most {most}" if x > most else "a finite number"
+    """UserError for a number that is not finite or beyond its limits, and for a device that is not here."""
+    least, most = ({n: x for x, names in table.items() for n in names.split()} for table in (AT_LEAST, AT_MOST))
+    for name, value in vars(config).items():
+        low, high = least.get(name, -math.inf), most.get(name, math.inf)
+        for x in value if isinstance(value, tuple) else (value,):
+            if isinstance(x, (int, float)) and not (math.isfinite(x) and low <= x <= high):
+                what = (
+                    "a finite number" if not math.isfinite(x) else f"at least {low}" if x < low else f"at most {high}"
+                )
                 raise UserError(f"--{name.replace('_', '-')}: {what}, not {x}")
     device = getattr(config, "device", "cpu")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device) or (device != "cpu" and not torch.cuda.is_available()):
@@ -69,9 +67,8 @@ def check_flags(config):
 
 
 def opt(default, help):
-    """A dataclass field with its help text: `steps: int = opt(4, "network evaluations a video")`."""
-    how = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
-    return field(**how, metadata={"help": help})
+    """A dataclass field with its help text: `steps: int = opt(4, "The network evaluations of a video.")`."""
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass
@@ -82,10 +79,7 @@ class Machine:
     precision: Literal["auto", "bf16", "fp32"] = opt(
         "auto", "What they compute in. auto: bfloat16 where the device has instructions for it, else float32."
     )
-    threads: int = opt(
-        0,
-        "The CPU threads. 0: one a core. Beside another busy process one is faster than two, which would wait.",
-    )
+    threads: int = opt(0, "The CPU threads. 0: one a core. Beside another busy process one is faster than two.")
 
 
 def start(machine):
@@ -104,10 +98,10 @@ def start(machine):
 def in_words(precision, device):
     """The precision of a device and why it is that one."""
     name = "bfloat16" if uses_bfloat16(precision, device) else "float32"
-    has = "has" if has_bfloat16() else "has no"
     if precision != "auto":
-        slow = device == "cpu" and name == "bfloat16" and not has_bfloat16()
+        slow = device == "cpu" and precision == "bf16" and not has_bfloat16()
         return f"{name} as --precision says" + (": slow, for this CPU has no instructions for it" if slow else "")
+    has = "has" if has_bfloat16() else "has no"
     return f"{name}, for this CPU {has} instructions for bfloat16" if device == "cpu" else f"{name} on {device}"
 
 
@@ -147,26 +141,24 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(config, argv, description, presets=None):
-    """Read flags into an instance of the dataclass `config`. argv None means the command line.
+    """Read flags into the dataclass `config`, whose fields all have defaults. argv None: the command line.
 
-    Fields are int, float, str, bool (`--flag`, `--no-flag`), Literal, Optional of these (the word `none` is None), and
-    list or tuple of int, float, str (`--steps 999 749` or, for numbers, `--steps 999,749`).
-    `presets` maps a name to field values: those of the field `preset` replace the defaults, and explicit flags win.
+    Fields are int, float, str, bool (`--flag`, `--no-flag`), Literal, one of these or None, and tuple[..., ...] of int,
+    float, str (`--steps 999 749` or `--steps 999,749`). `presets` maps a name to field values: those of the field
+    `preset` replace the defaults, and explicit flags win.
     Raises UserError for an unknown flag, a value of the wrong type or beyond its limits, and a device that is not here.
     """
     hints = typing.get_type_hints(config)
     parser = _Parser(description=description, allow_abbrev=False)
-    defaults = {f.name: f.default for f in fields(config) if f.default is not MISSING}
-    defaults |= {f.name: f.default_factory() for f in fields(config) if f.default_factory is not MISSING}
     for f in fields(config):
-        text = f"{f.metadata.get('help', '')} (default: {defaults.get(f.name, 'none, required')})".replace("%", "%%")
+        text = f"{f.metadata.get('help', '')} (default: {f.default})".replace("%", "%%")
         how = _argument(hints[f.name]) | ({"choices": list(presets)} if f.name == "preset" and presets else {})
         # SUPPRESS: only what was said on the command line comes back, so that a preset can stand below it
-        how |= {"default": argparse.SUPPRESS, "required": f.name not in defaults, "help": text}
-        parser.add_argument("--" + f.name.replace("_", "-"), **how)
+        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **how)
     said = vars(parser.parse_args(argv))
-    preset = presets[said.get("preset", defaults["preset"])] if presets else {}
-    made = config(**(defaults | preset | said))
+    said |= {name: tuple(itertools.chain(*x)) for name, x in said.items() if isinstance(x, list)}
+    preset = presets[said.get("preset", config.preset)] if presets else {}
+    made = config(**(preset | said))
     check_flags(made)
     return made
 
@@ -178,29 +170,15 @@ def _argument(hint):
         return {"action": argparse.BooleanOptionalAction}
     if origin is typing.Literal:
         return {"type": type(args[0]), "choices": list(args)}
-    if origin in (list, tuple):
-        return {"action": _List, "const": hint, "nargs": "*", "metavar": args[0].__name__.upper()}
-    if origin not in (typing.Union, types.UnionType):
-        return {"type": hint, "metavar": hint.__name__.upper()}
-    inner = _argument(next(a for a in args if a is not type(None)))  # Optional
-    if "type" in inner:
-        read, inner["type"] = inner["type"], lambda word: None if word.lower() == "none" else read(word)
-        inner["type"].__name__ = read.__name__  # argparse names it in its error
-    return inner | ({"choices": [*inner["choices"], None]} if "choices" in inner else {})
+    if origin is tuple:
 
+        def numbers(word):  # also joined by commas; in a text a comma is part of it
+            return [word] if args[0] is str else [args[0](x) for x in word.split(",")]
 
-class _List(argparse.Action):
-    def __call__(self, parser, namespace, words, flag=None):
-        make, (kind, *more) = typing.get_origin(self.const), typing.get_args(self.const)
-        if kind is not str:  # numbers may be joined by commas; in a text a comma is part of it
-            words = [w for word in words for w in word.split(",") if w]
-        try:
-            values = make(kind(w) for w in words)
-        except ValueError:
-            raise argparse.ArgumentError(self, f"{' '.join(words)!r} is not a list of {kind.__name__}") from None
-        if make is tuple and ... not in more and len(values) != 1 + len(more):
-            raise argparse.ArgumentError(self, f"takes {1 + len(more)} values, got {len(values)}")
-        setattr(namespace, self.dest, values)
+        return {"type": numbers, "nargs": "+", "metavar": args[0].__name__.upper()}
+    if origin in (typing.Union, types.UnionType):
+        return _argument(args[0])
+    return {"type": hint, "metavar": hint.__name__.upper()}
 
 
 def run(main):
@@ -294,32 +272,38 @@ def save_tensors(path, tensors, metadata=None):
     Raises UserError where nothing can be written.
     """
     # one copy of each: the format has neither strides nor two names for one memory
-    whole = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     seen = {}
-    for name, t in whole.items():
+    for name, t in tensors.items():
         if seen.setdefault(t.untyped_storage().data_ptr(), name) != name and t.numel():
-            whole[name] = t.clone()
+            tensors[name] = t.clone()
     try:
         with atomic(path) as part:
-            save_file(whole, part, {name: _to_text(value) for name, value in (metadata or {}).items()})
+            save_file(tensors, part, {name: _to_text(value) for name, value in (metadata or {}).items()})
     except SafetensorError as e:
         raise UserError(f"cannot write {path}: {e}") from e
 
 
-def load_tensors(path):
-    """-> ({name: tensor} on the CPU, {name: value}) of a file that `save_tensors` wrote.
+@contextlib.contextmanager
+def open_tensors(path):
+    """Yield (an open safetensors file, its metadata {name: value}).
 
     Raises UserError naming the file if it is missing, cut off, or no safetensors file.
     """
     try:
         with safe_open(os.fspath(path), "pt") as f:
-            metadata = {name: _from_text(text) for name, text in (f.metadata() or {}).items()}
-            # copies: a mapped file would crash us if somebody wrote into it
-            return {name: f.get_tensor(name).clone() for name in f.keys()}, metadata  # noqa: SIM118
+            yield f, {name: _from_text(text) for name, text in (f.metadata() or {}).items()}
     except FileNotFoundError:
         raise UserError(f"there is no file {path}") from None
     except (OSError, SafetensorError) as e:
         raise UserError(f"{path} is not a whole safetensors file: {e}") from e
+
+
+def load_tensors(path):
+    """-> ({name: tensor} on the CPU, {name: value}) of a file that `save_tensors` wrote. Raises as `open_tensors`."""
+    with open_tensors(path) as (f, metadata):
+        # copies: a mapped file would crash us if somebody wrote into it
+        return {name: f.get_tensor(name).clone() for name in f.keys()}, metadata  # noqa: SIM118
 
 
 def save_model(path, model, dtype=None, **made):
@@ -336,9 +320,7 @@ def load_model(path, cls, device="cpu"):
 
     Raises UserError if the file cannot be read, or holds another class, or other weights than its config asks for.
     """
-    tensors, metadata = load_tensors(path)
-    if metadata.get("class") != cls.__name__:
-        raise UserError(f"{path} holds {metadata.get('class', 'weights of no class')}, where {cls.__name__} is needed")
+    metadata, (tensors, _) = read_metadata(path, cls.__name__), load_tensors(path)
     try:
         model = cls(cls.Config(**metadata["config"]))
         model.load_state_dict(tensors)
@@ -353,13 +335,8 @@ def load_model(path, cls, device="cpu"):
 
 def read_metadata(path, name):
     """The metadata of a file of weights alone, without its tensors. name: the class it must hold. Raises UserError."""
-    try:
-        with safe_open(path, "pt") as f:
-            found = {key: _from_text(text) for key, text in (f.metadata() or {}).items()}
-    except FileNotFoundError:
-        raise UserError(f"there is no file {path}") from None
-    except (OSError, SafetensorError) as e:
-        raise UserError(f"{path} is not a whole safetensors file: {e}") from e
+    with open_tensors(path) as (_, found):
+        pass
     if found.get("class") != name:
         raise UserError(f"{path} holds {found.get('class', 'weights of no class')}, where {name} is needed")
     return found

@@ -47,29 +47,29 @@ ON_GRID = 16  # videos on the sheet of a folder; a sheet of hundreds shows nothi
 
 @dataclass
 class Config(Machine):
-    prompt: list[str] | None = opt(None, "one or more texts, a video each (default: a few of its own)")  # noqa: RUF009
-    prompts: str = opt("", "a file of prompts, one a line")
-    steps: int | None = opt(None, "steps a video: a student's own number, or 2 or 1 of its 4; any for a teacher (50)")
-    timesteps: list[int] = opt([], "these steps, e.g. 999,499, out of a student's own")  # noqa: RUF009
-    seed: int = opt(0, "seed of all noise")
-    out: str = opt("samples", "FILE.mp4 or FILE.gif (several prompts are tiled in it) or a folder (a file for each)")
-    weights: str = opt("", "a .safetensors file, or a CogVideoX folder of diffusers (default: the bundled student)")
-    adapter: str = opt("", "a student's adapters on these weights, as train.py --rank writes them")
-    vae: str = opt("", "the autoencoder: file or folder (default: the bundled one, or the one in the weights' folder)")
-    text: str = opt("", "folder of a T5 encoder (default: the small world's words, or the one in the weights' folder)")
-    w: float | None = opt(None, "a teacher's guidance as in Eq. 9, usual scale minus 1 (default: what its weights say)")
-    transition: Literal["renoise", "ddim"] | None = opt(None, "between a student's steps (default: as it was trained)")
-    batch: int = opt(1, "videos at a time; 1 makes a video's bits independent of its neighbours")
+    prompt: tuple[str, ...] = opt((), "One or more texts, a video each. Empty, without --prompts: a few of its own.")
+    prompts: str = opt("", "A file of prompts, one a line.")
+    steps: int | None = opt(None, "The steps of a video: a student's own, or 2 or 1 of its 4; any for a teacher (50).")
+    timesteps: tuple[int, ...] = opt((), "The steps themselves, e.g. 999 499, out of a student's own.")
+    seed: int = opt(0, "The seed of all noise.")
+    out: str = opt("samples", "FILE.mp4 or FILE.gif (several prompts are tiled in it) or a folder (a file for each).")
+    weights: str = opt("", "A .safetensors file, or a CogVideoX folder of diffusers. Empty: the bundled student.")
+    adapter: str = opt("", "A student's adapters on these weights, as train.py --rank writes them.")
+    vae: str = opt("", "The autoencoder, file or folder. Empty: the bundled one, or the one in the weights' folder.")
+    text: str = opt("", "The folder of a T5 encoder. Empty: the world's words, or the one in the weights' folder.")
+    w: float | None = opt(
+        None, "A teacher's guidance as in Eq. 9, the usual scale minus 1. None: what its weights say."
+    )
+    transition: Literal["renoise", "ddim"] | None = opt(
+        None, "The way between a student's steps. None: as in training."
+    )
+    batch: int = opt(1, "The videos at a time; 1 makes a video's bits independent of its neighbours.")
 
 
 def read_prompts(cfg):
     """The prompts of a command, in order: --prompt, then the lines of --prompts; its own if there is neither."""
-    if cfg.prompt is None and not cfg.prompts:
-        return PROMPTS
-    prompts = list(cfg.prompt or [])
-    if cfg.prompts:
-        prompts += common.read_prompts(cfg.prompts)
-    if not prompts or not all(re.search(r"\w", prompt) for prompt in prompts):
+    prompts = [*cfg.prompt, *(common.read_prompts(cfg.prompts) if cfg.prompts else [])] or PROMPTS
+    if not all(re.search(r"\w", prompt) for prompt in prompts):
         raise UserError('an empty prompt: say what to draw, e.g. --prompt "a red star spins at night"')
     return prompts
 
@@ -90,7 +90,7 @@ def check_out(name):
 
 def choose_steps(cfg, generator):
     """The list of time steps that --steps or --timesteps asks for; UserError where these weights cannot take it."""
-    student, asked = generator.student, cfg.timesteps
+    student, asked = generator.student, list(cfg.timesteps)
     own = (generator.about.get("timesteps") or timesteps(4)) if student else timesteps(50)
     if not asked:
         return generator.steps(len(own) if cfg.steps is None else cfg.steps)

@@ -47,7 +47,7 @@ class WordTable:
         rate = length ** -(torch.arange(dim // 8) / (dim // 8))  # from one radian a word to about one a prompt
         angle = torch.arange(length + 1)[:, None] * rate  # (L + 1, D / 8); the last row is the padding's
         self.position = (math.sqrt(2) * torch.cat([angle.sin(), angle.cos()], 1)).to(device)
-        self.device, self._warned = self.word.device, False
+        self.device = self.word.device
         self.null = self.encode([""])  # (1, L, D)
 
     def encode(self, prompts):
@@ -73,9 +73,8 @@ class WordTable:
                 near = difflib.get_close_matches(word, self.index, n=3, cutoff=0.5)
                 hint = f"the nearest are {', '.join(near)}" if near else "try " + ", ".join(list(self.index)[:8])
                 raise UserError(f"unknown word {word!r} in the prompt {prompt!r}: {hint}")
-        if len(words) > self.length and not self._warned:
-            self._warned = True
-            _warn(self.length, "words", " ".join(words[: self.length]))
+        if len(words) > self.length:
+            _warn(self.length, "words")
         return words[: self.length]
 
 
@@ -115,20 +114,15 @@ class T5:
         some = [p.flatten()[:16].bfloat16().tolist() for p in weights[:: 1 + len(weights) // 8]]  # in any precision
         same = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads", "feed_forward_proj")
         self.fingerprint = _sha(["t5", [config[k] for k in same], some, length])
-        self._warned = False
         self.null = self.encode([""])  # (1, L, D)
 
     @torch.no_grad()
     def encode(self, prompts):
         """list of B prompts -> float32 (B, L, D). Tokens beyond `length` are cut, with a warning."""
-        if self.model is None:
-            raise ValueError("this T5 was closed")
+        tokens = self.tokenizer(prompts, verbose=False).input_ids
+        if max(map(len, tokens), default=0) > self.length:
+            _warn(self.length, "tokens")
         tokens = self.tokenizer(prompts, padding="max_length", max_length=self.length, truncation=True).input_ids
-        if not self._warned:
-            whole = self.tokenizer(prompts, verbose=False).input_ids
-            for long in [i for i, ids in enumerate(whole) if len(ids) > self.length][:1]:
-                self._warned = True
-                _warn(self.length, "tokens", self.tokenizer.decode(tokens[long], skip_special_tokens=True))
         return self.model(torch.tensor(tokens, device=self.device)).last_hidden_state.float()  # (B, L, D)
 
     def close(self):
@@ -138,11 +132,8 @@ class T5:
             torch.cuda.empty_cache()
 
 
-def _warn(length, unit, kept):
-    warnings.warn(
-        f"a prompt is longer than {length} {unit} and was cut after ...{kept[-60:]!r} (further cuts are not reported)",
-        stacklevel=4,
-    )
+def _warn(length, unit):
+    warnings.warn(f"a prompt is longer than {length} {unit} and was cut", stacklevel=4)
 
 
 def _sha(identity):

@@ -103,16 +103,16 @@ class Norm(nn.GroupNorm):
         if z is None:
             return x
         # Every z serves a block of places. A 1x1 convolution commutes with repeating, so it is done on z itself.
-        return x * spread(self.scale(z), x) + spread(self.shift(z), x)
+        return x * repeat(self.scale(z), x.shape[2:]) + repeat(self.shift(z), x.shape[2:])
 
 
-def spread(z, x):
-    """Repeat the places of z (B, C, t, h, w) to the size of x; the first frame of an odd number stands alone."""
-    if x.shape[2] > 1 and x.shape[2] % 2:
-        first, rest = z.split([1, z.shape[2] - 1], 2)
-        T, *size = x.shape[2:]
-        return torch.cat([F.interpolate(first, size=(1, *size)), F.interpolate(rest, size=(T - 1, *size))], 2)
-    return F.interpolate(z, size=x.shape[2:])
+def repeat(x, size):
+    """Repeat the places of x (B, C, t, h, w) to size (T, H, W); the first frame of an odd number T stands alone."""
+    T, H, W = size
+    if T > 1 and T % 2:
+        first, rest = x.split([1, x.shape[2] - 1], 2)
+        return torch.cat([F.interpolate(first, (1, H, W)), F.interpolate(rest, (T - 1, H, W))], 2)
+    return F.interpolate(x, (T, H, W))
 
 
 class ResBlock(nn.Module):
@@ -154,14 +154,9 @@ class Up(nn.Module):
         self.conv = nn.Conv3d(channels, channels, (1, 3, 3), padding=(0, 1, 1)) if space else None
 
     def forward(self, x):
-        r, T = 1 if self.conv is None else 2, x.shape[2]
-        if self.time and T > 1:
-            first, rest = x.split([T % 2, T // 2 * 2], 2)
-            rest = F.interpolate(rest, scale_factor=(2, r, r))
-            x = torch.cat([F.interpolate(first, scale_factor=(1, r, r)), rest], 2) if T % 2 else rest
-        elif r == 2:
-            x = F.interpolate(x, scale_factor=(1, 2, 2))
-        return x if self.conv is None else self.conv(x)
+        T, H, W = x.shape[2:]
+        T = 2 * T - T % 2 if self.time else T
+        return repeat(x, (T, H, W)) if self.conv is None else self.conv(repeat(x, (T, 2 * H, 2 * W)))
 
 
 def per_frame(f, x):
@@ -237,7 +232,7 @@ class VAE3D(nn.Module):
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
 
-    def moments(self, video):
+    def posterior(self, video):
         """video (B, 3, F, H, W) in [-1, 1] -> mean, log-variance of the posterior, unscaled, each (B, C, T, H/8, W/8).
 
         T is 1 for one frame; independent chunks: F = 16k gives 5k; streaming: 8k gives 2k, 8k + 1 gives 2k + 1.
@@ -265,7 +260,7 @@ class VAE3D(nn.Module):
 
     def encode(self, video):
         """video (B, 3, F, H, W) in [-1, 1] -> latents (B, C, T, H/8, W/8): posterior mean times scaling_factor."""
-        return self.moments(video)[0] * self.config.scaling_factor
+        return self.posterior(video)[0] * self.config.scaling_factor
 
     def decode(self, latents):
         """latents (B, C, T, h, w) as `encode` gives them -> video (B, 3, F, 8h, 8w), not clamped.
@@ -303,3 +298,8 @@ def join(chunks, frames):
         out[:, :, i : i + chunk.shape[2]] = chunk
         i += chunk.shape[2]
     return out
+
+
+def psnr(copies, videos):
+    """Peak signal to noise ratio in dB of each copy, (B,); both (B, 3, F, H, W) in [-1, 1]."""
+    return -10 * (((copies - videos).float() / 2) ** 2).mean((1, 2, 3, 4)).log10()

@@ -201,11 +201,13 @@ class Clip(torch.nn.Module):
 
         super().__init__()
         self.clip = open_clip.CLIP(**open_clip.get_model_config(name)).eval().requires_grad_(False)
-        self.make = preference.cosine
+        self.sides = preference.cosine  # of the product that the score is
 
     def forward(self, video):
         size, context = self.clip.visual.image_size[0], self.clip.context_length
-        return self.make(self.clip.encode_image, self.clip.encode_text, size, True, context, video.device)(video, ["a"])
+        how = self.clip.encode_image, self.clip.encode_text, size, True, context, video.device
+        parts, direction = self.sides(*how)
+        return (parts(video) * direction(["a"])).sum(1)
 
 
 def reward_memory(device, frames=(1, 12, 24, 64, 128), clip="ViT-H-14"):
@@ -219,6 +221,7 @@ def reward_memory(device, frames=(1, 12, 24, 64, 128), clip="ViT-H-14"):
     kinds = [
         ("image LRM", lrm.ImageLRM, lambda n: (latents(n),)),
         ("text-image LRM", lrm.TextImageLRM, lambda n: (latents(n), empty(1, 256, 4096))),
+        ("image LRM of CLIP-H's 1,024 parts", lambda: lrm.ImageLRM(outputs=1024), lambda n: (latents(n),)),
         ("CLIP-H (HPSv2, PickScore)", lambda: Clip(clip), lambda n: (empty(1, 3, n, 192, 320),)),
     ]
     for label, make, inputs in kinds:

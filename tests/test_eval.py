@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, beliefs_of
 from PIL import Image
 
 import common
@@ -33,7 +33,7 @@ from evals.vbench import DIMENSIONS, PAPER, vbench_scores
 from generate import Generator
 from vae3d import VAE3D, VAEConfig
 from video import read_video, write_video
-from world import dimensions, reading, shapes
+from world import reading, shapes
 from world.judge import Judge, JudgeConfig
 
 HERE = Path(__file__).parent
@@ -215,17 +215,6 @@ def test_mean_error_leaves_out_what_is_no_number():
 # the small world
 
 
-def beliefs_of(clips, sure=0.9):
-    """A judge that reads everything right: {factor: (n, values)}."""
-    out = {}
-    for i, (factor, values) in enumerate(shapes.FACTORS.items()):
-        p = torch.full((len(clips), len(values)), (1 - sure) / (len(values) - 1))
-        for j, clip in enumerate(clips):
-            p[j, max(clip.truth()[i], 0)] = sure
-        out[factor] = p
-    return out
-
-
 def test_held_out_prompts_name_what_they_are_asked_to():
     clips, prompts, named = reading.held_out(40, style="object")
     assert prompts == [f"a {clip.object}" for clip in clips] and named == [{"object": c.object} for c in clips]
@@ -251,98 +240,6 @@ def test_diversity_leaves_out_a_prompt_with_a_broken_video():
     features = torch.cat([same, different, different[:4]])
     score = reading.diversity(features, [*range(5), *range(5, 10), 10, 11, 12, 14])
     assert score["n"] == 2 and score["mean"] == pytest.approx((0 + 4) / 2)
-
-
-def test_spatial_relationship_asks_for_the_objects_and_their_places():
-    asked = {"object": "star", "relation": "left", "object2": "ring"}
-
-    def score(asked, **read):
-        beliefs = beliefs_of([shapes.Clip.make(0, 0)])
-        for factor, value in read.items():
-            beliefs[factor] = torch.eye(len(shapes.FACTORS[factor]))[[shapes.FACTORS[factor].index(value)]]
-        return dimensions.semantic(beliefs, [asked])["Spatial Relationship"].item()
-
-    assert score(asked, **asked) == 1
-    assert score(asked, object="ring", relation="left", object2="star") == 0
-    assert score(asked, object="star", relation="above", object2="ring") == 0
-    assert score(asked, object="star", relation="left", object2="heart") == 0
-    assert score({"relation": "left"}, object="cross", relation="left", object2="ring") == 1
-
-
-def test_semantic_dimensions_of_a_perfect_judge():
-    clips = [shapes.Clip.make(5, i) for i in range(30)]
-    named = [clip.visible() for clip in clips]
-    scores = dimensions.semantic(beliefs_of(clips), named)
-    assert list(scores) == [d for d, (total, *_) in DIMENSIONS.items() if total == "semantic"]
-    for dimension, values in scores.items():
-        good = 0.9 if dimension in ("Appearance Style", "Temporal Style", "Overall Consistency") else 1.0
-        assert values[~values.isnan()].tolist() == pytest.approx([good] * int((~values.isnan()).sum()))
-    assert scores["Multiple Objects"].isnan().tolist() == [clip.relation is None for clip in clips]
-    swapped = [dimensions.exchanged(clip, None) for clip in clips]
-    scores = dimensions.semantic(beliefs_of(swapped), named)
-    assert metrics.mean_error(scores["Spatial Relationship"])["mean"] == 0
-    assert metrics.mean_error(scores["Multiple Objects"])["mean"] == 1
-
-
-def test_steadiness_in_closed_form():
-    p, q = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
-    steady = lambda *frames: float(dimensions.steady({"object": torch.stack(frames)[None]}, ("object",)))
-    assert steady(p, p, p, p) == 1
-    assert steady(p, p, p, q) == pytest.approx(2 / 3)  # the last of three is like neither the first nor the one before
-    assert steady(p, q, q, q) == pytest.approx((0 + 1 / 2 + 1 / 2) / 3)
-
-
-def test_pixel_measures_in_closed_form():
-    still = torch.zeros(1, 3, 16, 64, 64)
-    assert dimensions.flickering(still) == 1 and dimensions.motion(still) == 0
-    blink = still.clone()
-    blink[:, :, ::2] = 0.02  # 0.01 of the range outside it at every frame
-    assert float(dimensions.flickering(blink)) == pytest.approx(math.exp(-0.5), rel=1e-4)
-    ramp = torch.linspace(-1, 1, 16).view(1, 1, 16, 1, 1).expand_as(still)
-    assert dimensions.flickering(ramp) == 1  # a light that comes on does not flicker
-    picture = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    pan = torch.stack([picture[:, :, :, t : t + 64] for t in range(16)], 2)
-    assert float(dimensions.motion(pan)) == pytest.approx(1.0, abs=0.05)
-    assert float(dimensions.smoothness(pan)) > 0.85
-
-
-def test_what_can_be_seen_of_every_corruption():
-    """Another value of a factor is another one, and one that can be seen."""
-    import random
-
-    for i in range(60):
-        clip, rng = shapes.Clip.make(7, i), random.Random(i)
-        for factor in ("object", "colour", "scene", "look", "camera", "action"):
-            changed = dimensions.other(clip, factor, rng)
-            same = {f for f in ("object", "colour", "scene", "look", "camera", "action") if f != factor}
-            grey = {"colour"} if "monochrome" in (changed.look, clip.look) else set()  # which has one colour a scene
-            assert all(getattr(changed, f) == getattr(clip, f) for f in same - grey)
-            assert not ({changed.object, changed.object2} & shapes.ROUND and changed.action == "spins")
-            if changed.look != "monochrome" and clip.look != "monochrome":
-                assert changed.colour not in shapes.SCENE_COLOURS[changed.scene] or factor == "scene"
-
-
-class Blind:
-    """No judge is needed for what is measured in pixels."""
-
-    batch = 64
-
-
-PIXELS = tuple(dimensions.OF_PIXELS)
-
-
-def test_pixel_dimensions_see_what_is_spoilt():
-    rows = dimensions.validate(Blind(), 16, wanted=PIXELS)
-    assert {row["dimension"] for row in rows} == set(PIXELS) and len(rows) == 9
-    for row in rows:
-        assert row["ordered"] and row["apart"], row
-
-
-@pytest.mark.skipif(not JUDGE.exists(), reason="there is no bundled judge")
-def test_judged_dimensions_see_what_is_spoilt():
-    eye = reading.Eye(JUDGE)
-    for row in dimensions.validate(eye, 12, wanted=("Subject Consistency", "Color", "Human Action")):
-        assert row["ordered"] and row["apart"], row
 
 
 # ---------------------------------------------------------------------------------------------------------------------

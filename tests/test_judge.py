@@ -51,23 +51,19 @@ class Knows(Judge):
         return out
 
 
-def test_agreement_and_score_ask_for_what_the_prompt_names():
+def test_probabilities_and_score_are_of_what_the_prompt_names():
     clip = Clip.make(0, 0, look="plain", scene="night", object="star", colour="red", relation=None)
     judge, video = Knows(clip, 0.7), torch.zeros(3, 3, 16, 64, 64)
     prompts = ["a red star", "a red ring at night", ""]
-    torch.testing.assert_close(judge.agreement(video, prompts), torch.tensor([0.7, (0.7 + 0.3 / 7 + 0.7) / 3, 0.0]))
+    agreement = (judge.probabilities(video) * judge.direction(prompts)).sum(1)
+    torch.testing.assert_close(agreement, torch.tensor([0.7, (0.7 + 0.3 / 7 + 0.7) / 3, 0.0]))
     torch.testing.assert_close(judge.score(video, prompts), torch.tensor([1.0, 2 / 3, 0.0]))
 
 
-def test_agreement_has_a_gradient():
+def test_probabilities_have_a_gradient():
     video = torch.randn(1, 3, 16, 64, 64, requires_grad=True)
-    Judge(JudgeConfig("attention", 8)).agreement(video, ["a red star"]).sum().backward()
+    Judge(JudgeConfig("attention", 8)).probabilities(video)[:, 3].sum().backward()
     assert video.grad.abs().max() > 0
-
-
-def test_unknown_kind():
-    with pytest.raises(ValueError, match="conv"):
-        Judge(JudgeConfig("linear"))
 
 
 @pytest.mark.parametrize("name", ["judge", "judge_reward"])

@@ -86,12 +86,11 @@ def test_hyphens_and_apostrophes_are_part_of_a_word():
     assert torch.equal(table.encode(["Red - black-and-white; 'it's'"]), table.encode(["red black-and-white it's"]))
 
 
-def test_too_long_a_prompt_is_cut_with_one_warning():
+def test_too_long_a_prompt_is_cut_with_a_warning():
     table = WordTable(WORDS, length=3)
-    with pytest.warns(UserWarning, match="longer than 3 words.*'a red star'") as seen:
+    with pytest.warns(UserWarning, match="longer than 3 words"):
         x = table.encode(["a red star moves left", "a blue star moves left"])
-        table.encode(["a red star moves left"])
-    assert len(seen) == 1 and torch.equal(x[:1], table.encode(["a red star"]))
+    assert torch.equal(x[:1], table.encode(["a red star"]))
 
 
 def test_word_table_refuses_nonsense():
@@ -173,12 +172,11 @@ def test_t5_from_one_plain_folder_with_a_tokenizer_json(folder, tmp_path):
     assert torch.equal(ours.encode(["a red circle"]), want)
 
 
-def test_t5_cuts_long_prompts_with_one_warning(folder):
+def test_t5_cuts_long_prompts_with_a_warning(folder):
     ours = T5(folder, length=8, dtype=torch.float32)
-    with pytest.warns(UserWarning, match="longer than 8 tokens and was cut after .*'a red") as seen:
+    with pytest.warns(UserWarning, match="longer than 8 tokens and was cut"):
         x = ours.encode(["a red circle moves left " * 9, "a", "a red circle moves left"])
-        ours.encode(["the quick dog jumps over many words"])
-    assert x.shape == (3, 8, 32) and len(seen) == 1
+    assert x.shape == (3, 8, 32)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         T5(folder, length=30).encode(["a red"])
@@ -189,8 +187,6 @@ def test_t5_close_frees_the_weights_and_keeps_the_rest(folder):
     null = ours.null
     ours.close()
     assert ours.model is None and ours.null is null and ours.fingerprint
-    with pytest.raises(ValueError, match="closed"):
-        ours.encode(["a"])
 
 
 def test_t5_fingerprint(folder, tmp_path):

@@ -67,7 +67,7 @@ def test_encode_and_decode_agree_with_diffusers(pair, frames, latents, back):
     theirs, ours, _ = pair
     video = noise(2, 3, frames, 16, 24, seed=frames)
     posterior = theirs.encode(video).latent_dist
-    mean, logvar = ours.moments(video)
+    mean, logvar = ours.posterior(video)
     assert mean.shape == (2, 3, latents, 2, 3)
     assert_close(mean, posterior.mean, 1e-5)
     assert_close(logvar, posterior.logvar, 1e-5)
@@ -89,7 +89,7 @@ def test_other_configs_agree_with_diffusers(tmp_path, c, size):
     ours = cogvideox.load_vae(tmp_path)
     assert ours.config == c
     video = noise(1, 3, 25, *size, dtype=torch.float64)
-    assert_close(ours.moments(video)[0], theirs.encode(video).latent_dist.mean, 1e-10)
+    assert_close(ours.posterior(video)[0], theirs.encode(video).latent_dist.mean, 1e-10)
     z = noise(
         1, c.latent_channels, 6, size[0] // 8, size[1] // 8, dtype=torch.float64
     )  # an even number: no frame stands alone
@@ -105,7 +105,7 @@ def test_gradients_agree_with_diffusers(pair):
     weight, pixels = (noise(*s, seed=7, dtype=torch.float64) for s in ((1, 6, 5, 2, 2), (1, 3, 17, 16, 16)))
     h = theirs.encode(videos[0]).latent_dist
     ((torch.cat([h.mean, h.logvar], 1) * weight).sum() + (theirs.decode(h.mean).sample * pixels).sum()).backward()
-    mean, logvar = ours.moments(videos[1])
+    mean, logvar = ours.posterior(videos[1])
     loss = (torch.cat([mean, logvar], 1) * weight).sum() + (ours.decode(mean * 0.7) * pixels).sum()
     loss.backward()
     assert_close(videos[1].grad, videos[0].grad, 1e-9)

@@ -30,15 +30,13 @@ class JudgeConfig:
 
 
 class Judge(nn.Module):
-    """Clips (B, 3, 16, 64, 64) in [-1, 1] to logits of each factor of `shapes.FACTORS`."""
+    """Clips (B, 3, 16, 64, 64) in [-1, 1] to logits of every factor of `shapes.FACTORS`."""
 
     Config = JudgeConfig
 
     def __init__(self, config: JudgeConfig | None = None):
         super().__init__()
         self.config = config = config or JudgeConfig()
-        if config.kind not in ("conv", "attention"):
-            raise ValueError(f"a judge is 'conv' or 'attention', not {config.kind!r}")
         c, k, dim = config.width, 3 if config.kind == "conv" else 1, 8 * config.width
 
         def conv(cin, cout, stride, kernel=(k, 3, 3)):
@@ -99,10 +97,6 @@ class Judge(nn.Module):
         """Most probable class index of each factor, (B, factors)."""
         return torch.stack([logits.argmax(1) for logits in self(video).values()], 1)
 
-    def agreement(self, video: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        """Text-video agreement (B,) in [0, 1]: the mean probability of the factors that each prompt names."""
-        return (self.probabilities(video) * self.direction(prompts)).sum(1)
-
     def probabilities(self, video: torch.Tensor) -> torch.Tensor:
         """Of every value of every factor, one factor after the other: (B, values)."""
         return torch.cat([logits.softmax(1) for logits in self(video).values()], 1)
@@ -119,9 +113,6 @@ class Judge(nn.Module):
     @torch.no_grad()
     def score(self, video: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         """Share of the factors that each prompt names which are read as named, (B,) in [0, 1]; 0 if it names none."""
-        read, out = self.read(video).tolist(), []
-        for row, prompt in zip(read, prompts):
-            found = dict(zip(FACTORS, row))
-            right = [found[f] == FACTORS[f].index(v) for f, v in parse(prompt).items()]
-            out.append(sum(right) / max(1, len(right)))
-        return torch.tensor(out)
+        read, asked = self.read(video).split(1, 1), self.direction(prompts) > 0
+        chosen = torch.cat([F.one_hot(i[:, 0], len(values)) for i, values in zip(read, FACTORS.values())], 1)
+        return (chosen * asked).sum(1) / asked.sum(1).clamp(min=1)

@@ -17,7 +17,7 @@ import common
 from common import UserError, autocast
 from evals import vbench
 from evals.metrics import frechet, jackknife, mean_error, neighbours, pm, vendi
-from vae3d import VAE3D
+from vae3d import VAE3D, psnr
 from world import dimensions, shapes
 from world.judge import Judge, slow_motion
 
@@ -156,7 +156,7 @@ def reference_rows(cfg, eye, reference):
         video = video.to(cfg.device, memory_format=torch.channels_last_3d)
         with autocast(cfg.precision, cfg.device):
             drawn = vae.decode(vae.encode(video)).float().clamp(-1, 1)
-        psnrs.append(-10 * ((drawn - video) / 2).square().mean((1, 2, 3, 4)).log10().cpu())
+        psnrs.append(psnr(drawn, video).cpu())
         return drawn
 
     for label, through in (("rendered clips", lambda video: video), ("the VAE's copies", copied)):
@@ -166,9 +166,9 @@ def reference_rows(cfg, eye, reference):
         row = {"label": label, "steps": None, "nfe": None}
         rows.append(row | look(cfg, eye, reference, first, named, more, list(groups)) | {"seconds": None})
         if psnrs:
-            psnr = torch.cat(psnrs).sort().values
-            worst = psnr[: max(1, len(psnr) // 10)].mean().item()
-            rows[-1] |= {"psnr": psnr.mean().item(), "psnr_worst_tenth": worst}
+            scores = torch.cat(psnrs).sort().values
+            worst = scores[: max(1, len(scores) // 10)].mean().item()
+            rows[-1] |= {"psnr": scores.mean().item(), "psnr_worst_tenth": worst}
         print(in_words(rows[-1]), flush=True)
     return rows
 

@@ -20,7 +20,7 @@ the mean over all that its caption allows, and a mean over places has no outline
 
 import math
 import random
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 
@@ -167,9 +167,6 @@ class Clip:
         seen = self.visible()
         return [values.index(seen[name]) if name in seen else -1 for name, values in FACTORS.items()]
 
-    def to_dict(self) -> dict:
-        return asdict(self)
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # pixels
@@ -291,7 +288,7 @@ def render(
     paths = torch.stack([_path(c, time) for c in clips], 1)  # (4, B, F)
     firsts = [(i, c.object, c.colour, -16 if c.relation else 0) for i, c in enumerate(clips)]
     seconds = [(i, c.object2, c.colour2, 16) for i, c in enumerate(clips) if c.relation]
-    for actors in (firsts, seconds) if seconds else (firsts,):
+    for actors in filter(None, (firsts, seconds)):
         numbers, names, colours, places = zip(*actors)
         who = list(numbers)
         px, py, radius, angle = paths[:, who].unbind()  # (b, F) each
