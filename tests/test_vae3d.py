@@ -264,11 +264,11 @@ def test_the_decoder_norm_reads_the_latents_of_its_own_place():
 
 def test_training_in_bf16_and_channels_last_agrees_with_float32():
     vae, video = make(SMALL), noise(2, 3, 16, 16, 16)
-    mean, _ = vae.moments(video)
+    mean, _ = vae.posterior(video)
     want = vae.decode(mean)
     vae.to(memory_format=torch.channels_last_3d)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        mean16, logvar16 = vae.moments(video)
+        mean16, logvar16 = vae.posterior(video)
         got = vae.decode(mean16)
     assert mean16.dtype == logvar16.dtype == got.dtype == torch.float32
     assert_close(mean16, mean, 0.03)
@@ -290,9 +290,9 @@ def test_half_weights_take_and_return_any_precision():
 def test_log_variance_is_clamped():
     vae = make(SMALL)
     vae.encoder.conv_out.bias.data.fill_(1e4)
-    assert (vae.moments(noise(1, 3, 1, 8, 8))[1] == 20).all()
+    assert (vae.posterior(noise(1, 3, 1, 8, 8))[1] == 20).all()
     vae.encoder.conv_out.bias.data.fill_(-1e4)
-    assert (vae.moments(noise(1, 3, 1, 8, 8))[1] == -30).all()
+    assert (vae.posterior(noise(1, 3, 1, 8, 8))[1] == -30).all()
 
 
 # ---- folders in diffusers' layout ----
