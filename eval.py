@@ -3,7 +3,6 @@
     python eval.py compare --out FILE.gif                    # teacher and student side by side
     python eval.py ranks --weights W --steps 4 2 1           # accuracy, Frechet distance, coverage, diversity
     python eval.py ranks --reference                         # the same of rendered clips and the VAE's copies of them
-    python eval.py validate                                  # does each of the sixteen dimensions see what it should?
     python eval.py time --weights W --teacher T              # Table 4; memory: the same for peak memory
     python eval.py reward-memory                             # of latent and pixel rewards, Tables 1 and 10
     python eval.py tuned RUNS...                             # students tuned to a reward, side by side (Table 5)
@@ -42,7 +41,7 @@ from evals.metrics import Inception, pixel_features, vendi, vendi_kernel, video_
 from evals.vbench import vbench_scores
 from generate import Generator
 from video import VIDEOS, read_video, write_video, write_video_grid
-from world import dimensions, shapes
+from world import shapes
 from world.reading import Eye, held_out, model_rows, reference_rows
 
 __all__ = ["vbench_scores", "vendi", "vendi_kernel"]  # the names under which others look for them
@@ -163,22 +162,6 @@ def draw_curves(cfg):
     """Draw the rewards and the LRM's quality from runs' log.jsonl (the paper's Fig. 8, 10, 11)."""
     titles = curves.draw(cfg.out, cfg.runs, cfg.only)
     print(f"wrote {cfg.out}: {'; '.join(titles)}")
-
-
-@dataclass
-class ValidateConfig(Config):
-    judge: str = opt(str(HERE / "judge.safetensors"), "the judge that evaluates")
-    clips: int = opt(96, "rendered clips")
-
-
-def validate(cfg):
-    """Rendered clips, spoilt on purpose: does each dimension of the small world see it, and the more the worse?"""
-    eye = Eye(cfg.judge, cfg.device, cfg.batch, cfg.precision)
-    return tables.show(cfg, "validation", rows=dimensions.validate(eye, cfg.clips, cfg.seed))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# time and memory
 
 
 @dataclass
@@ -450,7 +433,7 @@ def run_experiments(cfg):
 
 COMMANDS = {
     "experiments": (ExperimentsConfig, run_experiments),
-    "world": (WorldConfig, world), "validate": (ValidateConfig, validate),
+    "world": (WorldConfig, world),
     "time": (CostConfig, time_), "memory": (CostConfig, memory),
     "reward-memory": (RewardMemoryConfig, reward_memory),
     "videos": (VideosConfig, videos),
@@ -461,7 +444,7 @@ COMMANDS = {
 }  # fmt: skip
 
 MEASUREMENTS = {  # what --out NAME.json keeps
-    "world", "validate", "time", "memory", "reward-memory", "vbench", "vendi", "tuned", "votes",
+    "world", "time", "memory", "reward-memory", "vbench", "vendi", "tuned", "votes",
 }  # fmt: skip
 # what words without a flag are
 POSITIONAL = {"experiments": "--names", "votes": "--files", "tuned": "--runs", "curves": "--runs"}

@@ -80,15 +80,14 @@ def _rows(results):
 def _world(results):
     """Shares in per cent; the rows of one model together, most steps first."""
     header = ["", "steps", "NFE", *MAIN, f"mean of {len(MAIN)}", "Frechet"]
-    header += ["precision", "coverage", "Vendi - 1", "object kept", "s/video"]
+    header += ["precision", "coverage", "Vendi - 1", "object kept"]
     lines, rows = [], _rows(results)
     models = [row["label"] for row in rows]
     for row in sorted(rows, key=lambda row: (models.index(row["label"]), -(row["steps"] or 0))):
         scores = [pm(row[f], 100) for f in (*MAIN, "main")] + [pm(row["frechet"], 1, 2)]
         scores += [f"{100 * row[k]:.1f}" for k in ("precision", "coverage")] + [pm(row.get("vendi"), 1, 3)]
         scores.append(pm(row.get("identity"), 100))
-        seconds = f"{row['seconds']:.2f}" if row.get("seconds") else ""
-        lines.append([row["label"], row["steps"] or "", row["nfe"] or "", *scores, seconds])
+        lines.append([row["label"], row["steps"] or "", row["nfe"] or "", *scores])
     return header, lines
 
 
@@ -99,9 +98,9 @@ def _main(results):
     lines = []
     for row in (rows[key] for key in wanted if key in rows):
         scores = [pm(row["main"], 100), pm(row["object"], 100), pm(row["frechet"], 1, 2), pm(row.get("vendi"), 1, 2)]
-        lines.append([f"{row['label']}, {row['steps']}", row["nfe"], *scores, f"{row['seconds']:.2f}"])
+        lines.append([f"{row['label']}, {row['steps']}", row["nfe"], *scores])
     header = ["steps", "network evaluations", f"right, mean of {len(MAIN)} factors, %", "the object, %"]
-    return [*header, "Frechet distance", "Vendi - 1", "seconds a video"], lines
+    return [*header, "Frechet distance", "Vendi - 1"], lines
 
 
 def _compared(results):
@@ -118,16 +117,6 @@ def _dimensions(results):
     for total in ("quality", "semantic", "total"):
         lines.append([f"**{total}**", *(f"{r['totals'][total]:.1f}" if r.get("totals") else "-" for r in rows)])
     return header, lines
-
-
-def _validation(results):
-    """Each dimension's score of rendered truth, and of what was made to lower it, from little to much."""
-    lines = []
-    for row in _rows(results):
-        degrees = [pm(score, 100) for score in row["degrees"]]
-        verdict = "yes" if row["ordered"] and row["apart"] else "**no**"
-        lines.append([row["dimension"], pm(row["truth"], 100), row["corruption"], " > ".join(degrees), verdict])
-    return ["dimension (per cent)", "rendered truth", "spoilt by", "from little to much", "told apart, in order"], lines
 
 
 def _time(results):
@@ -265,7 +254,7 @@ def _vbench(results):
 
 
 TABLES = {
-    "world": _world, "main": _main, "compared": _compared, "dimensions": _dimensions, "validation": _validation,
+    "world": _world, "main": _main, "compared": _compared, "dimensions": _dimensions,
     "time": _time, "memory": _memory, "reward_memory": _reward_memory,
     "sharding": _sharding, "vendi": _vendi, "votes": _votes, "tuned": _tuned, "vbench": _vbench,
 }  # fmt: skip

@@ -28,7 +28,6 @@ import torch.nn.functional as F
 from PIL import Image
 
 import rewards
-from common import UserError
 from evals.vbench import DIMENSIONS
 from world import shapes
 
@@ -193,8 +192,3 @@ def semantic(beliefs, named):
 ASKED = {"Object Class": "object", "Human Action": "action", "Color": "colour", "Scene": "scene"}
 PLACED = ("object", "relation", "object2")
 STYLES = {"Appearance Style": "look", "Temporal Style": "camera"}
-
-
-def validate(*_):
-    """For `eval.py validate`, which goes: the corruptions are a test."""
-    raise UserError("the corruptions of the sixteen dimensions are a test: pytest tests/test_dimensions.py")
