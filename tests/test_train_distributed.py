@@ -67,9 +67,8 @@ def config(folder, out, size=1, total=BATCH, **changes):
 
 def sgd(nets, *_):
     """Optimizers that do not divide gradients by their size, so that rounding stays as small as it is."""
-    return {
-        name: torch.optim.SGD(module.parameters(), 1e-2, 0.9) for name, module in nets.modules.items() if name != "ema"
-    }
+    learn = {name: module for name, module in nets.modules.items() if name not in ("ema", "buffer")}
+    return {name: torch.optim.SGD(module.parameters(), 1e-2, 0.9) for name, module in learn.items()}
 
 
 def distil(ranks, folder, out, happens=None, adam=train.adam, patience=5, **changes):
