@@ -167,17 +167,18 @@ PAPER = {  # Tables 1 and 10: forward at 128 frames, backward at so many; in byt
 
 
 def _reward_memory(results):
-    """Peaks with weights, a row a model, and the paper's below it."""
+    """Peaks with weights, a row a model, and the paper's below it, where it has the model."""
     size = lambda b: "" if b is None else f"{b / 1e6:.3f} MB" if b < 1e9 else f"{b / 1e9:.3f} GB"
     frames, lines = sorted({row["frames"] for row in _rows(results)}), []
     for result in results:
         for label in dict.fromkeys(row["label"] for row in result["rows"]):
             row = {r["frames"]: r for r in result["rows"] if r["label"] == label}
-            forward, backward = PAPER.get(label, (None, {}))
             last = row[max(row)]
             peaks = [size(last["forward"]), *(size(row[n]["backward"]) if n in row else "" for n in frames)]
             lines.append([f"{label}, {result['device']}", f"{last['parameters']:,}", *peaks])
-            lines.append(["the paper", "", size(forward), *(size(backward.get(n)) for n in frames)])
+            if label in PAPER:
+                forward, backward = PAPER[label]
+                lines.append(["the paper", "", size(forward), *(size(backward.get(n)) for n in frames)])
     return ["", "parameters", f"forward, {frames[-1]} frames", *(f"backward, {n}" for n in frames)], lines
 
 
