@@ -171,7 +171,7 @@ class CostConfig(ModelConfig):
     steps: tuple[int, ...] = opt((4, 2, 1), "the student's")
     repeats: int = opt(100, "times each is timed, at most")
     seconds: float = opt(300.0, "begin no further round after so many seconds")
-    prompt: str = opt("a red star spins at night", "what is drawn")
+    prompt: str = opt("a red star springs at night", "what is drawn")
 
 
 def models(cfg):

@@ -1,7 +1,7 @@
 """Prompts in, videos out: a student in 4, 2 or 1 steps without guidance, a teacher by guided DDIM in any number.
 
     python sample.py --steps 4                                     # a few prompts of its own, into samples/
-    python sample.py --prompt "a red star spins at night" --out star.mp4
+    python sample.py --prompt "a red star springs at night" --out star.mp4
     python sample.py --prompts prompts.txt --weights weights/teacher.safetensors --steps 50 --out teacher
     python sample.py --prompt "a panda plays the guitar" --weights CogVideoX-2b --out panda.mp4
 
@@ -36,7 +36,7 @@ PROMPTS = [  # every scene and every object once, and most of the other things t
     "a red star",
     "a heart grows at sea",
     "a yellow ring at night camera pans left",
-    "a small white cross spins in a meadow",
+    "a small white cross springs in a meadow",
     "a purple triangle moves up in a desert zoom in",
     "a pink moon in neon style",
     "a green square left of an orange circle on a checkerboard",
@@ -70,7 +70,7 @@ def read_prompts(cfg):
     """The prompts of a command, in order: --prompt, then the lines of --prompts; its own if there is neither."""
     prompts = [*cfg.prompt, *(common.read_prompts(cfg.prompts) if cfg.prompts else [])] or PROMPTS
     if not all(re.search(r"\w", prompt) for prompt in prompts):
-        raise UserError('an empty prompt: say what to draw, e.g. --prompt "a red star spins at night"')
+        raise UserError('an empty prompt: say what to draw, e.g. --prompt "a red star springs at night"')
     return prompts
 
 

@@ -157,7 +157,7 @@ def test_the_lrm_learns_a_judges_probabilities_and_the_number_is_computed(tiny, 
     made = nets.build(cfg, ALONE)
     latent, values = made.latent_reward, sum(len(values) for values in FACTORS.values())
     assert latent.parts and made.lrm.outputs == values and made.lrm.apart == 5 and made.lrm.cnn[0].stride == (1, 1)
-    prompts = ["a red star spins", "a small heart at sea", "a moon"]
+    prompts = ["a red star springs", "a small heart at sea", "a moon"]
     video = torch.rand(3, 3, 16, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     parts = latent.labels(video, prompts)
     assert parts.shape == (3, values) and (parts >= 0).all()
@@ -167,10 +167,10 @@ def test_the_lrm_learns_a_judges_probabilities_and_the_number_is_computed(tiny, 
     latent.moments = Moments(latent.moments.weights, 2.0, [0.25], [2 * 0.5**2])  # deviation 0.5
     made.lrm.forward = lambda x: x.flatten(1)[:, :values]
     x = torch.rand(1, 12, 5, 8, 8).requires_grad_()
-    said = latent.estimate(x, None, ["a red star spins"])
+    said = latent.estimate(x, None, ["a red star springs"])
     p = x.flatten(1)[0]
     first = {factor: sum(len(FACTORS[f]) for f in list(FACTORS)[: list(FACTORS).index(factor)]) for factor in FACTORS}
-    named = {"object": "star", "colour": "red", "action": "spins"}
+    named = {"object": "star", "colour": "red", "action": "springs"}
     places = [first[factor] + FACTORS[factor].index(value) for factor, value in named.items()]
     torch.testing.assert_close(said[0], (p[places].mean() - 0.25) / 0.5)
     said.sum().backward()

@@ -7,8 +7,8 @@ the world is infinite, offline and the same on every machine.
 Each of VBench's semantic dimensions has its factor here: object class (OBJECTS), multiple objects (the second object),
 colour (COLOURS), spatial relationship (RELATIONS), human action (ACTIONS), scene (SCENES), temporal style (CAMERAS)
 and appearance style (LOOKS). A caption names a random few of them and leaves the rest open: what is left open is what
-makes few-step sampling hard. Only what can be seen is ever named: a circle never spins, monochrome has no colour
-word, no object has the colours of its scene.
+makes few-step sampling hard. Only what can be seen is ever named: monochrome has no colour word, and no object has the
+colours of its scene.
 
 Nothing has a free place. A single object passes the centre in the middle of the clip, and its path follows from its
 action alone; the two of a pair stand where their relation puts them; a scene begins at one of two offsets. A teacher
@@ -29,7 +29,6 @@ MIDDLE = FRAMES // 2  # the frame in which every path passes its centre
 HELD_OUT = 1_000_000  # seed of the clips that nothing is trained on
 
 OBJECTS = ["circle", "square", "triangle", "star", "ring", "cross", "heart", "moon"]
-ROUND = {"circle", "ring"}  # nobody sees these spin
 COLOURS = {
     "red": (0.90, 0.12, 0.12),
     "orange": (0.98, 0.52, 0.08),
@@ -48,7 +47,7 @@ ACTIONS = {
     "right": ("moves right", "drifts right"),
     "up": ("moves up", "rises"),
     "down": ("moves down", "sinks"),
-    "spins": ("spins", "turns around"),
+    "springs": ("springs", "springs and tumbles"),  # up to the centre and down again
     "grows": ("grows", "gets larger"),
     "shrinks": ("shrinks", "gets smaller"),
     "still": ("stays still", "stands still"),
@@ -136,10 +135,8 @@ class Clip:
         object, object2 = rng.sample(OBJECTS, 2)
         actions = list(ACTIONS)
         if relation:  # along the other axis, so that the two stay where they are to each other
-            actions = ["up", "down"] if relation == "left" else ["left", "right"]
-            actions += ["spins", "grows", "shrinks", "still"]
-        if object in ROUND or (relation and object2 in ROUND):
-            actions.remove("spins")
+            actions = ["up", "down", "springs"] if relation == "left" else ["left", "right"]
+            actions += ["grows", "shrinks", "still"]
         action = rng.choice(actions)
         size = None if relation or action in ("grows", "shrinks") else rng.choice(list(SIZES))
         colour, colour2 = rng.sample([c for c in COLOURS if c not in SCENE_COLOURS[scene]], 2)
@@ -237,20 +234,20 @@ def _mix(low: torch.Tensor, high: torch.Tensor, amount: torch.Tensor) -> torch.T
 
 
 def _path(clip: Clip, time: torch.Tensor) -> torch.Tensor:
-    """Place x, y from where it stands in the middle of the clip, radius and angle at times -0.5..0.5: (4, F)."""
+    """Place x, y from where it stands in the middle of the clip, and radius, at times -0.5..0.5: (3, F)."""
     zero = torch.zeros_like(time)
-    x, y, angle, radius = zero, zero, zero, zero + (PAIR if clip.relation else SIZES.get(clip.size, 14.0))
+    x, y, radius = zero, zero, zero + (PAIR if clip.relation else SIZES.get(clip.size, 14.0))
     run = time * (16 if clip.relation else 24)
     if clip.action in ("left", "right"):
         x = run if clip.action == "right" else -run
     elif clip.action in ("up", "down"):
         y = run if clip.action == "down" else -run
-    elif clip.action == "spins":
-        angle = 2.4 * time
+    elif clip.action == "springs":
+        y = 2 * time * run  # the parabola of what is thrown
     elif clip.action in ("grows", "shrinks"):
         change = time * (9 if clip.relation else 12)
         radius = radius + (change if clip.action == "grows" else -change) - (0.5 if clip.relation else 0)
-    return torch.stack([x, y, radius, angle])
+    return torch.stack([x, y, radius])
 
 
 def _by(values: list[str]) -> list[tuple[str, list[int]]]:
@@ -285,18 +282,17 @@ def render(
     image = image * (1 - 0.65 * neon)
 
     mask = torch.zeros_like(image[:, :1])
-    paths = torch.stack([_path(c, time) for c in clips], 1)  # (4, B, F)
+    paths = torch.stack([_path(c, time) for c in clips], 1)  # (3, B, F)
     firsts = [(i, c.object, c.colour, -16 if c.relation else 0) for i, c in enumerate(clips)]
     seconds = [(i, c.object2, c.colour2, 16) for i, c in enumerate(clips) if c.relation]
     for actors in filter(None, (firsts, seconds)):
         numbers, names, colours, places = zip(*actors)
         who = list(numbers)
-        px, py, radius, angle = paths[:, who].unbind()  # (b, F) each
+        px, py, radius = paths[:, who].unbind()  # (b, F) each
         px = px + torch.tensor([[p if clips[i].relation == "left" else 0.0] for i, p in zip(who, places)])
         py = py + torch.tensor([[p if clips[i].relation == "above" else 0.0] for i, p in zip(who, places)])
-        px, py, radius, angle = column(px), column(py), column(radius), column(angle)
-        cos, sin = angle.cos(), angle.sin()
-        own_x, own_y = (cos * (x - px) + sin * (y - py)) / radius, (cos * (y - py) - sin * (x - px)) / radius
+        px, py, radius = column(px), column(py), column(radius)
+        own_x, own_y = torch.broadcast_tensors((x - px) / radius, (y - py) / radius)
         distance = torch.empty_like(own_x)  # (b, F, H, W)
         for name, rows in _by(list(names)):
             distance[rows] = signed_distance(name, own_x[rows], own_y[rows])
