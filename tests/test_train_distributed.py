@@ -297,7 +297,7 @@ def test_another_number_of_ranks_goes_on_to_rounding(tiny, place, two, four):
     runs = [*several(tiny, [(out, {"resume": True})]), *(resumed for *_, resumed in four)]
     for run in runs:
         found = updates(two["straight"][0])[2]
-        assert len(updates(run)) == STEPS - 2 and close(updates(run)[0][:-1], found[:-1])
+        assert len(updates(run)) == STEPS - 2 and close(updates(run)[0][:-1], found[:-1], 3e-5)
         # the LRM's labels are divided by their deviation, and so is their rounding
         assert close(updates(run)[0][-1:], found[-1:], 1e-4)
 
