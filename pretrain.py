@@ -376,8 +376,8 @@ def train_judge(cfg: JudgeRunConfig) -> None:
         blur = (torch.rand(len(video), 1, 1, 1, 1, generator=noise) < 0.25).to(cfg.device)
         truth = torch.tensor([c.truth() for c in batch])
         for i in range(0, len(batch), 4):  # a quarter in slow motion, so that parts of a clip can be read as well
-            first = int(torch.randint(-4, shapes.FRAMES + 1, (), generator=noise))
-            first = min(max(first, 0), shapes.FRAMES - 4)  # often the first or the last four frames
+            start = torch.randint(-4, shapes.FRAMES + 1, (), generator=noise)
+            first = int(start.clamp(0, shapes.FRAMES - 4))  # often the first or the last four frames
             video[i] = slow_motion(video[i : i + 1, :, first : first + 4])[0]
             truth[i, [list(shapes.FACTORS).index(name) for name in ("size", "action", "camera")]] = -1
         truth = truth.to(cfg.device)

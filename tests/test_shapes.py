@@ -110,6 +110,8 @@ def test_nothing_unseen_is_named():
         assert clip.colour not in shapes.SCENE_COLOURS[clip.scene] or clip.look == "monochrome"
         assert clip.look != "monochrome" or not {"colour", "colour2"} & set(seen)
         assert (clip.relation is None) == (clip.object2 is None) == (clip.colour2 is None)
+        along = {"left": ("left", "right"), "above": ("up", "down", "springs")}  # the line between the two of a pair
+        assert clip.action not in along.get(clip.relation, ())
         assert (clip.size is None) == (clip.relation is not None or clip.action in ("grows", "shrinks"))
         assert [i >= 0 for i in clip.truth()] == [f in seen for f in FACTORS]
         assert set(clip.visible(still=True)) == set(seen) - {"action", "camera"}
