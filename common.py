@@ -266,6 +266,25 @@ def open_log(file, first):
     return open(file, "a")
 
 
+def write_json(file, result):
+    """A dictionary as JSON, a line a key, and of "rows" a line a row: good in a diff."""
+    rows = lambda value: "[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]"
+    lines = [f' "{k}": {rows(v) if k == "rows" else json.dumps(v)}' for k, v in result.items()]
+    with atomic(file) as part:
+        part.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def tidy(value):
+    """Floats to 5 significant digits, NaN to None: small files, valid JSON."""
+    if isinstance(value, dict):
+        return {k: tidy(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [tidy(v) for v in value]
+    if isinstance(value, float):
+        return float(f"{value:.5g}") if math.isfinite(value) else None
+    return value
+
+
 def save_tensors(path, tensors, metadata=None):
     """Write {name: tensor} and {name: anything JSON can hold} to `path`, replacing it only when all is written.
 

@@ -5,7 +5,7 @@ latent reward model (lrm.py) learns any of them from such numbers alone, so a re
 are differentiable give their gradient on request (`with_grad=True`), which only the direct-gradient baselines ask for.
 
 Image rewards score frames one at a time, and a video is worth their mean; `frames` evenly spaced ones are enough. The
-rewards that see motion (dynamic_degree and the judge's agreement) take every frame. Those learned from people, HPSv2,
+rewards that see motion (dynamic_degree and the two of the judge) take every frame. Those learned from people, HPSv2,
 PickScore, ImageReward and LAION's aesthetic score, are in preference.py. The table at the end names them all.
 """
 
@@ -23,8 +23,8 @@ import common
 import distributed
 import preference
 from common import UserError
-from world.judge import Judge
-from world.shapes import FRAMES, SIZE
+from world.judge import Judge, slow_motion
+from world.shapes import FACTORS, FRAMES, SIZE
 
 
 @dataclass
@@ -202,7 +202,7 @@ def make(name: str, weights: str | None = None, frames: int | None = None, devic
             raise UserError(f"the reward {n} needs weights ({needs}); {there}")
         score, many = build(n, file, device), None if moving else frames
         score = Product(*score) if isinstance(score, tuple) else score
-        size = (FRAMES, SIZE, SIZE) if build is _judged else None
+        size = (FRAMES, SIZE, SIZE) if needs == JUDGE else None
         parts.append((weight, Reward(n, score, differentiable, text, scale, many, device, size)))
     if list(spec.values()) == [1.0]:
         return parts[0][1]
@@ -245,6 +245,18 @@ def _jpeg(name, file, device):
 def _judged(name, file, device):
     judge = common.load_model(file, Judge, device)[0].requires_grad_(False)
     return judge.probabilities, judge.direction
+
+
+def _object_kept(name, file, device):
+    """Does a clip end with the object it began with? Its parts: for every kind of object, that it is both."""
+    judge = common.load_model(file, Judge, device)[0].requires_grad_(False)
+    kinds = len(FACTORS["object"])
+
+    def parts(video):
+        first, last = slow_motion(video[:, :, :4]), slow_motion(video[:, :, -4:])
+        return judge(first)["object"].softmax(1) * judge(last)["object"].softmax(1)
+
+    return parts, lambda prompts: torch.ones(len(prompts), kinds, device=device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -327,6 +339,14 @@ JUDGE = "weights/judge_reward.safetensors"
 REWARDS = {
     "jpeg_compressibility": (_jpeg, False, False, False, "", "minus kB of a frame as JPEG, quality 95"),
     "agreement": (_judged, True, True, True, JUDGE, "0..1: mean probability of the factors the prompt names"),
+    "object_kept": (
+        _object_kept,
+        True,
+        False,
+        True,
+        JUDGE,
+        "0..1: the object is in the end what it was at first",
+    ),
     "dynamic_degree": (_dynamic_degree, True, False, True, "", "0 is still; VBench's threshold of motion is 1"),
     "hpsv2": (preference.hpsv2, True, True, False, HPS, "cosine, about 0.2..0.35; versions 2.0 and 2.1 do not compare"),
     "pickscore": (preference.pickscore, True, True, False, PICK, "cosine, about 0.18..0.24"),

@@ -4,9 +4,11 @@
     python eval.py experiments ablation                   # all rows of a table; ablation/vsd is one of them
     python eval.py experiments all --budget 8             # what is missing, for 8 hours; begun again it goes on
 
-A row is a label and the flags that make it; everything else is the default of train.py. Each runs with SEEDS, for the
-same number of updates, its last weights are measured on the same prompts and the same noise, and results/ keeps one
-small file a run. A stopped training goes on where it was. `eval.py tables` then writes docs/RESULTS.md.
+A row is a label and the flags that make it; everything else is SHORT or TUNE below and the default of train.py. Each
+runs with SEEDS, for the same number of updates, its last weights are measured on the same prompts and the same noise,
+and results/ keeps one small file a run. Rows of the same flags share their runs. All compute in float32 on one thread,
+so that a machine with instructions for bfloat16 repeats what one without them has found, and two tables can be made
+side by side on two cores. A stopped training goes on where it was. `eval.py tables` then writes docs/RESULTS.md.
 """
 
 import json
@@ -15,14 +17,17 @@ import sys
 import time
 from pathlib import Path
 
+import common
 from common import UserError
 from evals.metrics import mean_error, pm
 
-SEEDS = (0, 1, 2)
+SEEDS, ALL = (0, 1, 2), ("4", "2", "1")
 MEASURE = "--prompts 256 --vendi-prompts 16 --no-dimensions"
-STUDENT = "--student weights/student.safetensors"
-TUNE = f"{STUDENT} --iterations 60"  # the rewards' rows: from the same student, anchored by VSD and CD
-POLICY = "ddpo.py --weights weights/student.safetensors --iterations 60"
+EQUAL = "--precision fp32 --threads 1"
+SHORT = "--batch 8 --global-batch 8 --iterations 100"  # half the default run's batch, and three quarters of its updates
+TUNE = "--student weights/student.safetensors --reward-every 25"  # the rewards' rows begin with the same student
+HOLD = "--beta-vsd 0 --beta-cd 0 --beta-kl 10"  # and are held by VSD + CD, or by this distance to it
+POLICY = "ddpo.py --beta-kl 10 --reward object_kept"
 
 # table -> {label: flags of train.py, or a script and its flags}
 TABLES = {
@@ -32,24 +37,34 @@ TABLES = {
         "CD, from its average": "--beta-vsd 0",
         "CD, from the student": "--beta-vsd 0 --cd-target student",
         "CD, from the teacher": "--beta-vsd 0 --cd-target teacher",
-        "VSD + CD + LRM": "--reward agreement",
+        "VSD + CD + LRM": "--reward object_kept",
+        "teacher": "eval.py",
     },
     "tuning": {  # Table 5
-        "no reward": TUNE,
-        "LRM, scalar": f"{TUNE} --reward agreement --lrm-labels scalar",
-        "LRM, parts": f"{TUNE} --reward agreement --lrm-labels parts",
-        "DDPO": f"{POLICY} --reward agreement",
-        "DDPO, raw": f"{POLICY} --reward agreement --advantage raw",
-        "ReFL": f"{POLICY} --reward agreement --method refl",
-        "DRaFT-1": f"{POLICY} --reward agreement --method draft --truncate 1",
+        "VSD + CD": TUNE,
+        "VSD + CD + LRM, scalar": f"{TUNE} --reward object_kept --lrm-labels scalar",
+        "VSD + CD + LRM, parts": f"{TUNE} --reward object_kept --lrm-labels parts",
+        "KL + LRM, scalar": f"{TUNE} {HOLD} --reward object_kept --lrm-labels scalar",
+        "KL + LRM, parts": f"{TUNE} {HOLD} --reward object_kept --lrm-labels parts",
+        "KL + DDPO": POLICY,
+        "KL + DDPO, raw": f"{POLICY} --advantage raw",
+        "KL + ReFL": f"{POLICY} --method refl",
+        "KL + DRaFT-1": f"{POLICY} --method draft --truncate 1",
+    },
+    "agreement": {  # a reward that reads the prompt, where something is left to gain: the student's single step
+        "VSD + CD": f"{TUNE} --steps 1",
+        "VSD + CD + LRM, scalar": f"{TUNE} --steps 1 --reward agreement --lrm-labels scalar",
+        "VSD + CD + LRM, parts": f"{TUNE} --steps 1 --reward agreement --lrm-labels parts",
     },
     "steps": {  # Table 6
+        "4 steps, VSD + CD": "",
+        "4 steps, VSD": "--beta-cd 0",
         "2 steps, VSD + CD": "--steps 2",
         "2 steps, VSD": "--steps 2 --beta-cd 0",
         "1 step, VSD + CD": "--steps 1",
         "1 step, VSD": "--steps 1 --beta-cd 0",
     },
-    "teacher-steps": {f"m = {m}": f"--m {m}" for m in (1, 2, 5, 10)},  # Table 7
+    "teacher-steps": {"m = 1": "--m 1", "m = 2": "--m 2", "m = 5": "", "m = 10": "--m 10"},  # Table 7
     "prediction": {"conjugate": "", "sample": "--prediction sample"},  # Table 8
     "rank": {"full": ""} | {f"rank {r}": f"--rank {r} --lr 1e-3 --fake-lr 2e-3" for r in (8, 16, 32, 64)},
     "choices": {  # what the paper leaves open, one at a time
@@ -61,16 +76,23 @@ TABLES = {
         "the KL's own weight": "--vsd-weight score",
     },
     "overoptimised": {  # Fig. 9, 14
-        "LRM alone": f"{TUNE} --reward jpeg_compressibility --beta-vsd 0 --beta-cd 0",
-        "LRM and KL": f"{TUNE} --reward jpeg_compressibility --beta-vsd 0 --beta-cd 0 --beta-kl 10",
+        "LRM alone": f"{TUNE} --beta-vsd 0 --beta-cd 0 --reward jpeg_compressibility",
+        "LRM and KL": f"{TUNE} {HOLD} --reward jpeg_compressibility",
     },
 }
 
 
-def file_of(table, label, seed):
-    """Where results/ keeps a run."""
+def name_of(table, label, seed):
+    """Of a run. Rows of the same flags are one run, named after the first."""
+    flags = TABLES[table][label]
+    table, label = next((t, l) for t, labels in TABLES.items() for l, others in labels.items() if others == flags)
     words = "".join(c if c.isalnum() else "-" for c in label.lower())
-    return Path("results") / f"experiment-{table}-{words}-{seed}.json"
+    return f"{table}-{words}-{seed}"
+
+
+def file_of(table, label, seed):
+    """Where results/ keeps it."""
+    return Path("results") / f"experiment-{name_of(table, label, seed)}.json"
 
 
 def chosen(names):
@@ -94,35 +116,53 @@ def listing():
 
 
 def commands(table, label, seed, out):
-    """The two command lines of a run: its training into the folder `out`, and its measurement."""
+    """The command lines of a run: its training into the folder `out`, and its measurement; of the teacher that alone.
+
+    Students are measured on the same noise, the teacher with another in each run, for it has no other seed.
+    """
     flags = TABLES[table][label].split()
     script = flags.pop(0) if flags and flags[0].endswith(".py") else "train.py"
-    quiet = ["--sample-every", "0"] if script == "train.py" else []
+    measure = [sys.executable, "eval.py", "world", "--label", label, *MEASURE.split(), *EQUAL.split()]
+    measure += ["--out", str(file_of(table, label, seed))]
+    if script == "eval.py":
+        return [[*measure, "--weights", "weights/teacher.safetensors", "--steps", "50", *ALL, "--seed", str(seed)]]
+    flags += SHORT.split() + EQUAL.split() + (["--sample-every", "0"] if script == "train.py" else [])
     resume = ["--resume"] if any((out / "checkpoints").glob("step_*")) else []
-    train = [sys.executable, script, *flags, "--seed", str(seed), *quiet, "--out", str(out), *resume]
-    steps = ["4", "2", "1"]
-    if "--steps" in flags:
-        steps = [n for n in steps if int(n) <= int(flags[flags.index("--steps") + 1])]
-    weights = ["--weights", str(out / "student.safetensors"), "--steps", *steps, "--label", label]
-    measured = file_of(table, label, seed)
-    return train, [sys.executable, "eval.py", "world", *weights, *MEASURE.split(), "--out", str(measured)]
+    most = flags[flags.index("--steps") + 1] if "--steps" in flags else "4"
+    steps = [n for n in ALL if n <= most] if table == "ablation" else [most]
+    return [
+        [sys.executable, script, *flags, "--seed", str(seed), "--out", str(out), *resume],
+        [*measure, "--weights", str(out / "student.safetensors"), "--steps", *steps],
+    ]
 
 
 def run(names, hours=0.0):
     """Make what is missing of the named experiments, one run after the other, until `hours` are over (0: no limit)."""
     begun = time.time()
     for table, label, seed in chosen(names):
-        if file_of(table, label, seed).exists():
+        file, out = file_of(table, label, seed), Path("runs/experiments") / name_of(table, label, seed)
+        if file.exists():
             continue
         if hours and time.time() - begun > 3600 * hours:
             print(f"{hours:g} hours are over: the same command goes on from here")
             return
         print(f"{table}/{label}, seed {seed}", flush=True)
-        for command in commands(
-            table, label, seed, Path("runs/experiments") / f"{table}-{label}-{seed}".replace(" ", "-")
-        ):
+        made = commands(table, label, seed, out)
+        for command in made:
             if subprocess.run(command).returncode:
                 raise UserError(f"this failed: {' '.join(command)}")
+        if len(made) > 1:
+            add_training(file, out, made[0])
+
+
+def add_training(file, out, command):
+    """Put into a file of results its training: the command, the last value of each number of the log, file sizes."""
+    last = {}
+    for line in (out / "log.jsonl").read_text().splitlines():
+        last |= json.loads(line)
+    sizes = {f.name: f.stat().st_size for f in out.glob("*.safetensors")}
+    training = {"command": " ".join(["python", *command[1:]]), "log": last, "bytes": sizes}
+    common.write_json(file, common.tidy(json.loads(file.read_text()) | {"training": training}))
 
 
 def rows_of(name, folder="results"):

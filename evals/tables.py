@@ -15,7 +15,8 @@ import time
 from dataclasses import MISSING, fields
 from pathlib import Path
 
-from common import UserError, atomic
+import common
+from common import UserError
 from evals import experiments, vbench
 from evals.metrics import mean_error, pm
 from world.reading import MAIN
@@ -28,12 +29,9 @@ def save(cfg, kind, **content):
     value = lambda f: f.default if f.default is not MISSING else f.default_factory()
     said = {f.name: getattr(cfg, f.name) for f in fields(cfg) if getattr(cfg, f.name) != value(f)}
     result = {"kind": kind, "command": command, "date": time.strftime("%Y-%m-%d"), "settings": said}
-    result = tidy(result | content)
+    result = common.tidy(result | content)
     if cfg.out and Path(cfg.out).suffix == ".json":
-        rows = lambda value: "[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]"  # a line a row: good in a diff
-        lines = [f' "{k}": {rows(v) if k == "rows" else json.dumps(v)}' for k, v in result.items()]
-        with atomic(cfg.out) as part:
-            part.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+        common.write_json(cfg.out, result)
         print(f"wrote {cfg.out}")
     return result
 
@@ -43,17 +41,6 @@ def show(cfg, kind, **content):
     result = save(cfg, kind, **content)
     print(table([result]))
     return result
-
-
-def tidy(value):
-    """Floats to 5 significant digits, NaN to None: small files, valid JSON."""
-    if isinstance(value, dict):
-        return {k: tidy(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [tidy(v) for v in value]
-    if isinstance(value, float):
-        return float(f"{value:.5g}") if math.isfinite(value) else None
-    return value
 
 
 def read(name, folder="results"):
@@ -296,6 +283,6 @@ def write_pages(root="."):
     pages = [p for name in PAGES for p in sorted(Path(root).glob(name)) if "<!-- table:" in p.read_text("utf-8")]
     for path in pages:
         text = page(path, Path(root) / "results")
-        with atomic(path) as part:
+        with common.atomic(path) as part:
             part.write_text(text, encoding="utf-8")
     return pages

@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 import common
+import rewards
 from common import UserError, autocast
 from evals import vbench
 from evals.metrics import frechet, jackknife, mean_error, neighbours, pm, vendi
@@ -176,7 +177,9 @@ def reference_rows(cfg, eye, reference):
 def look(cfg, eye, reference, first, named, more, numbers):
     """All that is measured of videos 0..n-1, one a prompt, and of further videos `numbers` (5 * prompt + copy)."""
     quality = (lambda video: dimensions.quality(eye, video)) if cfg.dimensions else lambda video: {}
-    measure = lambda video: {"identity": eye.keeps_its_object(video)} | quality(video)
+    flow = rewards.make("dynamic_degree")  # of the most moving twentieth of the pixels; VBench's threshold is 1
+    also = lambda video: {"identity": eye.keeps_its_object(video), "motion": flow(video.cpu())}
+    measure = lambda video: also(video) | quality(video)
     looked = eye.over(first, cfg.prompts, "drawing and looking", measure)
     index, seen = looked["index"], [named[i] for i in looked["index"]]
     if len(index) < 20:
@@ -185,6 +188,7 @@ def look(cfg, eye, reference, first, named, more, numbers):
     row |= accuracy(looked["beliefs"], seen) | compare(looked["features"], reference)
     single = torch.tensor(["relation" not in names for names in seen])
     row["identity"] = mean_error(looked["measured"].pop("identity")[single].double())
+    row["motion"] = mean_error(looked["measured"].pop("motion").double())
     if numbers:
         others = eye.over(more, len(numbers), "diversity")
         features = torch.cat([looked["features"], others["features"]])
