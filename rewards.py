@@ -256,7 +256,7 @@ def _object_kept(name, file, device):
         first, last = slow_motion(video[:, :, :4]), slow_motion(video[:, :, -4:])
         return judge(first)["object"].softmax(1) * judge(last)["object"].softmax(1)
 
-    return parts, lambda prompts: torch.ones(len(prompts), kinds, device=device)
+    return parts, lambda prompts: torch.ones(len(prompts or [""]), kinds, device=device)  # of the prompt nothing
 
 
 # ---------------------------------------------------------------------------------------------------------------------

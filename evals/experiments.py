@@ -155,33 +155,61 @@ def run(names, hours=0.0):
             add_training(file, out, made[0])
 
 
+CURVES = ("step", "true_reward", "true_error", "lrm_estimate", "rank_correlation")
+
+
 def add_training(file, out, command):
-    """Put into a file of results its training: the command, the last value of each number of the log, file sizes."""
-    last = {}
-    for line in (out / "log.jsonl").read_text().splitlines():
-        last |= json.loads(line)
+    """Put into a file of results its training: command, last values of the log, curves of a reward, sizes of files."""
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    last = {name: value for line in lines for name, value in line.items()}
+    curves = [[line.get(name) for name in CURVES] for line in lines if "true_reward" in line]
     sizes = {f.name: f.stat().st_size for f in out.glob("*.safetensors")}
-    training = {"command": " ".join(["python", *command[1:]]), "log": last, "bytes": sizes}
+    training = {"command": " ".join(["python", *command[1:]]), "log": last, "curves": curves, "bytes": sizes}
     common.write_json(file, common.tidy(json.loads(file.read_text()) | {"training": training}))
+
+
+def read(table, label, folder):
+    """The results of a row, one for each seed that has run."""
+    files = [Path(folder) / file_of(table, label, seed).name for seed in SEEDS]
+    return [json.loads(file.read_text()) for file in files if file.exists()]
+
+
+def scores_of(row, training, motion):
+    """What a table shows of one run: {header: (number or None, digits)}."""
+    log, sizes = training.get("log", {}), training.get("bytes", {})
+    learned = sizes.get("adapter.safetensors", sizes.get("student.safetensors"))
+    seconds = log.get("trained_s")
+    return {
+        "right, mean of 7 factors, %": (100 * row["main"]["mean"], 1),
+        "Frechet distance": (row["frechet"]["mean"], 2),
+        "Vendi - 1": (row["vendi"]["mean"], 2),
+        "object kept, %": (100 * row["identity"]["mean"], 1),
+        "motion, % of the teacher's": (100 * row["motion"]["mean"] / motion if motion else None, 0),
+        "reward": (log.get("true_reward"), 3),
+        "rewarded clips": (log.get("reward_evaluations"), 0),
+        "minutes": (seconds and seconds / 60, 1),
+        "MB": (learned and learned / 1e6, 1),
+    }
 
 
 def rows_of(name, folder="results"):
     """Header and lines of the table of an experiment: means over the seeds that have run, and their standard errors."""
-    header = ["", "steps", "seeds", "right, mean of 7 factors, %", "Frechet distance", "Vendi - 1", "object kept, %"]
-    lines = []
+    teacher = [row for result in read("ablation", "teacher", folder) for row in result["rows"] if row["steps"] == 50]
+    motion = mean_error([row["motion"]["mean"] for row in teacher])["mean"] if teacher else None
+    found, columns = {}, {}  # (label, steps): a list of scores_of; the headers of which some row has something to say
     for label in TABLES[name]:
-        files = [Path(folder) / file_of(name, label, seed).name for seed in SEEDS]
-        measured = [row for file in files if file.exists() for row in json.loads(file.read_text())["rows"]]
-        if not measured:
-            lines.append([label, "", "not run", "", "", "", ""])
-        for steps in dict.fromkeys(row["steps"] for row in measured):
-            rows = [row for row in measured if row["steps"] == steps]
-            mean = lambda key, rows=rows: mean_error([row[key]["mean"] for row in rows])
-            scores = [
-                pm(mean("main"), 100),
-                pm(mean("frechet"), 1, 2),
-                pm(mean("vendi"), 1, 2),
-                pm(mean("identity"), 100),
-            ]
-            lines.append([label, steps, len(rows), *scores])
-    return header, lines
+        for result in read(name, label, folder):
+            for row in result["rows"]:
+                scores = scores_of(row, result.get("training", {}), motion)
+                found.setdefault((label, row["steps"]), []).append(scores)
+                columns |= {header: digits for header, (value, digits) in scores.items() if value is not None}
+    missing = [label for label in TABLES[name] if label not in [drawn for drawn, _ in found]]
+    lines = [[label, "", "not run", *[""] * len(columns)] for label in missing]
+    for (label, steps), runs in found.items():
+        line = [label, steps, len(runs)]
+        for header, digits in columns.items():
+            values = [run[header][0] for run in runs]
+            line.append("" if None in values else pm(mean_error(values), 1, digits))
+        lines.append(line)
+    lines.sort(key=lambda line: list(TABLES[name]).index(line[0]))
+    return ["", "steps", "seeds", *columns], lines

@@ -104,7 +104,8 @@ def pm(score, scale=1.0, digits=1):
     if not score or score["mean"] is None or not math.isfinite(score["mean"]):
         return "-"
     error = score.get("error")
-    return f"{scale * score['mean']:.{digits}f}" + ("" if error is None else f"±{scale * error:.{digits}f}")
+    known = error is not None and math.isfinite(error)
+    return f"{scale * score['mean']:.{digits}f}" + (f"±{scale * error:.{digits}f}" if known else "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3,12 +3,15 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 import common
 import ddpo
+import eval as evaluation
 import train
 from common import UserError
 from evals import experiments, tables
@@ -16,19 +19,27 @@ from evals.experiments import SEEDS, TABLES, chosen, commands, file_of
 
 
 def test_every_row_is_a_command_of_its_script(tmp_path):
-    seen = set()
+    runs = {}
     for table, label, seed in chosen(["all"]):
-        made, measured = commands(table, label, seed, tmp_path)
-        config, presets = (train.Config, train.PRESETS) if made[1] == "train.py" else (ddpo.Config, None)
-        cfg = common.parse(config, made[2:], "", presets)
-        assert cfg.seed == seed and cfg.out == str(tmp_path)
-        assert measured[measured.index("--label") + 1] == label and int(measured[measured.index("--steps") + 1]) in (
-            1,
-            2,
-            4,
-        )
-        seen.add(file_of(table, label, seed))
-    assert len(seen) == len(SEEDS) * sum(map(len, TABLES.values())) and len(SEEDS) >= 3  # no two share a file
+        *made, measured = commands(table, label, seed, tmp_path)
+        cfg = common.parse(evaluation.WorldConfig, measured[3:], "")
+        assert cfg.label == label and set(cfg.steps) <= {50, 4, 2, 1}
+        assert cfg.out == str(file_of(table, label, seed)) and cfg.precision == "fp32"
+        if label == "teacher":
+            assert made == [] and cfg.seed == seed
+            continue
+        config, presets = (train.Config, train.PRESETS) if made[0][1] == "train.py" else (ddpo.Config, None)
+        trained = common.parse(config, made[0][2:], "", presets)
+        assert trained.seed == seed and cfg.seed == 0  # all students are measured on one noise
+        assert trained.out == str(tmp_path) and cfg.weights == f"{tmp_path}/student.safetensors"
+        assert (trained.iterations, trained.batch, trained.global_batch, trained.precision) == (100, 8, 8, "fp32")
+        assert max(cfg.steps) == getattr(trained, "steps", 4)
+        flags = str(replace(trained, seed=0))
+        assert runs.setdefault((cfg.out, flags), flags) == flags
+    assert len(SEEDS) >= 3
+    files, flags = zip(*runs)
+    assert len(set(files)) == len(files)  # a file is of one run
+    assert len(set(flags)) * len(SEEDS) == len(runs)  # and no two rows make the same run twice
 
 
 def test_a_stopped_run_goes_on(tmp_path):
@@ -42,12 +53,30 @@ def test_what_is_missing_is_run_and_nothing_else(tmp_path, monkeypatch):
     (tmp_path / "results").mkdir()
     file_of("ablation", "VSD", 1).write_text("{}")
     ran = []
-    monkeypatch.setattr(subprocess, "run", lambda command: ran.append(command) or SimpleNamespace(returncode=0))
+
+    def ran_well(command):
+        """What the two scripts leave behind."""
+        ran.append(command)
+        out = Path(command[command.index("--out") + 1])
+        if command[1] == "train.py":
+            out.mkdir(parents=True)
+            (out / "log.jsonl").write_text('{"step": 0, "true_reward": 0.5}\n{"step": 1, "trained_s": 2.0}\n')
+            (out / "student.safetensors").write_bytes(bytes(7))
+        else:
+            out.write_text('{"rows": []}')
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(subprocess, "run", ran_well)
     experiments.run(["ablation/VSD"])
     assert [command[1] for command in ran] == ["train.py", "eval.py"] * 2
     assert all(command[0] == sys.executable for command in ran)
     assert [command[command.index("--seed") + 1] for command in ran[::2]] == ["0", "2"]
     assert all("--beta-cd" in command for command in ran[::2])
+    training = json.loads(file_of("ablation", "VSD", 2).read_text())["training"]
+    assert training["curves"] == [[0, 0.5, None, None, None]]
+    assert training["log"] == {"step": 1, "true_reward": 0.5, "trained_s": 2.0}  # the last of each
+    assert training["bytes"] == {"student.safetensors": 7}
+    assert training["command"].startswith("python train.py --beta-cd 0") and "--seed 2" in training["command"]
     monkeypatch.setattr(subprocess, "run", lambda command: SimpleNamespace(returncode=1))
     with pytest.raises(UserError, match="this failed"):
         experiments.run(["steps"])
@@ -60,16 +89,31 @@ def test_the_budget_ends_between_two_runs(tmp_path, monkeypatch, capsys):
     clock, ran = iter([0.0, 0.0, 3000.0, 4000.0]), []
     monkeypatch.setattr(experiments.time, "time", lambda: next(clock))
     monkeypatch.setattr(subprocess, "run", lambda command: ran.append(command) or SimpleNamespace(returncode=0))
+    monkeypatch.setattr(experiments, "add_training", lambda *run: None)
     experiments.run(["all"], hours=1.0)
     assert len(ran) == 4 and "hours are over" in capsys.readouterr().out
 
 
 def test_a_table_has_means_over_seeds_and_says_what_has_not_run(tmp_path):
     score = lambda x: {"mean": x, "error": 9.0, "n": 5}
+
+    def write(table, label, seed, x, steps=4, **training):
+        row = {"steps": steps, "main": score(x), "frechet": score(1.0), "vendi": score(2.0), "identity": score(1.0)}
+        rows = {"rows": [row | {"motion": score(x)}], "training": training}
+        (tmp_path / file_of(table, label, seed).name).write_text(json.dumps(rows))
+
+    sizes = {"student.safetensors": 7_000_000, "adapter.safetensors": 2_000_000}
     for seed, x in ((0, 0.5), (2, 0.7)):
-        row = {"steps": 4, "main": score(x), "frechet": score(1.0), "vendi": score(2.0), "identity": score(1.0)}
-        (tmp_path / file_of("rank", "rank 8", seed).name).write_text(json.dumps({"rows": [row]}))
+        write("rank", "rank 8", seed, x, bytes=sizes, log={"trained_s": 60.0})
     text = tables.block("experiments/rank", tmp_path)
-    assert "| rank 8 | 4 | 2 | 60.0±10.0 | 1.00±0.00 | 2.00±0.00 | 100.0±0.0 |" in text
+    assert "| rank 8 | 4 | 2 | 60.0±10.0 | 1.00±0.00 | 2.00±0.00 | 100.0±0.0 | 1.0±0.0 | 2.0±0.0 |" in text
+    assert "| Vendi - 1 | object kept, % | minutes | MB |" in text  # no column of motion without the teacher's
     assert text.count("not run") == len(TABLES["rank"]) - 1
     assert text.endswith("    python eval.py experiments rank")
+    write("ablation", "teacher", 0, 1.2, steps=50)
+    assert "| 100.0±0.0 | 50±8 | 1.0±0.0 | 2.0±0.0 |" in tables.block("experiments/rank", tmp_path)
+
+
+def test_rows_of_the_same_flags_are_one_run():
+    assert file_of("rank", "full", 1) == file_of("choices", "as it is", 1) == file_of("ablation", "VSD + CD", 1)
+    assert file_of("rank", "rank 8", 1) != file_of("rank", "rank 16", 1)

@@ -252,6 +252,22 @@ def test_bundled_judge_knows_its_captions():
 # motion
 
 
+def test_the_judge_sees_an_object_change():
+    """Clips of one scene and action, whose end is then another object's: kept is what is one object throughout."""
+    same = {"action": "still", "scene": "night", "camera": "static", "look": "plain", "colour": "red", "size": "large"}
+    kinds = shapes.FACTORS["object"]
+    clips = [shapes.Clip.make(11, 0, **same, object=kind) for kind in kinds]
+    video, reward = shapes.render_batch(clips), rewards.make("object_kept", str(BUNDLED))
+    assert (reward(video) > 0.9).all() and not reward.text
+    changed = torch.cat([video[:, :, :8], video.roll(1, 0)[:, :, 8:]], 2)
+    assert (reward(changed) < 0.1).all()
+    middle = torch.cat([video[:, :, :4], video.roll(1, 0)[:, :, 4:-4], video[:, :, -4:]], 2)
+    torch.testing.assert_close(reward(middle), reward(video))  # its ends alone are looked at
+    parts = reward.parts(video)
+    assert parts.argmax(1).tolist() == list(range(len(kinds)))  # the parts say which it is
+    torch.testing.assert_close(reward.from_parts(parts, [""] * len(kinds))[:, 0], reward(video))
+
+
 def test_flow_recovers_a_translation():
     scene = smooth(120, 140)[None] / 255
     cut = lambda dx, dy: scene[..., 20 - dy : 100 - dy, 20 - dx : 116 - dx]  # content moves by (dx, dy)
