@@ -82,10 +82,15 @@ TABLES = {
 }
 
 
+def first_of(table, label):
+    """Rows of the same flags are one run: (table, label) of the first of them."""
+    rows = [(t, l) for t, labels in TABLES.items() for l in labels]
+    return next((t, l) for t, l in rows if TABLES[t][l] == TABLES[table][label])
+
+
 def name_of(table, label, seed):
-    """Of a run. Rows of the same flags are one run, named after the first."""
-    flags = TABLES[table][label]
-    table, label = next((t, l) for t, labels in TABLES.items() for l, others in labels.items() if others == flags)
+    """Of a run, after its first row."""
+    table, label = first_of(table, label)
     words = "".join(c if c.isalnum() else "-" for c in label.lower())
     return f"{table}-{words}-{seed}"
 
@@ -120,6 +125,7 @@ def commands(table, label, seed, out):
 
     Students are measured on the same noise, the teacher with another in each run, for it has no other seed.
     """
+    table, label = first_of(table, label)
     flags = TABLES[table][label].split()
     script = flags.pop(0) if flags and flags[0].endswith(".py") else "train.py"
     measure = [sys.executable, "eval.py", "world", "--label", label, *MEASURE.split(), *EQUAL.split()]

@@ -23,7 +23,7 @@ def test_every_row_is_a_command_of_its_script(tmp_path):
     for table, label, seed in chosen(["all"]):
         *made, measured = commands(table, label, seed, tmp_path)
         cfg = common.parse(evaluation.WorldConfig, measured[3:], "")
-        assert cfg.label == label and set(cfg.steps) <= {50, 4, 2, 1}
+        assert cfg.label == experiments.first_of(table, label)[1] and set(cfg.steps) <= {50, 4, 2, 1}
         assert cfg.out == str(file_of(table, label, seed)) and cfg.precision == "fp32"
         if label == "teacher":
             assert made == [] and cfg.seed == seed
@@ -116,4 +116,5 @@ def test_a_table_has_means_over_seeds_and_says_what_has_not_run(tmp_path):
 
 def test_rows_of_the_same_flags_are_one_run():
     assert file_of("rank", "full", 1) == file_of("choices", "as it is", 1) == file_of("ablation", "VSD + CD", 1)
+    assert commands("rank", "full", 1, Path()) == commands("ablation", "VSD + CD", 1, Path())
     assert file_of("rank", "rank 8", 1) != file_of("rank", "rank 16", 1)
