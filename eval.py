@@ -1,8 +1,8 @@
 """How good is it? Every number that this repository tells of a model comes out of this script.
 
     python eval.py compare --out FILE.gif                    # teacher and student side by side
-    python eval.py ranks --weights W --steps 4 2 1           # accuracy, Frechet distance, coverage, diversity
-    python eval.py ranks --reference                         # the same of rendered clips and the VAE's copies of them
+    python eval.py world --weights W --steps 4 2 1           # accuracy, Frechet distance, coverage, diversity
+    python eval.py world --reference                         # the same of rendered clips and the VAE's copies of them
     python eval.py time --weights W --teacher T              # Table 4; memory: the same for peak memory
     python eval.py reward-memory                             # of latent and pixel rewards, Tables 1 and 10
     python eval.py tuned RUNS...                             # students tuned to a reward, side by side (Table 5)
@@ -13,6 +13,8 @@
     python eval.py people --a DIR --b DIR --out PAGE.html    # pairs of videos for people to compare (section 8.1)
     python eval.py votes FILES...                            # what they said (Fig. 6)
     python eval.py experiments NAME ...                      # the runs behind the tables: evals/experiments.py
+    python eval.py sheet TABLE --out FILE.png                # what the students of such a table draw
+    python eval.py curves TABLE --out FILE.png               # what was logged of them
     python eval.py table NAME ...                            # results/*.json as Markdown
     python eval.py tables                                    # the same into README.md and docs/
 
@@ -36,7 +38,7 @@ import rewards
 import watch
 from common import Machine, UserError, atomic, opt, parse, run, start, writable
 from distributed import Ranks
-from evals import cost, curves, experiments, people, tables, vbench
+from evals import cost, curves, experiments, people, pictures, tables, vbench
 from evals.metrics import Inception, pixel_features, vendi, vendi_kernel, video_diversity
 from evals.vbench import vbench_scores
 from generate import Generator
@@ -397,7 +399,7 @@ class CompareConfig(ModelConfig):
     teacher_steps: tuple[int, ...] = opt((50, 4, 1), "its steps")
     steps: tuple[int, ...] = opt((4, 1), "the student's steps")
     prompts: int = opt(3, "the first so many held-out prompts")
-    captions: Literal["train", "long", "short", "object"] = opt("train", "what they name, as in `ranks`")
+    captions: Literal["train", "long", "short", "object"] = opt("train", "what they name, as in `world`")
     every: int = opt(1, "one frame in so many is shown")
     colours: int = opt(255, "of each frame of a .gif; fewer make a smaller file")
 
@@ -431,6 +433,18 @@ def run_experiments(cfg):
     experiments.run(cfg.names, cfg.budget)
 
 
+@dataclass
+class SheetConfig:
+    table: str = opt("tuning", "a table of evals/experiments.py whose runs are in runs/experiments")
+    prompts: int = opt(4, "the first so many held-out prompts")
+    out: str = opt("samples/sheet.png", "the picture, FILE.png")
+
+
+def sheet(cfg):
+    """What the students of a table draw: three frames of the same prompts from the same noise."""
+    pictures.sheet(cfg.table, cfg.out, cfg.prompts)
+
+
 COMMANDS = {
     "experiments": (ExperimentsConfig, run_experiments),
     "world": (WorldConfig, world),
@@ -440,14 +454,14 @@ COMMANDS = {
     "vbench": (VBenchConfig, score_videos), "vendi": (VendiConfig, diversity_of_files),
     "people": (PeopleConfig, people_),
     "votes": (VotesConfig, votes), "tuned": (TunedConfig, tuned), "curves": (CurvesConfig, draw_curves),
-    "compare": (CompareConfig, compare),
+    "compare": (CompareConfig, compare), "sheet": (SheetConfig, sheet),
 }  # fmt: skip
 
 MEASUREMENTS = {  # what --out NAME.json keeps
     "world", "time", "memory", "reward-memory", "vbench", "vendi", "tuned", "votes",
 }  # fmt: skip
 # what words without a flag are
-POSITIONAL = {"experiments": "--names", "votes": "--files", "tuned": "--runs", "curves": "--runs"}
+POSITIONAL = {"experiments": "--names", "votes": "--files", "tuned": "--runs", "curves": "--runs", "sheet": "--table"}
 
 
 def main():

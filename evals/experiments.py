@@ -75,6 +75,18 @@ TABLES = {
         "noised data": "--generator-input data",
         "the KL's own weight": "--vsd-weight score",
     },
+    "troubles": {  # each brought about on purpose: docs/TROUBLESHOOTING.md
+        "healthy": "",
+        "student too fast": "--beta-cd 0 --lr 1e-3 --fake-updates 1",
+        "fake score too slow": "--fake-lr 1e-6",
+        "no VSD": "--beta-vsd 0",
+        "guidance of 10": "--w-vsd 10",
+        "guidance off by one": "--w-vsd 3 --w-cd 3",
+        "all for motion": "--reward dynamic_degree --ft-share 4",
+        "all for small files": "--reward jpeg_compressibility --ft-share 4",
+        "LRM followed at once": "--reward object_kept --lrm-labels scalar --lrm-warmup 0 --ft-share 0 --beta-ft 10",
+        "average that stands": "--ema 0.9999",
+    },
     "overoptimised": {  # Fig. 9, 14
         "LRM alone": f"{TUNE} --beta-vsd 0 --beta-cd 0 --reward jpeg_compressibility",
         "LRM and KL": f"{TUNE} {HOLD} --reward jpeg_compressibility",
@@ -161,23 +173,37 @@ def run(names, hours=0.0):
             add_training(file, out, made[0])
 
 
-CURVES = ("step", "true_reward", "true_error", "lrm_estimate", "rank_correlation")
+CURVES = ["score_gap", "vsd", "cd", "fake", "vsd_pull", "ft_pull"]  # what the log says of Algorithm 1, and of a reward
+CURVES += ["lrm", "true_reward", "lrm_estimate", "rank_correlation"]
+STRETCH = 10  # updates, over which a point of a curve is the mean
 
 
 def add_training(file, out, command):
-    """Put into a file of results its training: command, last values of the log, curves of a reward, sizes of files."""
+    """Put into a file of results its training: command, last values of the log, curves, sizes of files."""
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     last = {name: value for line in lines for name, value in line.items()}
-    curves = [[line.get(name) for name in CURVES] for line in lines if "true_reward" in line]
+    curves = {name: curve for name in CURVES if (curve := curve_of(lines, name))}
     sizes = {f.name: f.stat().st_size for f in out.glob("*.safetensors")}
     training = {"command": " ".join(["python", *command[1:]]), "log": last, "curves": curves, "bytes": sizes}
     common.write_json(file, common.tidy(json.loads(file.read_text()) | {"training": training}))
+
+
+def curve_of(lines, name):
+    """[[update, mean of what was logged in the STRETCH from there on], ...]."""
+    stretches = {}
+    for line in lines:
+        if name in line:
+            stretches.setdefault(line["step"] // STRETCH * STRETCH, []).append(line[name])
+    return [[step, sum(values) / len(values)] for step, values in stretches.items()]
 
 
 def read(table, label, folder):
     """The results of a row, one for each seed that has run."""
     files = [Path(folder) / file_of(table, label, seed).name for seed in SEEDS]
     return [json.loads(file.read_text()) for file in files if file.exists()]
+
+
+LOGGED = ("score gap", "fake loss")  # of interest where something goes wrong
 
 
 def scores_of(row, training, motion):
@@ -195,6 +221,8 @@ def scores_of(row, training, motion):
         "rewarded clips": (log.get("reward_evaluations"), 0),
         "minutes": (seconds and seconds / 60, 1),
         "MB": (learned and learned / 1e6, 1),
+        "score gap": (log.get("score_gap"), 2),
+        "fake loss": (log.get("fake"), 2),
     }
 
 
@@ -208,7 +236,8 @@ def rows_of(name, folder="results"):
             for row in result["rows"]:
                 scores = scores_of(row, result.get("training", {}), motion)
                 found.setdefault((label, row["steps"]), []).append(scores)
-                columns |= {header: digits for header, (value, digits) in scores.items() if value is not None}
+                known = {header: digits for header, (value, digits) in scores.items() if value is not None}
+                columns |= {header: known[header] for header in known if name == "troubles" or header not in LOGGED}
     missing = [label for label in TABLES[name] if label not in [drawn for drawn, _ in found]]
     lines = [[label, "", "not run", *[""] * len(columns)] for label in missing]
     for (label, steps), runs in found.items():

@@ -60,7 +60,12 @@ def test_what_is_missing_is_run_and_nothing_else(tmp_path, monkeypatch):
         out = Path(command[command.index("--out") + 1])
         if command[1] == "train.py":
             out.mkdir(parents=True)
-            (out / "log.jsonl").write_text('{"step": 0, "true_reward": 0.5}\n{"step": 1, "trained_s": 2.0}\n')
+            log = (
+                {"step": 0, "cd": 1, "true_reward": 0.5},
+                {"step": 9, "cd": 3},
+                {"step": 10, "cd": 5, "trained_s": 2},
+            )
+            (out / "log.jsonl").write_text("\n".join(map(json.dumps, log)))
             (out / "student.safetensors").write_bytes(bytes(7))
         else:
             out.write_text('{"rows": []}')
@@ -73,8 +78,8 @@ def test_what_is_missing_is_run_and_nothing_else(tmp_path, monkeypatch):
     assert [command[command.index("--seed") + 1] for command in ran[::2]] == ["0", "2"]
     assert all("--beta-cd" in command for command in ran[::2])
     training = json.loads(file_of("ablation", "VSD", 2).read_text())["training"]
-    assert training["curves"] == [[0, 0.5, None, None, None]]
-    assert training["log"] == {"step": 1, "true_reward": 0.5, "trained_s": 2.0}  # the last of each
+    assert training["curves"] == {"true_reward": [[0, 0.5]], "cd": [[0, 2.0], [10, 5.0]]}
+    assert training["log"] == {"step": 10, "cd": 5.0, "true_reward": 0.5, "trained_s": 2.0}  # the last of each
     assert training["bytes"] == {"student.safetensors": 7}
     assert training["command"].startswith("python train.py --beta-cd 0") and "--seed 2" in training["command"]
     monkeypatch.setattr(subprocess, "run", lambda command: SimpleNamespace(returncode=1))

@@ -1,0 +1,64 @@
+"""Pictures of the runs of experiments.py: what their students draw, side by side, and their curves."""
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+import common
+from common import UserError
+from evals import experiments
+from evals.metrics import mean_error
+from generate import Generator
+from world.reading import held_out
+
+MOMENTS = (0, 7, 15)  # the frames of a clip that are shown
+
+
+def sheet(table, out, prompts=4):
+    """A row for each run of a table with seed 0: three frames of the first held-out prompts, all from the same noise.
+
+    Needs the runs' weights in runs/experiments. Raises UserError where there are none.
+    """
+    words, drawn = held_out(prompts)[1], {}
+    for label in experiments.TABLES[table]:
+        file = Path("runs/experiments") / experiments.name_of(table, label, 0) / "student.safetensors"
+        if file.exists():
+            generator = Generator.load(file, "weights/vae.safetensors", precision="fp32")
+            steps = len(generator.about["timesteps"])
+            latents = generator.latents(generator.encoder.encode(words), range(prompts), steps)
+            drawn[label] = generator.decode(latents)[:, :, MOMENTS]  # (prompts, 3, len(MOMENTS), H, W)
+    if not drawn:
+        raise UserError(f"runs/experiments has no student of the table {table}: python eval.py experiments {table}")
+    figure, axes = plt.subplots(len(drawn), squeeze=False, figsize=(10, 0.95 * len(drawn)), layout="constrained")
+    for axis, (label, videos) in zip(axes[:, 0], drawn.items()):
+        frames = videos.permute(3, 0, 2, 4, 1).flatten(1, 3)  # (H, prompts * moments * W, 3)
+        axis.imshow((frames + 1) / 2, interpolation="nearest")
+        axis.set(xticks=[], yticks=[])
+        axis.set_ylabel(label, rotation=0, ha="right", va="center")
+    axes[0, 0].set_title("   |   ".join(words), fontsize=7)
+    save(figure, out)
+
+
+def curves(table, out, names):
+    """Of each of `names`, numbers of the log, a panel: a line for each row, the mean over its seeds and their error."""
+    figure, axes = plt.subplots(1, len(names), squeeze=False, figsize=(4 * len(names), 3.2), layout="constrained")
+    for label in experiments.TABLES[table]:
+        runs = [result["training"]["curves"] for result in experiments.read(table, label, "results")]
+        for axis, name in zip(axes[0], names):
+            points = {}
+            for step, value in (point for run in runs for point in run.get(name, [])):
+                points.setdefault(step, []).append(value)
+            if points:
+                scores = [mean_error(values) for values in points.values()]
+                line = [score["mean"] for score in scores]
+                axis.errorbar(list(points), line, [score["error"] for score in scores], label=label)
+            axis.set(title=name.replace("_", " "), xlabel="update")
+    axes[0, 0].legend(fontsize=7)
+    save(figure, out)
+
+
+def save(figure, out):
+    with common.atomic(out) as part:
+        figure.savefig(part, dpi=100, format="png")
+    plt.close(figure)
+    print(f"wrote {out}")
