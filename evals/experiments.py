@@ -221,6 +221,7 @@ def scores_of(row, training, motion):
         "rewarded clips": (log.get("reward_evaluations"), 0),
         "minutes": (seconds and seconds / 60, 1),
         "MB": (learned and learned / 1e6, 1),
+        "GiB": (log.get("peak_gib"), 2),
         "score gap": (log.get("score_gap"), 2),
         "fake loss": (log.get("fake"), 2),
     }
