@@ -45,30 +45,15 @@ GROUPS = 8
 
 
 @dataclass
-class ImageLRMConfig:
+class LRMConfig:
     channels: int = 12  # of the latents
-    width: int = 128
-    outputs: int = 1  # numbers that are predicted: the reward, or its parts
-    stride: int = 4  # of the first convolution, or 1
-    apart: int = 0  # frames that the head sees side by side; 0: their mean
-
-
-@dataclass
-class TextImageLRMConfig:
-    channels: int = 12
-    text_dim: int = 4096
+    text_dim: int = 4096  # of a text token, where text is read
     literal: bool = False  # Table 13 as printed: blind to the image
     width: int = 128
-
-
-@dataclass
-class VideoLRMConfig(ImageLRMConfig):
-    backbone: str = "frames"  # or "3d"
-
-
-@dataclass
-class TextVideoLRMConfig(TextImageLRMConfig):
-    backbone: str = "frames"
+    backbone: str = "frames"  # a 2D CNN frame by frame, or "3d"
+    outputs: int = 1  # numbers that are predicted: the reward, or its parts
+    stride: int = 4  # of the 2D CNN's first convolution, or 1
+    apart: int = 0  # frames that the head sees side by side; 0: their mean
 
 
 class VideoLRM(nn.Module):
@@ -78,32 +63,26 @@ class VideoLRM(nn.Module):
     latents of another number of channels.
     """
 
-    Config = VideoLRMConfig
+    Config = LRMConfig
 
-    def __init__(self, *args, seed=0, **fields):
+    def __init__(self, config: LRMConfig | None = None, seed: int = 0, **fields):
         super().__init__()
-        self.config = args[0] if args and isinstance(args[0], self.Config) else self.Config(*args, **fields)
-        width, text_dim = self.config.width, getattr(self.config, "text_dim", None)
-        backbone = getattr(self.config, "backbone", "frames")
-        if backbone not in ("frames", "3d"):
-            raise ValueError(f"unknown backbone {backbone!r}: frames or 3d")
-        self.frames = backbone == "frames"
+        self.config = config = config or LRMConfig(**fields)
+        width = config.width
+        if config.backbone not in ("frames", "3d"):
+            raise ValueError(f"unknown backbone {config.backbone!r}: frames or 3d")
+        self.frames = config.backbone == "frames"
         if self.frames:
-            small = getattr(self.config, "stride", 4) == 1
-            kernel = {"kernel_size": 3, "padding": 1} if small else {"kernel_size": 4, "stride": 4}
-            first = nn.Conv2d(self.config.channels, width, **kernel)
+            kernel = {"kernel_size": 3, "padding": 1} if config.stride == 1 else {"kernel_size": 4, "stride": 4}
+            first = nn.Conv2d(config.channels, width, **kernel)
             second, third = nn.Conv2d(width, width, 3, stride=2, padding=1), nn.Conv2d(width, width, 1)
         else:
-            first = nn.Conv3d(self.config.channels, width, (3, 4, 4), stride=(1, 4, 4), padding=(1, 0, 0))
+            first = nn.Conv3d(config.channels, width, (3, 4, 4), stride=(1, 4, 4), padding=(1, 0, 0))
             second, third = nn.Conv3d(width, width, 3, stride=2, padding=1), nn.Conv3d(width, width, 1)
         norms = [nn.GroupNorm(GROUPS, width) for _ in range(2)]
         self.cnn = nn.Sequential(first, norms[0], nn.SiLU(), second, norms[1], nn.SiLU())
         self.project = third
-        if text_dim is not None:
-            self.text = nn.Linear(text_dim, width)
-            self.query, self.key, self.value = (nn.Linear(width, width, bias=False) for _ in range(3))
-        self.outputs, self.apart = getattr(self.config, "outputs", 1), getattr(self.config, "apart", 0)
-        self.head = nn.Linear(width * (self.apart or 1), self.outputs)
+        self.head = nn.Linear(width * max(1, config.apart), config.outputs)
         self.init_weights(seed)
 
     @torch.no_grad()
@@ -135,16 +114,21 @@ class VideoLRM(nn.Module):
 
     def forward(self, x):
         features = self.features(x)  # (B, T, width)
-        if self.apart:
+        if self.config.apart:
             features = features.flatten(1)[:, None]  # (B, 1, T width)
         predicted = self.head(features).mean(1)  # (B, outputs)
-        return predicted.squeeze(1) if self.outputs == 1 else predicted
+        return predicted.squeeze(1) if self.config.outputs == 1 else predicted
 
 
 class TextVideoLRM(VideoLRM):
     """Latents (B, C, T, h, w) and text (B, L, D) -> reward (B,), for any T, h, w, L >= 1."""
 
-    Config = TextVideoLRMConfig
+    def __init__(self, config: LRMConfig | None = None, seed: int = 0, **fields):
+        super().__init__(config, seed, **fields)
+        width = self.config.width
+        self.text = nn.Linear(self.config.text_dim, width)
+        self.query, self.key, self.value = (nn.Linear(width, width, bias=False) for _ in range(3))
+        self.init_weights(seed)
 
     def forward(self, x, text):
         image = self.features(x)  # (B, T, width)
@@ -159,13 +143,9 @@ class TextVideoLRM(VideoLRM):
 class ImageLRM(VideoLRM):
     """Table 12: the frames' backbone alone. An image is a clip of one frame; a clip has the mean of its frames."""
 
-    Config = ImageLRMConfig
-
 
 class TextImageLRM(TextVideoLRM):
     """Table 13, the frames' backbone alone: mean over the frames, each attending over the tokens by itself."""
-
-    Config = TextImageLRMConfig
 
 
 # ---------------------------------------------------------------------------------------------------------------------

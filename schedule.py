@@ -103,16 +103,6 @@ class Schedule:
             return (x_t - _in(a, x_t) * pred) / _in(b, x_t)
         return pred
 
-    def convert(self, pred, x_t, t, source, dest):
-        """One prediction turned into another, through (x_0, eps): what a network of `dest` would have put out."""
-        if _known(source) == _known(dest):
-            return pred
-        if dest == "sample":
-            return self.to_x0(pred, x_t, t, source)
-        if dest == "epsilon":
-            return self.to_eps(pred, x_t, t, source)
-        return self.target(self.to_x0(pred, x_t, t, source), self.to_eps(pred, x_t, t, source), t, dest)
-
     def ddim_step(self, x_t, x0, t, t_next, eta=0.0, noise=None):
         """One step of Eq. 5 from t to t_next < t (-1: x_0 itself), in any schedule and over any distance.
 
