@@ -156,7 +156,12 @@ def test_the_lrm_learns_a_judges_probabilities_and_the_number_is_computed(tiny, 
     cfg = config(tiny, tmp_path, **judged)
     made = nets.build(cfg, ALONE)
     latent, values = made.latent_reward, sum(len(values) for values in FACTORS.values())
-    assert latent.parts and made.lrm.outputs == values and made.lrm.apart == 5 and made.lrm.cnn[0].stride == (1, 1)
+    assert (
+        latent.parts
+        and made.lrm.config.outputs == values
+        and made.lrm.config.apart == 5
+        and made.lrm.cnn[0].stride == (1, 1)
+    )
     prompts = ["a red star springs", "a small heart at sea", "a moon"]
     video = torch.rand(3, 3, 16, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     parts = latent.labels(video, prompts)
