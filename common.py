@@ -42,12 +42,12 @@ AT_LEAST = {
     "text_length reward_repeats truncate updates repeats every held_out",
     0: "rank ft_share threads workers global_batch fake_warmup lrm_warmup max_seconds max_evaluations sample_every "
     "reward_every images prompt_count vendi_prompts fps lr fake_lr lrm_lr beta_vsd beta_cd beta_ft beta_kl kl "
-    "object_weight ema drop_text beta1 beta2",
+    "object_weight ema drop_text betas",
     2: "reward_samples colours",
     -1: "w w_vsd w_cd",
     1e-6: "clip",
 }
-AT_MOST = {1: "ema drop_text", 0.9999: "beta1 beta2", 255: "colours"}
+AT_MOST = {1: "ema drop_text", 0.9999: "betas", 255: "colours"}
 
 
 def check_flags(config):

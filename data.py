@@ -45,6 +45,7 @@ PRESETS = {
     "cogvideox-2b": {"frames": 49, "height": 480, "width": 720, "fps": 8.0, "text_length": 226},
     "cogvideox-5b": {"frames": 49, "height": 480, "width": 720, "fps": 8.0, "text_length": 226},
 }
+READERS = 4  # threads that read the clips of coming batches
 
 
 class Samples:
@@ -342,7 +343,7 @@ class Config(Machine):
     reward_frames: int | None = opt(None, "The frames an image reward looks at (none: all).")
     seed: int = opt(0, "It chooses the section of a longer video, and the clips of the sheet.")
     caption_column: str = opt("text", "The captions' column in metadata.jsonl, .csv or .parquet.")
-    workers: int = opt(4, "The threads that open files and decode clips ahead.")
+    workers: int = opt(READERS, "The threads that open files and decode clips ahead.")
 
 
 def look(folder, out="look.png", fps=8.0, seed=0):

@@ -20,7 +20,7 @@ from adapters import Adapted
 from cogvideox import below, load_vae, read_dit_about, read_dit_config, read_dit_weights
 from common import UserError
 from data import PRESETS as CLIPS
-from data import Ahead, Folder, LatentCache, Shapes, fingerprint, report
+from data import READERS, Ahead, Folder, LatentCache, Shapes, fingerprint, report
 from distributed import every
 from dit import PRESETS as SIZES
 from dit import DiT
@@ -88,15 +88,14 @@ def check(cfg, ranks):
     common.check_flags(cfg)
     if cfg.fake_warmup is None:
         cfg.fake_warmup = 20 if cfg.student else 0
-    if cfg.lrm_warmup is None:
-        cfg.lrm_warmup = 0 if cfg.lrm else 25
+    least, largest = cfg.t_range if len(cfg.t_range) == 2 else (0, -1)
     learns = cfg.beta_vsd or cfg.beta_cd or cfg.reward != "none"
     for wrong, what in (
         (cfg.m >= len(GRID), f"--m: at most {len(GRID) - 1}, the steps of CD's grid"),
-        (not 0 <= cfg.t_min <= cfg.t_max <= 999, "--t-min and --t-max: 0 <= t-min <= t-max <= 999"),
+        (not 0 <= least <= largest <= 999, "--t-range: two steps, 0 <= least <= largest <= 999"),
+        (len(cfg.betas) != 2, "--betas: two numbers"),
         (cfg.global_batch % (cfg.batch * ranks.size), "--global-batch is no multiple of --batch times the ranks"),
         (cfg.reward_samples % cfg.reward_repeats, "--reward-samples: a multiple of --reward-repeats"),
-        (cfg.lrm_frozen and not cfg.lrm, "--lrm-frozen needs an --lrm that has learned something"),
         (not learns, "nothing to learn: --beta-vsd and --beta-cd are 0, and there is no --reward"),
     ):
         if wrong:
@@ -176,7 +175,7 @@ def build(cfg, ranks) -> Nets:
     else:
         size = CLIPS[cfg.preset]
         size, share = [size[key] for key in ("frames", "height", "width", "fps")], lambda mine: every(mine, ranks)
-        data = Folder(cfg.data, *size, cfg.seed, cfg.caption_column, cfg.workers, ranks.rank, ranks.size, share)
+        data = Folder(cfg.data, *size, cfg.seed, cfg.caption_column, READERS, ranks.rank, ranks.size, share)
     if (width := encoder.encode([""]).shape[2]) != config.text_dim:
         raise UserError(f"the text of {cfg.text or cfg.data} is {width} wide, {cfg.teacher} takes {config.text_dim}")
     for file, known in texts.items():
@@ -201,21 +200,14 @@ def build(cfg, ranks) -> Nets:
         if parts and not reward.has_parts:
             raise UserError(f"{cfg.reward} is not made of parts: --lrm-labels scalar")
         make = lrms.TextVideoLRM if reward.text and not parts else lrms.VideoLRM
-        if cfg.lrm:
-            lrm, said = common.load_model(cfg.lrm, make, ranks.device)
-            learned = said.get("moments", {}).get("weights"), said.get("vae"), said.get("text_fingerprint")
-            if learned != (reward.weights, fingerprint(vae), encoder.fingerprint):
-                raise UserError(f"{cfg.lrm} learned (reward, VAE, text) {learned}, which is not what is asked for")
-            moments = rewards.Moments(**said["moments"])
-        else:
-            sizes = {"channels": config.channels, "backbone": cfg.lrm_backbone}
-            if parts:
-                moves = any(part.size for part in reward.each_reward)  # it sees motion, in clips of one length
-                sizes |= {"outputs": reward.size_of_parts, "stride": 1 if min(latents[1:]) < 24 else 4}
-                sizes |= {"apart": latents[0] if moves and cfg.lrm_backbone == "frames" else 0}
-            elif reward.text:
-                sizes["text_dim"] = config.text_dim
-            lrm, moments = make(seed=cfg.seed, **sizes).to(ranks.device), rewards.Moments(reward.weights)
+        sizes = {"channels": config.channels, "backbone": cfg.lrm_backbone}
+        if parts:
+            moves = any(part.size for part in reward.each_reward)  # it sees motion, in clips of one length
+            sizes |= {"outputs": reward.size_of_parts, "stride": 1 if min(latents[1:]) < 24 else 4}
+            sizes |= {"apart": latents[0] if moves and cfg.lrm_backbone == "frames" else 0}
+        elif reward.text:
+            sizes["text_dim"] = config.text_dim
+        lrm, moments = make(seed=cfg.seed, **sizes).to(ranks.device), rewards.Moments(reward.weights)
         latent_reward = lrms.LatentReward(lrm, reward, moments, parts)
         text = tuple(encoder.encode([""]).shape[1:]) if latent_reward.reads_text else (0, 0)
         kept = min(KEPT, KEPT_BYTES // (2 * config.channels * math.prod(latents)))

@@ -30,7 +30,7 @@ import common
 import distributed
 import watch
 from common import Machine, UserError, autocast, open_log, opt, parse, run
-from data import Ahead, fingerprint
+from data import READERS, Ahead
 from distributed import gradient_descent
 from dit import Prediction
 from evals.cost import so_far
@@ -46,7 +46,6 @@ class Config(Machine):
     preset: str = opt("shapes", "The ranks whose values are the defaults.")
     data: str = opt("shapes", "The clips: shapes (rendered), a folder of captioned films, or a cache made by data.py.")
     caption_column: str = opt("text", "The column of captions in a folder's metadata.jsonl, .csv or .parquet.")
-    workers: int = opt(4, "The threads that read the clips of the coming batches. 0: each is read when it is needed.")
     teacher: str = opt("weights/teacher.safetensors", "The teacher: a .safetensors file or a CogVideoX folder.")
     vae: str = opt(
         "weights/vae.safetensors", "Its VAE: a file or a CogVideoX folder. A cache asks for it with a reward."
@@ -75,14 +74,12 @@ class Config(Machine):
     lr: float = opt(2e-5, "The learning rate of the student (AdamW).")
     fake_lr: float = opt(2e-5, "The learning rate of the fake score.")
     lrm_lr: float = opt(1e-3, "The learning rate of the latent reward model.")
-    beta1: float = opt(0.9, "AdamW's first beta, for student and fake score.")
-    beta2: float = opt(0.999, "AdamW's second beta, for student and fake score.")
+    betas: tuple[float, ...] = opt((0.9, 0.999), "AdamW's two betas, for student and fake score.")
     clip: float = opt(1.0, "The largest gradient norm. A larger gradient is scaled down to it.")
     # VSD
     w_vsd: float = opt(3.5, "The guidance of the real score (Eq. 9). Elsewhere guidance_scale = 1 + w.")
     vsd_weight: Literal["dmd", "score"] = opt("dmd", "The gradient's weight: normalised by sample, or the KL's own.")
-    t_min: int = opt(20, "The least noise step of VSD.")
-    t_max: int = opt(980, "The largest noise step of VSD.")
+    t_range: tuple[int, ...] = opt((20, 980), "The least and the largest noise step of VSD.")
     fake_updates: int = opt(5, "The number of fake-score updates a generator update.")
     fake_warmup: int | None = opt(
         None, "The iterations in which the fake score learns alone. None: 20 with --student, which it does not know."
@@ -96,12 +93,8 @@ class Config(Machine):
     reward: str = opt("none", "The reward, one of rewards.py or a weighted sum: hpsv2=1,agreement=2.")
     reward_weights: str | None = opt(None, "The reward's file or folder of weights. Of a sum: NAME=PATH,NAME=PATH.")
     reward_frames: int | None = opt(None, "The number of frames an image reward looks at. None: all.")
-    lrm: str = opt("", "The LRM to begin with, the lrm.safetensors of a run with the same reward. None: a new one.")
-    lrm_frozen: bool = opt(False, "The LRM does not learn in this run. It needs --lrm.")
     lrm_backbone: Literal["frames", "3d"] = opt("frames", "The backbone of a new LRM: a 2D CNN a frame, or a 3D CNN.")
-    lrm_warmup: int | None = opt(
-        None, "The iterations in which the LRM learns before the student listens to it. None: 25, with --lrm 0."
-    )
+    lrm_warmup: int = opt(25, "The iterations in which the LRM learns before the student listens to it.")
     lrm_labels: Literal["scalar", "parts"] | None = opt(
         None,
         "What the LRM learns: the reward, as in the paper, or its parts. None: parts, where there are any.",
@@ -111,8 +104,6 @@ class Config(Machine):
     reward_samples: int = opt(64, "The number of samples in a measurement.")
     reward_repeats: int = opt(1, "The samples of each prompt in it. From 2 on LRMs are compared within prompts too.")
     # the machine
-    max_seconds: int = opt(0, "The seconds of training, measurements left out, after which the run ends. 0: no limit.")
-    max_evaluations: int = opt(0, "The evaluations of the reward after which the run ends. 0: no limit.")
     shard: Literal["full", "hybrid", "none"] = opt("full", "The sharding of the networks over ranks: distributed.py.")
     checkpoint_activations: bool = opt(True, "Activations are computed again in the backward, to save memory.")
     cpu_offload: bool = opt(False, "Weights and optimizers stay in CPU memory.")
@@ -122,7 +113,7 @@ class Config(Machine):
 
 PRESETS = {  # the field defaults are the paper's (section 4.1); the small world's were measured in its first edition
     "shapes": {
-        "iterations": 130, "batch": 16, "lr": 1e-4, "fake_lr": 2e-4, "beta1": 0.0, "beta2": 0.99, "ema": 0.95,
+        "iterations": 130, "batch": 16, "lr": 1e-4, "fake_lr": 2e-4, "betas": (0.0, 0.99), "ema": 0.95,
         "fake_updates": 2, "w_vsd": 2.0, "w_cd": 2.0, "checkpoint_activations": False, "save_every": 50,
         "sample_every": 50, "reward_every": 25,
     },
@@ -147,13 +138,12 @@ def algorithm_1(cfg, ranks, nets, optimizers, accumulate=1, first=0):
     flags = lambda function: {name: v for name, v in vars(cfg).items() if name in signature(function).parameters}
     of_batch, of_generator, of_fake, of_lrm = map(flags, (sample_batch, generator_step, fake_score_step, lrm_step))
     updates = range(cfg.fake_updates if nets.fake else 0)
-    lrm_learns = nets.lrm and not cfg.lrm_frozen
     nets.clips = read_ahead(nets, ranks, accumulate, **flags(read_ahead))
     for step in range(first, cfg.iterations):  # 5
         batches = [sample_batch(nets, ranks, step, i, accumulate, **of_batch) for i in range(accumulate)]  # 6
         x_hats, numbers = generator_step(nets, ranks, optimizers, batches, step, **of_generator)  # 7-11, 18-19
         fakes = [fake_score_step(nets, ranks, optimizers, batches, x_hats, j, **of_fake) for j in updates]  # 12-14
-        lrm, scored = lrm_step(nets, ranks, optimizers, batches, x_hats, **of_lrm) if lrm_learns else ({}, 0)  # 15-17
+        lrm, scored = lrm_step(nets, ranks, optimizers, batches, x_hats, **of_lrm) if nets.lrm else ({}, 0)  # 15-17
         made = all(finite(part) for part in (numbers, *fakes, lrm))
         fake = mean_of(fakes) | {"fake_norm": fakes[-1]["fake_norm"]} if fakes else {}
         yield step, numbers | fake | lrm, made, scored
@@ -161,7 +151,7 @@ def algorithm_1(cfg, ranks, nets, optimizers, accumulate=1, first=0):
 
 def generator_step(
     nets, ranks, optimizers, batches, step, *, steps, generator_input, transition, beta_vsd, beta_cd, beta_ft, beta_kl,
-    ft_share, w_vsd, vsd_weight, t_min, t_max, fake_warmup, w_cd, m, cd_target, cd_loss, lrm_warmup, clip, ema,
+    ft_share, w_vsd, vsd_weight, t_range, fake_warmup, w_cd, m, cd_target, cd_loss, lrm_warmup, clip, ema,
 ):  # fmt: skip
     """Lines 7-11 and 18-19: one descent of theta on beta_vsd VSD + beta_cd CD + beta_ft FT (Eq. 16), and its average.
 
@@ -182,7 +172,7 @@ def generator_step(
             if beta_vsd and step >= fake_warmup:  # 10: Eq. 10-13
                 real = denoiser(nets.teacher, schedule, text, w_vsd, nets.null)
                 fake = denoiser(nets.fake, schedule, text)
-                t_vsd = batch.integers(t_min, t_max, "t")
+                t_vsd = batch.integers(*t_range, "t")
                 vsd, info = vsd_loss(x_hat, real, fake, schedule, t_vsd, batch.noise("vsd"), vsd_weight)
                 losses["vsd"] = beta_vsd * vsd
             if beta_cd:  # 9-10: Eq. 6-7
@@ -308,7 +298,7 @@ class Batch:
         return torch.tensor(values, device=self.x.device)
 
 
-def read_ahead(nets, ranks, accumulate, *, seed, batch, data, workers, iterations):
+def read_ahead(nets, ranks, accumulate, *, seed, batch, data, iterations):
     """Line 6's reading of clips, in other threads: part k = step * accumulate + micro of all parts of this rank."""
 
     def read(k):
@@ -316,7 +306,7 @@ def read_ahead(nets, ranks, accumulate, *, seed, batch, data, workers, iteration
         chosen = nets.data.at(seed, step, batch * ranks.size * accumulate)
         return nets.data.batch([chosen[n] for n in sample_numbers(ranks, micro, batch)], step)
 
-    return Ahead(read, 0 if data == "shapes" else workers, iterations * accumulate)  # a rendered clip waits for no file
+    return Ahead(read, 0 if data == "shapes" else READERS, iterations * accumulate)  # a rendered clip waits for no file
 
 
 def sample_numbers(ranks, micro, batch):
@@ -386,7 +376,7 @@ def finite(numbers):
 def train(cfg: Config, ranks) -> None:
     """What stands around Algorithm 1: resuming, the log, measurements, pictures, checkpoints, and an end in order."""
     nets, out = build(cfg, ranks), Path(cfg.out)
-    optimizers = adam(nets, cfg.lr, cfg.fake_lr, cfg.lrm_lr, (cfg.beta1, cfg.beta2))
+    optimizers = adam(nets, cfg.lr, cfg.fake_lr, cfg.lrm_lr, cfg.betas)
     forward = cfg.batch * ranks.size  # clips
     accumulate = cfg.global_batch // forward if cfg.global_batch else 7 if nets.lrm and forward < 16 else 1
     going_on = cfg.resume or distributed.restarted(ranks)
@@ -424,8 +414,7 @@ def train(cfg: Config, ranks) -> None:
         state["trained"] += took
         state["evaluated"] += scored * ranks.size
         state["skipped"] += not made
-        spent = 0 < cfg.max_seconds <= state["trained"] or 0 < cfg.max_evaluations <= state["evaluated"]
-        final = step + 1 == cfg.iterations or distributed.any_rank(spent, ranks)
+        final = step + 1 == cfg.iterations
         if nets.lrm and (final or (cfg.reward_every and step % cfg.reward_every == 0)):
             how = cfg.steps, cfg.reward_samples, cfg.reward_repeats, cfg.batch, cfg.lrm_warmup
             numbers |= measure_reward(nets, ranks, state["watched"], step, *how)
@@ -452,15 +441,9 @@ def train(cfg: Config, ranks) -> None:
             if ranks.main:
                 print(f"stopped after step {step + 1}, saved: go on with --resume --out {out}")
             return
-        if final:
-            break
         last = time.time()
     if ranks.main and nets.clips:
         print(f"waited for clips in {nets.clips.waited / (time.time() - begun):.1%} of the time")
-    if nets.lrm and ranks.main:
-        about = {"reward": cfg.reward, "vae": fingerprint(nets.vae)}
-        about["moments"] = asdict(nets.latent_reward.moments)
-        common.save_model(out / "lrm.safetensors", nets.lrm, **about, text_fingerprint=nets.encoder.fingerprint)
     rows = finish(nets, ranks, out, asdict(cfg), cfg.steps, cfg.batch, cfg.sample_every > 0)
     if rows:
         from evals import tables  # here, since training needs none of it

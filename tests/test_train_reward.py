@@ -13,7 +13,7 @@ import nets
 import train
 from common import UserError
 from distributed import Ranks
-from lrm import Buffer, TextVideoLRM, VideoLRM
+from lrm import Buffer
 from rewards import Moments
 from world.shapes import FACTORS
 
@@ -37,25 +37,28 @@ def test_the_reward_is_measured_on_fresh_samples(tiny, distilled):
     assert lines[-1]["reward_evaluations"] == 2 * 2 * 2  # iterations, real and generated, clips
 
 
-def test_tuning_goes_on_from_a_student_and_an_lrm(tiny, distilled, tmp_path):
-    """Where nothing is learned, what comes out is what went in; a frozen LRM stays and costs no evaluation."""
-    files = {"student": str(distilled / "student.safetensors"), "lrm": str(distilled / "lrm.safetensors")}
-    still = {"lr": 0.0, "iterations": 1, "beta_kl": 1.0, "lrm_frozen": True, "lrm_warmup": None}
-    out, about, lines = fit(config(tiny, tmp_path / "a", **JPEG | files | still))
-    before, _ = common.load_tensors(files["student"])
+def test_tuning_goes_on_from_a_student(tiny, distilled, tmp_path):
+    """Where nothing is learned, what comes out is what went in."""
+    began = str(distilled / "student.safetensors")
+    still = {"lr": 0.0, "iterations": 1, "beta_kl": 1.0}
+    out, about, lines = fit(config(tiny, tmp_path / "a", **JPEG | still, student=began))
+    before, _ = common.load_tensors(began)
     assert all(torch.equal(out[k], before[k]) for k in before) and about["kind"] == "student"
-    lrms = [common.load_model(f"{d}/lrm.safetensors", VideoLRM) for d in (distilled, tmp_path / "a")]
-    assert all(torch.equal(a, b) for a, b in zip(*(m.state_dict().values() for m, _ in lrms)))
-    assert lrms[0][1]["moments"] == lrms[1][1]["moments"] and lrms[0][1]["moments"]["count"] == 8
-    assert lines[0]["kl"] == 0 and "lrm" not in lines[0] and lines[0]["reward_evaluations"] == 0
-    assert "ft" in lines[0] and "rank_correlation" in lines[0]
+    assert lines[0]["kl"] == 0 and "ft" in lines[0] and "rank_correlation" in lines[0]
 
 
 def test_kl_is_the_distance_to_the_student_as_it_began(tiny, distilled, tmp_path):
     """Against the teacher where it began as the teacher; with much of it, the student stays nearer."""
     moved = {}
     for beta in (0.1, 100.0):
-        reward = JPEG | {"iterations": 3, "beta_kl": beta, "lr": 1e-3, "beta1": 0.9, "beta_vsd": 0.0, "beta_cd": 0.0}
+        reward = JPEG | {
+            "iterations": 3,
+            "beta_kl": beta,
+            "lr": 1e-3,
+            "betas": (0.9, 0.99),
+            "beta_vsd": 0.0,
+            "beta_cd": 0.0,
+        }
         *_, lines = fit(config(tiny, tmp_path / str(beta), **reward, student=str(distilled / "student.safetensors")))
         assert lines[0]["kl"] == 0 and lines[1]["kl"] > 0
         moved[beta] = lines[2]["kl"] / beta
@@ -93,13 +96,9 @@ def test_several_rewards_resume_to_the_bit(tiny, tmp_path):
     assert (lines[2]["true_reward"], lines[2]["lrm_estimate"]) == (more[2]["true_reward"], more[2]["lrm_estimate"])
 
 
-def test_a_run_ends_at_its_budget(tiny, tmp_path):
-    *_, lines = fit(config(tiny, tmp_path / "a", iterations=9, max_evaluations=8, lrm_backbone="3d", **JPEG))
-    assert len(lines) == 2 and lines[-1]["reward_evaluations"] == 8 and "true_reward" in lines[-1]
-    lrm, _ = common.load_model(tmp_path / "a/lrm.safetensors", VideoLRM)
-    assert lrm.config.backbone == "3d" and lrm.cnn[0].weight.ndim == 5
-    *_, lines = fit(config(tiny, tmp_path / "b", iterations=9, max_seconds=1, beta_cd=0.0, batch=1, fake_updates=9))
-    assert lines[-1]["trained_s"] >= 1 > (lines[-2]["trained_s"] if len(lines) > 1 else 0) or len(lines) == 9
+def test_an_lrm_of_3d_convolutions_learns_too(tiny, tmp_path):
+    *_, lines = fit(config(tiny, tmp_path, iterations=2, lrm_backbone="3d", **JPEG))
+    assert lines[-1]["reward_evaluations"] == 8 and lines[0]["lrm"] > 0 and "true_reward" in lines[-1]
 
 
 def test_overoptimisation_is_said_once(tiny, tmp_path, monkeypatch, capsys):
@@ -116,32 +115,22 @@ def test_overoptimisation_is_said_once(tiny, tmp_path, monkeypatch, capsys):
 
 
 def test_what_does_not_fit_is_refused(tiny, distilled, tmp_path):
-    student, lrm = str(distilled / "student.safetensors"), str(distilled / "lrm.safetensors")
+    student = str(distilled / "student.safetensors")
     for changes, said in (
         ({"student": student, "steps": 2}, "--steps 4"),
         ({"student": student, "prediction": "velocity"}, "--prediction conjugate"),
         ({"student": f"{tiny}/teacher.safetensors"}, "is no student's file but a teacher's"),
-        ({"reward": "jpeg_compressibility=-1", "lrm": lrm}, "learned"),
-        ({"reward": "jpeg_compressibility=2", "lrm": lrm}, "learned"),
-        ({"reward": "jpeg_compressibility", "lrm": student}, "VideoLRM is needed"),
-        ({"reward": "jpeg_compressibility", "lrm_frozen": True}, "needs an --lrm"),
     ):
         with pytest.raises(UserError, match=said):
             fit(config(tiny, tmp_path / "run", **changes))
     assert not Path(tmp_path / "run/student.safetensors").exists()
 
 
-def test_warmups_are_for_what_is_new(tiny, distilled, tmp_path):
-    """A new LRM, and a fake score that has never met the student."""
-    student, lrm = str(distilled / "student.safetensors"), str(distilled / "lrm.safetensors")
-    for given, warmups in (
-        ({}, (0, 25)),
-        ({"student": student}, (20, 25)),
-        ({"student": student, "lrm": lrm}, (20, 0)),
-    ):
-        cfg = config(tiny, tmp_path, **JPEG | {"lrm_warmup": None} | given)
+def test_a_fake_score_that_has_never_met_the_student_learns_first(tiny, distilled, tmp_path):
+    for student, warmup in (("", 0), (str(distilled / "student.safetensors"), 20)):
+        cfg = config(tiny, tmp_path, **JPEG, student=student)
         nets.build(cfg, ALONE)
-        assert (cfg.fake_warmup, cfg.lrm_warmup) == warmups
+        assert cfg.fake_warmup == warmup
 
 
 # Parts
@@ -185,7 +174,7 @@ def test_the_lrm_learns_a_judges_probabilities_and_the_number_is_computed(tiny, 
 
 
 def test_parts_and_scalars_train_and_resume_to_the_bit(tiny, tmp_path, judged):
-    for labels, reads in (("parts", VideoLRM), ("scalar", TextVideoLRM)):
+    for labels in ("parts", "scalar"):
         how = judged | {"lrm_labels": labels, "lrm_warmup": 1, "global_batch": 2, "reward_every": 1}
         straight, _, lines = fit(config(tiny, tmp_path / labels, **how))
         fit(config(tiny, tmp_path / "parts of it", **how | {"iterations": 2}))
@@ -193,7 +182,6 @@ def test_parts_and_scalars_train_and_resume_to_the_bit(tiny, tmp_path, judged):
         assert all(torch.equal(straight[name], again[name]) for name in straight)
         assert [line["lrm"] for line in lines] == [line["lrm"] for line in more]
         assert "ft" not in lines[0] and "ft" in lines[1] and "rank_correlation" in lines[1]
-        common.load_model(tmp_path / labels / "lrm.safetensors", reads)
     with pytest.raises(UserError, match="is not made of parts"):
         fit(config(tiny, tmp_path / "x", **JPEG | {"lrm_labels": "parts"}))
 

@@ -22,7 +22,7 @@ from schedule import guide, timesteps
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 CHANGES = {"batch": 2, "global_batch": 4, "iterations": 8, "fake_updates": 3, "m": 2, "w_vsd": 2.0, "w_cd": 5.0}
-CHANGES |= {"beta_vsd": 0.5, "beta_cd": 0.25, "beta_ft": 2.0, "ema": 0.9, "clip": 1e9, "t_min": 30, "t_max": 700}
+CHANGES |= {"beta_vsd": 0.5, "beta_cd": 0.25, "beta_ft": 2.0, "ema": 0.9, "clip": 1e9, "t_range": (30, 700)}
 CHANGES |= {"ft_share": 0.0, "lrm_warmup": 0, "lrm_updates": 1, "lr": 1e-3, "fake_lr": 2e-3, "lrm_lr": 4e-3}
 KEYS = ((0, 1), (1, 0))  # another step, another seed
 SLOPES = {"vsd": 1.0, "cd": 16.0, "ft": 256.0, "fake": 1.0, "lrm": 1.0}  # of the losses, in a parameter of a network
@@ -339,7 +339,7 @@ def test_a_step_along_the_reward_raises_what_the_lrm_says(tiny, tmp_path):
     cfg = config(tiny, tmp_path, **alone, lrm_warmup=0, lr=1e-3, clip=1e9)
     made = nets.build(cfg, ALONE)
     optimizers = train.adam(made, cfg.lr, cfg.fake_lr, cfg.lrm_lr, (0.9, 0.999))
-    made.clips = train.read_ahead(made, ALONE, 1, seed=cfg.seed, batch=4, data="shapes", workers=0, iterations=1)
+    made.clips = train.read_ahead(made, ALONE, 1, seed=cfg.seed, batch=4, data="shapes", iterations=1)
     (batch,) = [train.sample_batch(made, ALONE, 0, 0, 1, seed=cfg.seed, batch=4)]
     says = lambda: made.lrm(train.generate(made, batch, 0, 4, "simulate", "renoise")[0]).mean().item()
     lrm, before = deepcopy(made.lrm), says()
