@@ -27,6 +27,8 @@ EQUAL = "--precision fp32 --threads 1"
 SHORT = "--batch 8 --global-batch 8 --iterations 100"  # half the default run's batch, and three quarters of its updates
 TUNE = "--student weights/student.safetensors --reward-every 25"  # the rewards' rows begin with the same student
 HOLD = "--beta-vsd 0 --beta-cd 0 --beta-kl 10"  # and are held by VSD + CD, or by this distance to it
+TEACHER = "eval.py --weights weights/teacher.safetensors --steps 50"  # measured as it is
+STUDENT = "eval.py --weights weights/student.safetensors --steps 4"
 POLICY = "ddpo.py --beta-kl 10 --reward object_kept"
 
 # table -> {label: flags of train.py, or a script and its flags}
@@ -38,7 +40,7 @@ TABLES = {
         "CD, from the student": "--beta-vsd 0 --cd-target student",
         "CD, from the teacher": "--beta-vsd 0 --cd-target teacher",
         "VSD + CD + LRM": "--reward object_kept",
-        "teacher": "eval.py",
+        "teacher": f"{TEACHER} 4 2 1",
     },
     "tuning": {  # Table 5
         "VSD + CD": TUNE,
@@ -66,6 +68,14 @@ TABLES = {
     },
     "teacher-steps": {"m = 1": "--m 1", "m = 2": "--m 2", "m = 5": "", "m = 10": "--m 10"},  # Table 7
     "prediction": {"conjugate": "", "sample": "--prediction sample"},  # Table 8
+    "length": {  # Table 9: prompts that name one object, a few things, all
+        "teacher, object": f"{TEACHER} --captions object",
+        "student, object": f"{STUDENT} --captions object",
+        "teacher, short": f"{TEACHER} --captions short",
+        "student, short": f"{STUDENT} --captions short",
+        "teacher, long": f"{TEACHER} --captions long",
+        "student, long": f"{STUDENT} --captions long",
+    },
     "rank": {"full": ""} | {f"rank {r}": f"--rank {r} --lr 1e-3 --fake-lr 2e-3" for r in (8, 16, 32, 64)},
     "choices": {  # what the paper leaves open, one at a time
         "as it is": "",
@@ -133,9 +143,9 @@ def listing():
 
 
 def commands(table, label, seed, out):
-    """The command lines of a run: its training into the folder `out`, and its measurement; of the teacher that alone.
+    """The command lines of a run: its training into the folder `out`, and its measurement, or that alone.
 
-    Students are measured on the same noise, the teacher with another in each run, for it has no other seed.
+    What was trained is measured on the same noise, bundled weights on another in each run.
     """
     table, label = first_of(table, label)
     flags = TABLES[table][label].split()
@@ -143,7 +153,7 @@ def commands(table, label, seed, out):
     measure = [sys.executable, "eval.py", "world", "--label", label, *MEASURE.split(), *EQUAL.split()]
     measure += ["--out", str(file_of(table, label, seed))]
     if script == "eval.py":
-        return [[*measure, "--weights", "weights/teacher.safetensors", "--steps", "50", *ALL, "--seed", str(seed)]]
+        return [[*measure, *flags, "--seed", str(seed)]]
     flags += SHORT.split() + EQUAL.split() + (["--sample-every", "0"] if script == "train.py" else [])
     resume = ["--resume"] if any((out / "checkpoints").glob("step_*")) else []
     most = flags[flags.index("--steps") + 1] if "--steps" in flags else "4"
