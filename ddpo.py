@@ -1,8 +1,8 @@
 """Algorithm 2: tune a few-step student to a reward by policy gradient (DDPO); and two baselines by direct gradients.
 
-    python ddpo.py --reward jpeg_compressibility                                   # DDPO as the paper has it
-    python ddpo.py --reward agreement --advantage batch --variant is --updates 4   # several updates a set of samples
-    python ddpo.py --reward agreement --method draft --truncate 1                  # needs a differentiable reward
+    python ddpo.py --reward jpeg_compressibility                      # DDPO
+    python ddpo.py --reward jpeg_compressibility --advantage raw      # as Algorithm 2 prints it
+    python ddpo.py --reward agreement --method draft --truncate 1     # needs a differentiable reward
 
 DDPO takes sampling for a game of a few moves. Each draws x_next from a Gaussian whose mean the student decides, so it
 has a log-probability, and the reward of the clip at the end says which moves to make more probable (Eq. 26). Reward and
@@ -14,10 +14,10 @@ A move needs a density. "renoise": the student predicts x_0 and noises it afresh
 last move ends at x_0 itself, where the std is 0: no density, no gradient. Algorithm 2 counts it among its last N = 2;
 here these are the last N (--truncate) moves *that have a std*: of four steps, 749 to 499 and 499 to 249.
 
-Eq. 28 is summed over moves, and over the elements of the latents averaged ("mean", as in ddpo-pytorch) or summed
-("sum", the true log-density, thousands of times larger). AdamW does not see the factor, but --clip, --beta-kl and
---clip-range do: a range of 1e-4 is for the mean. Algorithm 2 weights each clip with its raw reward: unbiased but noisy,
-as a reward far from 0 moves all samples alike. By default it is standardised over the iteration (--advantage).
+Eq. 28 is summed over moves, and averaged over the elements of the latents (as in ddpo-pytorch): the sum, the true
+log-density, is thousands of times larger, which AdamW does not see, but --clip and --beta-kl would. Algorithm 2 weights
+each clip with its raw reward: unbiased but noisy, as a reward far from 0 moves all samples alike. By default it is
+standardised over the iteration (--advantage).
 
 ReFL (arXiv:2304.05977) takes the gradient of reward, decoder and the x_0 predicted at one of the last N steps, DRaFT-K
 (arXiv:2309.17400) that of the sample through its last K = N steps. --beta-kl adds the mean squared distance to the
@@ -31,12 +31,10 @@ import random
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
-from inspect import signature
 from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 import common
@@ -55,8 +53,7 @@ from vae3d import VAE3D
 from video import write_grid
 from world import shapes
 
-# github.com/kvablack/ddpo-pytorch: rewards kept a prompt, how many make its own statistics, the largest advantage
-BUFFER, LEAST, LARGEST = 16, 16, 5.0
+LARGEST = 5.0  # advantage, as in github.com/kvablack/ddpo-pytorch
 
 
 @dataclass
@@ -65,7 +62,6 @@ class Config(Machine):
     vae: str = opt("weights/vae.safetensors", "Its VAE: a .safetensors file or a CogVideoX folder.")
     text: str = opt("words", "Its text encoder: words (the small world's table) or a T5 folder.")
     prompts: str = opt("shapes", "The prompts: shapes (captions of the small world) or a file, one a line.")
-    prompt_count: int = opt(0, "The number of prompts used, from the first on. 0: all, of shapes 4096.")
     out: str = opt("runs/ddpo", "The folder for checkpoints, log, pictures and the tuned student.")
     iterations: int = opt(200, "The sets of samples drawn and learned from.")
     batch: int = opt(16, "The number of clips a rank takes in one forward.")
@@ -77,20 +73,14 @@ class Config(Machine):
     reward_frames: int | None = opt(None, "The number of frames an image reward looks at. None: all.")
     reward_every: int = opt(50, "The iterations between measurements of the reward on fresh samples (see watch.py).")
     reward_samples: int = opt(64, "The number of samples in a measurement.")
-    max_seconds: int = opt(0, "The seconds of training, measurements left out, after which the run ends. 0: no limit.")
-    max_evaluations: int = opt(0, "The evaluations of the reward after which the run ends. 0: no limit.")
     method: Literal["ddpo", "refl", "draft"] = opt("ddpo", "The gradient: of the policy, or the reward's own (above).")
     truncate: int = opt(2, "The number of last steps with gradient: of ddpo, those whose move has a std.")
     transition: Literal["renoise", "posterior", "ddim"] | None = opt(
         None, "The way between steps. None: the student's."
     )
-    log_p: Literal["mean", "sum"] = opt("mean", "The log-probability over the elements of the latents, of ddpo.")
-    advantage: Literal["raw", "batch", "prompt"] = opt(
-        "batch", "The weight of log p: the reward, standardised, or raw as in the paper."
+    advantage: Literal["batch", "raw"] = opt(
+        "batch", "The weight of log p: the reward, standardised over the iteration, or raw as in the paper."
     )
-    variant: Literal["sf", "is"] = opt("sf", "The loss of ddpo: score function, or importance sampling with clipping.")
-    updates: int = opt(1, "The optimizer updates from one set of samples, of importance sampling.")
-    clip_range: float = opt(1e-4, "The range around 1 in which a ratio may gain, of importance sampling.")
     beta_kl: float = opt(0.0, "The weight of the distance to the distilled student. 0 leaves it out.")
     rank: int = opt(0, "The rank of the adapters that learn. 0: the student itself learns.")
     lr: float = opt(2e-5, "The learning rate (AdamW).")
@@ -160,26 +150,26 @@ class Clips:
     reward: torch.Tensor  # (B,)
 
 
-def algorithm_2(cfg, ranks, policy, optimizer, accumulate, memory, first=0):
-    """Lines 3-15, from iteration `first` on. memory: of `advantages`.
+def algorithm_2(cfg, ranks, policy, optimizer, accumulate, first=0):
+    """Lines 3-15, from iteration `first` on.
 
-    Yields after every iteration: step, the numbers of its log, the rewards of all its clips (n,), and whether every
+    Yields after every iteration: step, the numbers of its log, the rewards of all its clips (n,), and whether the
     update was made. The two baselines take lines 4-14 in one.
     """
-    flags = lambda function: {name: v for name, v in vars(cfg).items() if name in signature(function).parameters}
-    of_clips, of_policy, of_direct = map(flags, (sample_clips, policy_step, direct_step))
+    seed, batch, hold = cfg.seed, cfg.batch, {"beta_kl": cfg.beta_kl, "clip": cfg.clip}
     for step in range(first, cfg.iterations):  # 3
         if cfg.method == "ddpo":
-            clips = [sample_clips(policy, ranks, step, i, **of_clips) for i in range(accumulate)]  # 4-11
-            reward, captions = of_all_ranks(clips, ranks)
-            weight = advantages(cfg.advantage, reward, captions, memory) if reward.isfinite().all() else None
-            numbers, made = policy_step(policy, ranks, optimizer, clips, weight, **of_policy)  # 12-14
+            clips = [sample_clips(policy, ranks, step, i, seed, batch) for i in range(accumulate)]  # 4-11
+            reward = of_all_ranks(clips, ranks)
+            weight = advantages(cfg.advantage, reward) if reward.isfinite().all() else None
+            numbers, made = policy_step(policy, ranks, optimizer, clips, weight, **hold)  # 12-14
         else:
-            reward, numbers, made = direct_step(policy, ranks, optimizer, step, accumulate, **of_direct)
+            how = cfg.method, seed, batch
+            reward, numbers, made = direct_step(policy, ranks, optimizer, step, accumulate, *how, **hold)
         yield step, numbers, reward, made  # 15
 
 
-def sample_clips(policy, ranks, step, micro, *, seed, batch, first=None, last=None):
+def sample_clips(policy, ranks, step, micro, seed, batch, first=None, last=None):
     """Lines 4-11, the part `micro` of an iteration: clips and their reward, with gradient from step `first` on."""
     numbers = [(micro * ranks.size + ranks.rank) * batch + i for i in range(batch)]
     choose = lambda number: distributed.randint(len(policy.prompts), (seed, step, "prompt", number))
@@ -193,30 +183,26 @@ def sample_clips(policy, ranks, step, micro, *, seed, batch, first=None, last=No
     return Clips(numbers, captions, text, path, reward)
 
 
-def policy_step(policy, ranks, optimizer, clips, weight, *, updates, variant, clip_range, log_p, beta_kl, clip):
-    """Lines 12-14: `updates` descents on -sum over moves of log p times weight (n,), a move at a time.
+def policy_step(policy, ranks, optimizer, clips, weight, beta_kl, clip):
+    """Lines 12-14: a descent on -sum over moves of log p times weight (n,), a move at a time.
 
-    weight None: a reward is not finite, and nothing is learned. Returns the numbers of the log, and whether every
-    descent was made.
+    weight None: a reward is not finite, and nothing is learned. Returns the numbers of the log, and whether the descent
+    was made.
     """
-    parts, norms = [], []
-    for _ in range(updates):
-        for part in clips if weight is not None else []:
-            for i in policy.moves:
-                (x_t, x0_old), (x_next, _) = part.path[i : i + 2]
-                move = x_next, *policy.steps[i : i + 2], policy.transition, log_p
-                x0 = policy.denoiser(policy.student, part.text)(x_t, policy.steps[i])
-                old = log_probability(policy.schedule, x_t, x0_old, *move)
-                new = log_probability(policy.schedule, x_t, x0, *move)  # 9
-                loss, info = policy_loss(new, old, weight[part.numbers].to(new), variant, clip_range)  # 13
-                visited = [(policy.steps[i], x_t, x0)]
-                info = {name: value / len(policy.moves) for name, value in info.items()}
-                parts.append(info | backward(policy, loss, part.text, visited, beta_kl, len(clips)))
-        norms.append(distributed.gradient_descent(policy.student, optimizer, clip, ranks, weight is not None))  # 14
-    return summed(parts, len(clips), updates) | {"grad_norm": norms[-1]}, all(map(math.isfinite, norms))
+    parts = []
+    for part in clips if weight is not None else []:
+        for i in policy.moves:
+            (x_t, _), (x_next, _) = part.path[i : i + 2]
+            x0 = policy.denoiser(policy.student, part.text)(x_t, policy.steps[i])
+            move = policy.steps[i], policy.steps[i + 1], policy.transition
+            log_p = log_probability(policy.schedule, x_t, x0, x_next, *move)  # 9
+            loss = policy_loss(log_p, weight[part.numbers].to(log_p))  # 13
+            parts.append(backward(policy, loss, part.text, [(policy.steps[i], x_t, x0)], beta_kl, len(clips)))
+    norm = distributed.gradient_descent(policy.student, optimizer, clip, ranks, weight is not None)  # 14
+    return summed(parts, len(clips)) | {"grad_norm": norm}, math.isfinite(norm)
 
 
-def direct_step(policy, ranks, optimizer, step, accumulate, *, method, seed, batch, beta_kl, clip):
+def direct_step(policy, ranks, optimizer, step, accumulate, method, seed, batch, beta_kl, clip):
     """ReFL: up the reward of the x_0 predicted at one of the last steps. DRaFT: of the sample, through the last steps.
 
     Returns the rewards of all clips (n,), the numbers of the log, and whether the descent was made.
@@ -225,14 +211,14 @@ def direct_step(policy, ranks, optimizer, step, accumulate, *, method, seed, bat
     for micro in range(accumulate):
         k = moves[distributed.randint(len(moves), (seed, step, "k", micro))]  # alike on all ranks
         first, last = (k, k) if method == "refl" else (moves[0], moves[-1])
-        part = sample_clips(policy, ranks, step, micro, seed=seed, batch=batch, first=first, last=last)
+        part = sample_clips(policy, ranks, step, micro, seed, batch, first, last)
         visited = [(policy.steps[i], *part.path[i]) for i in range(first, last + 1)]
         parts.append(backward(policy, -part.reward.mean(), part.text, visited, beta_kl, accumulate))
         clips.append(replace(part, path=[], reward=part.reward.detach()))  # without the graph
-    reward, _ = of_all_ranks(clips, ranks)
+    reward = of_all_ranks(clips, ranks)
     finite = reward.isfinite().all().item()
     norm = distributed.gradient_descent(policy.student, optimizer, clip, ranks, finite)
-    return reward, summed(parts, accumulate, 1) | {"grad_norm": norm}, math.isfinite(norm)
+    return reward, summed(parts, accumulate) | {"grad_norm": norm}, math.isfinite(norm)
 
 
 def backward(policy, loss, text, visited, beta_kl, accumulate):
@@ -250,20 +236,17 @@ def backward(policy, loss, text, visited, beta_kl, accumulate):
     return {"loss": total, **info}
 
 
-def summed(parts, accumulate, updates):
-    """[{name: tensor}], a part each -> {name: the mean over `accumulate` and `updates` of the sum over moves}."""
+def summed(parts, accumulate):
+    """[{name: tensor}], a part each -> {name: the mean over `accumulate` of the sum over moves}."""
     names = parts[0] if parts else ()
-    return {name: sum(part[name].item() / accumulate / updates for part in parts) for name in names}
+    return {name: sum(part[name].item() / accumulate for part in parts) for name in names}
 
 
 def of_all_ranks(clips, ranks):
-    """The rewards (n,) float64 and captions of all clips of an iteration, by number, alike on all ranks."""
-    mine = [row for part in clips for row in zip(part.numbers, part.captions, part.reward.tolist())]
-    parts = [mine]
-    if ranks.size > 1:
-        dist.all_gather_object(parts := [None] * ranks.size, mine)
-    rows = sorted(row for part in parts for row in part)
-    return torch.tensor([reward for *_, reward in rows], dtype=torch.float64), [caption for _, caption, _ in rows]
+    """The rewards (n,) float64 of all clips of an iteration, by number, alike on all ranks."""
+    mine = [pair for part in clips for pair in zip(part.numbers, part.reward.tolist())]
+    pairs = sorted(pair for part in distributed.every(mine, ranks) for pair in part)
+    return torch.tensor([reward for _, reward in pairs], dtype=torch.float64)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -304,45 +287,25 @@ def walk(predict, schedule, x, steps, noise, how, first=None, last=None):
     return path
 
 
-def log_probability(schedule, x_t, x0, x_next, t, t_next, how, over="mean"):
-    """log p(x_next | x_t) (B,), Eq. 28. float64: a float32 sum is coarser than the clip range. ValueError: std 0."""
+def log_probability(schedule, x_t, x0, x_next, t, t_next, how):
+    """log p(x_next | x_t), Eq. 28, mean over the elements: (B,) float64. ValueError where the move has std 0."""
     mean, std = transition(schedule, x_t.double(), x0.double(), t, t_next, how)
-    elements = log_prob(x_next.detach().double(), mean, std).flatten(1)
-    return elements.mean(1) if over == "mean" else elements.sum(1)
+    return log_prob(x_next.detach().double(), mean, std).flatten(1).mean(1)
 
 
-def policy_loss(log_p, old, advantage, variant="sf", clip_range=1e-4):
-    """Mean over the batch of one move's loss, and info; log_p with gradient, old as sampled, advantage: (B,) each.
-
-    sf: -A log p (Algorithm 2, line 13). is: -A p / p_old, which gains nothing by a ratio beyond 1 +- clip_range.
-    info: "approx_kl", half the mean square of log p / p_old; "clip_fraction", the share of ratios beyond the range.
-    """
-    change = log_p - old
-    ratio = change.exp()
-    if variant == "sf":
-        loss = -advantage * log_p
-    else:
-        loss = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip_range, 1 + clip_range))
-    beyond = ((ratio.detach() - 1).abs() > clip_range).double().mean()
-    return loss.mean(), {"approx_kl": change.detach().square().mean() / 2, "clip_fraction": beyond}
+def policy_loss(log_p, advantage):
+    """Algorithm 2, line 13, of one move: -A log p, mean over the batch; log_p with gradient, advantage: (B,) each."""
+    return -(advantage * log_p).mean()
 
 
-def advantages(how, reward, prompts, memory):
-    """What each clip's log p is weighted with: reward (n,) float64 of a whole iteration, n prompts -> (n,) float64.
+def advantages(how, reward):
+    """What each clip's log p is weighted with: reward (n,) float64 of a whole iteration -> (n,) float64.
 
-    raw: the reward. batch: less its mean, divided by its std. prompt: the same with mean and std of the prompt's last
-    BUFFER rewards, kept in `memory` {prompt: list}, once there are LEAST of them; until then those of the batch.
+    raw: the reward. batch: less its mean, divided by its std.
     """
     if how == "raw":
         return reward
-    mean, std = torch.full_like(reward, reward.mean()), torch.full_like(reward, reward.std(correction=0))
-    for prompt in dict.fromkeys(prompts) if how == "prompt" else []:
-        mine = [i for i, p in enumerate(prompts) if p == prompt]
-        memory[prompt] = (memory.get(prompt, []) + reward[mine].tolist())[-BUFFER:]
-        if len(memory[prompt]) >= LEAST:
-            known = reward.new_tensor(memory[prompt])
-            mean[mine], std[mine] = known.mean(), known.std(correction=0)
-    return ((reward - mean) / (std + (1e-8 if how == "batch" else 1e-6))).clamp(-LARGEST, LARGEST)
+    return ((reward - reward.mean()) / (reward.std(correction=0) + 1e-8)).clamp(-LARGEST, LARGEST)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -392,9 +355,8 @@ def captions(cfg):
     """D of Algorithm 2: a list of prompts. Raises UserError where there is none."""
     if cfg.prompts == "shapes":  # of the clips that data.py renders
         words = lambda i: random.Random(f"caption {cfg.seed} {i}")
-        clips = range(cfg.prompt_count or 4096)
-        return [shapes.caption(shapes.Clip.make(cfg.seed, i), "train", words(i))[0] for i in clips]
-    return read_prompts(cfg.prompts)[: cfg.prompt_count or None]
+        return [shapes.caption(shapes.Clip.make(cfg.seed, i), "train", words(i))[0] for i in range(4096)]
+    return read_prompts(cfg.prompts)
 
 
 def build(cfg, ranks, clips):
@@ -407,7 +369,6 @@ def build(cfg, ranks, clips):
             cfg.global_batch not in (0, clips),
             f"--global-batch is no multiple of {cfg.batch * ranks.size}, --batch times the ranks",
         ),
-        (cfg.updates > 1 and (not ddpo or cfg.variant == "sf"), "several --updates need --method ddpo --variant is"),
         (ddpo and cfg.advantage == "batch" and clips < 2, "--advantage batch needs a --global-batch of 2 or more"),
         (cfg.reward == "none", f"--reward is needed, one of {', '.join(rewards.REWARDS)}"),
     ):
@@ -442,10 +403,10 @@ def tune(cfg: Config, ranks) -> None:
     if not going_on:
         set_aside(out / "checkpoints", ranks)
     checkpoints, stopper = distributed.Checkpoints(out / "checkpoints"), distributed.Stopper(ranks)
-    state = {"step": 0, "trained_s": 0.0, "reward_evaluations": 0, "skipped": 0, "memory": {}}
+    state = {"step": 0, "trained_s": 0.0, "reward_evaluations": 0, "skipped": 0}
     if going_on and (newest := checkpoints.newest()):
         state = checkpoints.load(newest, *saved)
-        if not state.keys() >= {"moments", "memory"}:
+        if not state.keys() >= {"moments", "reward_evaluations"}:
             raise UserError(f"{newest} is not of ddpo.py: take another --out")
         policy.moments = rewards.Moments(**state["moments"])
         if ranks.main:
@@ -466,7 +427,7 @@ def tune(cfg: Config, ranks) -> None:
     first, in_a_row = state["step"], 0
     if first % cfg.save_every == 0:
         picture(first)
-    iterations = algorithm_2(cfg, ranks, policy, adam, accumulate, state["memory"], first)
+    iterations = algorithm_2(cfg, ranks, policy, adam, accumulate, first)
     bar = tqdm(iterations, initial=first, total=cfg.iterations, disable=not ranks.main)
     log = open_log(out / "log.jsonl", first) if ranks.main else None
     begun = time.time()
@@ -476,8 +437,7 @@ def tune(cfg: Config, ranks) -> None:
         counts = {"trained_s": round(trained, 3), "reward_evaluations": evaluated}
         state |= {"step": step + 1, "skipped": state["skipped"] + (not made), **counts}
         state |= {"moments": asdict(policy.moments), "precision": cfg.precision}
-        spent = 0 < cfg.max_seconds <= trained or 0 < cfg.max_evaluations <= evaluated
-        final = step + 1 == cfg.iterations or distributed.any_rank(spent, ranks)
+        final = step + 1 == cfg.iterations
         if step % cfg.reward_every == 0 or final:
             how = len(policy.steps), cfg.reward_samples, cfg.batch
             numbers |= watch.measure(sampler, policy.reward, unseen, *how, ranks, moments=policy.moments)
@@ -495,9 +455,7 @@ def tune(cfg: Config, ranks) -> None:
             if ranks.main:
                 print(f"stopped after step {step + 1}, saved: go on with --resume --out {out}")
             return
-        if final:
-            break
-        if (step + 1) % cfg.save_every == 0:
+        if (step + 1) % cfg.save_every == 0 and not final:
             picture(step + 1)
         begun = time.time()
     picture(state["step"])

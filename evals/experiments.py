@@ -104,6 +104,13 @@ TABLES = {
 }
 
 
+def rows(table):
+    """{label: flags} of a table. UserError where there is none of that name."""
+    if table not in TABLES:
+        raise UserError(f"there is no table {table}; there are: {', '.join(TABLES)}")
+    return TABLES[table]
+
+
 def first_of(table, label):
     """Rows of the same flags are one run: (table, label) of the first of them."""
     rows = [(t, l) for t, labels in TABLES.items() for l in labels]

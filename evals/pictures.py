@@ -20,7 +20,7 @@ def sheet(table, out, prompts=4):
     Needs the runs' weights in runs/experiments. Raises UserError where there are none.
     """
     words, drawn = held_out(prompts)[1], {}
-    for label in experiments.TABLES[table]:
+    for label in experiments.rows(table):
         file = Path("runs/experiments") / experiments.name_of(table, label, 0) / "student.safetensors"
         if file.exists():
             generator = Generator.load(file, "weights/vae.safetensors", precision="fp32")
@@ -42,7 +42,7 @@ def sheet(table, out, prompts=4):
 def curves(table, out, names):
     """Of each of `names`, numbers of the log, a panel: a line for each row, the mean over its seeds and their error."""
     figure, axes = plt.subplots(1, len(names), squeeze=False, figsize=(4 * len(names), 3.2), layout="constrained")
-    for label in experiments.TABLES[table]:
+    for label in experiments.rows(table):
         runs = [result["training"]["curves"] for result in experiments.read(table, label, "results")]
         for axis, name in zip(axes[0], names):
             points = {}

@@ -8,13 +8,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from matplotlib.axes import Axes
 
 import common
 import ddpo
 import eval as evaluation
 import train
 from common import UserError
-from evals import experiments, tables
+from evals import experiments, pictures, tables
 from evals.experiments import SEEDS, TABLES, chosen, commands, file_of
 
 
@@ -123,3 +124,36 @@ def test_rows_of_the_same_flags_are_one_run():
     assert file_of("rank", "full", 1) == file_of("choices", "as it is", 1) == file_of("ablation", "VSD + CD", 1)
     assert commands("rank", "full", 1, Path()) == commands("ablation", "VSD + CD", 1, Path())
     assert file_of("rank", "rank 8", 1) != file_of("rank", "rank 16", 1)
+
+
+def test_curves_are_means_over_the_seeds(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("results").mkdir()
+    for seed, x in ((0, 1.0), (1, 3.0)):
+        training = {"curves": {"true_reward": [[0, x], [10, 2 * x]]}}
+        file_of("overoptimised", "LRM alone", seed).write_text(json.dumps({"rows": [], "training": training}))
+    drawn = []
+    monkeypatch.setattr(Axes, "errorbar", lambda axis, x, y, error, label: drawn.append((x, y, error, label)))
+    pictures.curves("overoptimised", "curves.png", ["true_reward", "lrm_estimate"])
+    assert drawn == [([0, 10], [2.0, 4.0], [1.0, 2.0], "LRM alone")]
+    assert Path("curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_sheet_has_a_row_for_each_student_there_is(tmp_path, monkeypatch):
+    weights = Path(experiments.__file__).parent.parent / "weights"
+    monkeypatch.chdir(tmp_path)
+    Path("weights").symlink_to(weights)
+    with pytest.raises(UserError, match="no student of the table rank"):
+        pictures.sheet("rank", "sheet.png")
+    out = Path("runs/experiments") / experiments.name_of("rank", "rank 8", 0)
+    out.mkdir(parents=True)
+    (out / "student.safetensors").symlink_to(weights / "student.safetensors")
+    drawn, show = [], Axes.imshow
+    monkeypatch.setattr(Axes, "imshow", lambda axis, x, **how: drawn.append(x.shape) or show(axis, x, **how))
+    pictures.sheet("rank", "sheet.png", 2)
+    assert drawn == [(64, 2 * 3 * 64, 3)]  # two prompts, three frames of each
+
+
+def test_an_unknown_table_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="there is no table nothing"):
+        pictures.curves("nothing", tmp_path / "x.png", ["cd"])
