@@ -31,6 +31,8 @@ TEACHER = "eval.py --weights weights/teacher.safetensors --steps 50"  # measured
 STUDENT = "eval.py --weights weights/student.safetensors --steps 4"
 POLICY = "ddpo.py --beta-kl 10 --reward object_kept"
 
+RANDOM = "--transition posterior"  # a policy needs moves with a density; the tuned student samples as before
+
 # table -> {label: flags of train.py, or a script and its flags}
 TABLES = {
     "ablation": {  # Table 3, and who gives CD's target (Eq. 6)
@@ -48,8 +50,8 @@ TABLES = {
         "VSD + CD + LRM, parts": f"{TUNE} --reward object_kept --lrm-labels parts",
         "KL + LRM, scalar": f"{TUNE} {HOLD} --reward object_kept --lrm-labels scalar",
         "KL + LRM, parts": f"{TUNE} {HOLD} --reward object_kept --lrm-labels parts",
-        "KL + DDPO": POLICY,
-        "KL + DDPO, raw": f"{POLICY} --advantage raw",
+        "KL + DDPO": f"{POLICY} {RANDOM}",
+        "KL + DDPO, raw": f"{POLICY} {RANDOM} --advantage raw",
         "KL + ReFL": f"{POLICY} --method refl",
         "KL + DRaFT-1": f"{POLICY} --method draft --truncate 1",
     },
@@ -81,7 +83,7 @@ TABLES = {
         "as it is": "",
         "1 fake update": "--fake-updates 1",
         "5 fake updates": "--fake-updates 5",
-        "DDIM between steps": "--transition ddim",
+        "renoised between steps": "--transition renoise",
         "noised data": "--generator-input data",
         "the KL's own weight": "--vsd-weight score",
     },
