@@ -114,8 +114,8 @@ class Config(Machine):
 PRESETS = {  # the field defaults are the paper's (section 4.1); the small world's were measured in its first edition
     "shapes": {
         "iterations": 130, "batch": 16, "lr": 1e-4, "fake_lr": 2e-4, "betas": (0.0, 0.99), "ema": 0.95,
-        "fake_updates": 2, "transition": "ddim", "w_vsd": 2.0, "w_cd": 2.0, "checkpoint_activations": False, "save_every": 50,
-        "sample_every": 50, "reward_every": 25,
+        "fake_updates": 2, "transition": "ddim", "w_vsd": 2.0, "w_cd": 2.0, "checkpoint_activations": False,
+        "save_every": 50, "sample_every": 50, "reward_every": 25,
     },
     **{name: {"teacher": "", "vae": "", "text": "", "data": ""} for name in ("dollar", "cogvideox-2b", "cogvideox-5b")},
 }  # fmt: skip
