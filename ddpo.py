@@ -10,8 +10,8 @@ decoder need no gradient, and one network evaluation is in memory at a time: sam
 the log-probability of each move is computed again with it.
 
 A move needs a density. "renoise": the student predicts x_0 and noises it afresh, as when it samples: N(a' x_0, b'^2).
-"posterior": q(x_next | x_t, x_0) of Eq. 27 (schedule.py has its misprint; the tuned student samples as before). The
-last move ends at x_0 itself, where the std is 0: no density, no gradient. Algorithm 2 counts it among its last N = 2;
+"posterior": q(x_next | x_t, x_0) of Eq. 27 (schedule.py has its misprint), also for a student that samples by DDIM,
+whose moves have none; what is tuned samples as before. The last move ends at x_0 itself, where the std is 0: no density, no gradient. Algorithm 2 counts it among its last N = 2;
 here these are the last N (--truncate) moves *that have a std*: of four steps, 749 to 499 and 499 to 249.
 
 Eq. 28 is summed over moves, and averaged over the elements of the latents (as in ddpo-pytorch): the sum, the true
@@ -76,7 +76,7 @@ class Config(Machine):
     method: Literal["ddpo", "refl", "draft"] = opt("ddpo", "The gradient: of the policy, or the reward's own (above).")
     truncate: int = opt(2, "The number of last steps with gradient: of ddpo, those whose move has a std.")
     transition: Literal["renoise", "posterior", "ddim"] | None = opt(
-        None, "The way between steps. None: the student's."
+        None, "The way between steps. None: the student's; of ddpo with a student of ddim, posterior."
     )
     advantage: Literal["batch", "raw"] = opt(
         "batch", "The weight of log p: the reward, standardised over the iteration, or raw as in the paper."
@@ -381,6 +381,8 @@ def build(cfg, ranks, clips):
     for prompt in prompts if isinstance(encoder, WordTable) else []:
         encoder.encode([prompt])  # an unknown word is found now, not in the middle
     steps, how = about.get("timesteps") or timesteps(4), cfg.transition or about.get("transition", "renoise")
+    if ddpo and how == "ddim" and not cfg.transition:
+        how = "posterior"  # the same way with noise on it: a policy needs moves with a density
     schedule = Schedule(student.config.schedule, student.config.snr_shift)
     moves = graded(schedule, steps, how, cfg.truncate) if ddpo else [*range(len(steps))][-cfg.truncate :]
     if not moves:

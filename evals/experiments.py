@@ -31,7 +31,6 @@ TEACHER = "eval.py --weights weights/teacher.safetensors --steps 50"  # measured
 STUDENT = "eval.py --weights weights/student.safetensors --steps 4"
 POLICY = "ddpo.py --beta-kl 10 --reward object_kept"
 
-RANDOM = "--transition posterior"  # a policy needs moves with a density; the tuned student samples as before
 
 # table -> {label: flags of train.py, or a script and its flags}
 TABLES = {
@@ -50,8 +49,8 @@ TABLES = {
         "VSD + CD + LRM, parts": f"{TUNE} --reward object_kept --lrm-labels parts",
         "KL + LRM, scalar": f"{TUNE} {HOLD} --reward object_kept --lrm-labels scalar",
         "KL + LRM, parts": f"{TUNE} {HOLD} --reward object_kept --lrm-labels parts",
-        "KL + DDPO": f"{POLICY} {RANDOM}",
-        "KL + DDPO, raw": f"{POLICY} {RANDOM} --advantage raw",
+        "KL + DDPO": POLICY,
+        "KL + DDPO, raw": f"{POLICY} --advantage raw",
         "KL + ReFL": f"{POLICY} --method refl",
         "KL + DRaFT-1": f"{POLICY} --method draft --truncate 1",
     },

@@ -222,6 +222,7 @@ def weights(tmp_path_factory):
             p += 0.2 * torch.randn(p.shape, generator=noise)
     about = {"kind": "student", "timesteps": STEPS, "transition": "renoise", "settings": {"lr": 1}}
     common.save_model(folder / "student.safetensors", model, torch.float16, **about)
+    common.save_model(folder / "ddim.safetensors", model, torch.float16, **about | {"transition": "ddim"})
     common.save_model(folder / "one.safetensors", model, kind="student", timesteps=[999])
     common.save_model(folder / "teacher.safetensors", model, kind="teacher")
     with torch.random.fork_rng():
@@ -393,6 +394,15 @@ def processes(weights, folder, *flags, ranks=1):
     said = [p.communicate() for p in running]
     assert [p.returncode for p in running] == [0] * ranks, said
     return said[0][0]
+
+
+def test_a_student_of_ddim_moves_by_the_posterior(weights):
+    """Its own moves have no density; the direct gradients need none."""
+    for method, how in (("ddpo", "posterior"), ("draft", "ddim")):
+        files = {"weights": f"{weights}/ddim.safetensors", "vae": f"{weights}/vae.safetensors"}
+        cfg = ddpo.Config(**files, method=method, reward="dynamic_degree", device="cpu")
+        policy = ddpo.build(cfg, Ranks(0, 1, torch.device("cpu")), 4)
+        assert policy.transition == how and policy.about["transition"] == "ddim"
 
 
 def test_refl_as_a_process(weights, tmp_path):
