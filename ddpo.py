@@ -11,8 +11,9 @@ the log-probability of each move is computed again with it.
 
 A move needs a density. "renoise": the student predicts x_0 and noises it afresh, as when it samples: N(a' x_0, b'^2).
 "posterior": q(x_next | x_t, x_0) of Eq. 27 (schedule.py has its misprint), also for a student that samples by DDIM,
-whose moves have none; what is tuned samples as before. The last move ends at x_0 itself, where the std is 0: no density, no gradient. Algorithm 2 counts it among its last N = 2;
-here these are the last N (--truncate) moves *that have a std*: of four steps, 749 to 499 and 499 to 249.
+whose moves have none; what is tuned samples as before. The last move ends at x_0 itself, where the std is 0: no
+density, no gradient. Algorithm 2 counts it among its last N = 2; here these are the last N (--truncate) moves *that
+have a std*: of four steps, 749 to 499 and 499 to 249.
 
 Eq. 28 is summed over moves, and averaged over the elements of the latents (as in ddpo-pytorch): the sum, the true
 log-density, is thousands of times larger, which AdamW does not see, but --clip and --beta-kl would. Algorithm 2 weights
