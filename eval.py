@@ -42,7 +42,7 @@ from evals.vbench import vbench_scores
 from generate import Generator
 from video import VIDEOS, read_video, write_video, write_video_grid
 from world import shapes
-from world.reading import Eye, held_out, model_rows, reference_rows
+from world.reading import Evaluator, held_out, model_rows, reference_rows
 
 __all__ = ["vbench_scores", "vendi", "vendi_kernel"]  # the names under which others look for them
 
@@ -98,15 +98,15 @@ def world(cfg):
     generator = None if cfg.reference else cfg.load()
     for steps in [] if cfg.reference else cfg.steps:
         generator.steps(steps)  # refuse before the work, not after it
-    eye = Eye(cfg.judge, cfg.device, cfg.batch, cfg.precision)
+    evaluator = Evaluator(cfg.judge, cfg.device, cfg.batch, cfg.precision)
     clips, prompts, named = held_out(cfg.prompts, style=cfg.captions)
-    reference = eye.over(lambda some: shapes.render_batch([clips[i] for i in some]), cfg.prompts, "reference")
+    reference = evaluator.read(clips, shapes.render_batch, "reference")
     if cfg.reference:
-        rows = reference_rows(cfg, eye, reference["features"])
+        rows = reference_rows(cfg, evaluator, reference["features"])
     else:
-        rows = model_rows(cfg, cfg.name(), eye, reference["features"], generator, prompts, named)
+        rows = model_rows(cfg, cfg.name(), evaluator, reference["features"], generator, prompts, named)
     model = {k: generator.about.get(k) for k in ("kind", "timesteps", "command", "date")} if generator else None
-    return tables.save(cfg, "world", rows=rows, judge=eye.about.get("results"), model=model)
+    return tables.save(cfg, "world", rows=rows, judge=evaluator.about.get("results"), model=model)
 
 
 @dataclass
@@ -129,16 +129,19 @@ def tuned(cfg):
     if not cfg.runs or not all(log is None or log for log in logs):
         raise UserError("name the folders of finished runs: eval.py tuned RUNS...")
     reward = rewards.make(cfg.reward, cfg.reward_weights, device=cfg.device)
-    eye, unseen = Eye(cfg.judge, cfg.device, cfg.batch, cfg.precision), shapes.held_out_prompts(cfg.reward_samples)
+    evaluator = Evaluator(cfg.judge, cfg.device, cfg.batch, cfg.precision)
+    unseen = shapes.held_out_prompts(cfg.reward_samples)
     clips, prompts, named = held_out(cfg.prompts, style=cfg.captions)
-    reference = eye.over(lambda some: shapes.render_batch([clips[i] for i in some]), cfg.prompts, "reference")
+    reference = evaluator.read(clips, shapes.render_batch, "reference")
     rows, alone = [], Ranks(0, 1, torch.device(cfg.device))
     spent = [log[-1].get("reward_evaluations") for log in logs if log]
     common = min((n for n in spent if n), default=0)  # what the thriftiest run took
     for (label, file, folder), log in zip(runs, logs):
         generator = cfg.load(file)
         n = len(generator.about["timesteps"])
-        (row,) = model_rows(replace(cfg, steps=(n,)), label, eye, reference["features"], generator, prompts, named)
+        (row,) = model_rows(
+            replace(cfg, steps=(n,)), label, evaluator, reference["features"], generator, prompts, named
+        )
         row |= watch.measure(generator, reward, unseen, n, cfg.reward_samples, cfg.batch, alone)
         if folder:
             row |= {"seed": curves.name_and_seed(folder)[1], "iterations": log[-1]["step"] + 1}
@@ -148,7 +151,7 @@ def tuned(cfg):
                 then = min(then, key=lambda line: abs(line["reward_evaluations"] - common))
                 row["equal"] = {k: then[k] for k in ("reward_evaluations", "true_reward")}
         rows.append(row)
-    return tables.show(cfg, "tuned", rows=rows, baseline=cfg.baseline, judge=eye.about.get("results"))
+    return tables.show(cfg, "tuned", rows=rows, baseline=cfg.baseline, judge=evaluator.about.get("results"))
 
 
 @dataclass
