@@ -115,39 +115,35 @@ def is_hidden(name, p):
     return inside and p.ndim > 1 and min(p.shape[0], p[0].numel()) >= 32
 
 
-class Optimizer:
-    """Muon on the matrices between layers, AdamW on all else.
+class Muon(torch.optim.Optimizer):
+    """Steps along the nearest orthogonal matrix to the momentum: all directions of a weight learn alike.
 
-    Muon steps along the nearest orthogonal matrix to the momentum, so that all directions of a weight learn alike, not
-    just the strongest few. In its first 300 steps the small world's teacher needs about half as many as by AdamW alone.
-    `torch.optim.Muon` takes no convolutions, and computes in bfloat16 alone, which is slow where there are no
-    instructions for it. dtype: of the orthogonalisation.
+    In its first 300 steps the small world's teacher needs about half as many as by AdamW alone. `torch.optim.Muon`
+    takes no convolutions, and computes in bfloat16 alone, which is slow where there are no instructions for it.
+    dtype: of the orthogonalisation.
     """
 
-    def __init__(self, model, lr, dtype=torch.float32):
+    def __init__(self, params, dtype=torch.float32):
+        super().__init__(params, {"lr": 0.0})
         self.dtype = dtype
-        self.matrices = [p for name, p in model.named_parameters() if is_hidden(name, p)]
-        self.momenta = [torch.zeros_like(p) for p in self.matrices]
-        others = [p for name, p in model.named_parameters() if not is_hidden(name, p)]
-        self.adamw = torch.optim.AdamW(others, lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
 
     @torch.no_grad()
-    def step(self, lr):
-        for p, momentum in zip(self.matrices, self.momenta):
+    def step(self):
+        lr = self.param_groups[0]["lr"]
+        for p in self.param_groups[0]["params"]:
+            momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
             momentum.lerp_(p.grad, 0.05)
             direction = orthogonal(p.grad.lerp(momentum, 0.95).flatten(1), self.dtype)  # Nesterov's; (out, in x kernel)
             scale = 0.2 * max(direction.shape) ** 0.5  # steps as large as AdamW's
             p.mul_(1 - 0.01 * lr).add_(direction.reshape(p.shape), alpha=-lr * scale)
-        self.adamw.param_groups[0]["lr"] = lr
-        self.adamw.step()
 
-    def state_dict(self):
-        return {"momenta": self.momenta, "adamw": self.adamw.state_dict()}
 
-    def load_state_dict(self, state):
-        for momentum, saved in zip(self.momenta, state["momenta"]):
-            momentum.copy_(saved)
-        self.adamw.load_state_dict(state["adamw"])
+def optimizers(model, dtype=torch.float32):
+    """Muon for the weights between layers, AdamW for all else."""
+    named = list(model.named_parameters())
+    muon = Muon([p for name, p in named if is_hidden(name, p)], dtype)
+    others = [p for name, p in named if not is_hidden(name, p)]
+    return muon, torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
 
 
 def fit(cfg, model, loss_of, pictures=None, ema_decay=0.0):
@@ -159,13 +155,13 @@ def fit(cfg, model, loss_of, pictures=None, ema_decay=0.0):
     out = Path(cfg.out)
     print(f"{type(model).__name__}: {sum(p.numel() for p in model.parameters()):,} parameters")
     if cfg.init:
-        begun, _ = common.load_model(cfg.init, type(model))
-        model.load_state_dict(begun.state_dict())
-        model.config = begun.config  # a VAE's scaling factor is part of it
+        other, _ = common.load_model(cfg.init, type(model))
+        model.load_state_dict(other.state_dict())
+        model.config = other.config  # a VAE's scaling factor is part of it
     half = common.uses_bfloat16(cfg.precision, cfg.device)
-    optimizer = Optimizer(model, cfg.lr, torch.bfloat16 if half else torch.float32)
+    muon, adamw = optimizers(model, torch.bfloat16 if half else torch.float32)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay), use_buffers=True)
-    parts = {"model": model, "optimizer": optimizer, "average": average}
+    parts = {"model": model, "muon": muon, "adamw": adamw, "average": average}
     first, state_file = 0, out / "checkpoint.pt"
     if cfg.resume:
         if not state_file.exists():
@@ -193,13 +189,15 @@ def fit(cfg, model, loss_of, pictures=None, ema_decay=0.0):
         numbers = {name: x.item() for name, x in numbers.items()}
         if not math.isfinite(numbers["grad_norm"]):
             raise UserError(f"the gradient is not finite at step {step}: try a lower --lr, from the last checkpoint")
-        optimizer.step(cfg.lr * rate)
+        for optimizer in (muon, adamw):
+            optimizer.param_groups[0]["lr"] = cfg.lr * rate
+            optimizer.step()
         average.update_parameters(model)
         done = step + 1
         bar.set_postfix(loss=f"{numbers['loss']:.3g}")
         log.write(json.dumps({"step": step, "seconds": round(time.time() - begun, 1), **numbers}) + "\n")
+        log.flush()
         if done % cfg.save_every == 0 or done == cfg.iterations:
-            log.flush()
             state = {name: part.state_dict() for name, part in parts.items()} | {"step": done}
             with common.atomic(state_file) as file:
                 torch.save(state, file)
