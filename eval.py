@@ -39,7 +39,7 @@ from evals.vbench import vbench_scores
 from generate import Generator
 from video import VIDEOS, read_video, write_video, write_video_grid
 from world import shapes
-from world.reading import Eye, held_out, model_rows, reference_rows
+from world.reading import Evaluator, held_out, model_rows, reference_rows
 
 __all__ = ["vbench_scores", "vendi", "vendi_kernel"]  # the names under which others look for them
 
@@ -95,15 +95,15 @@ def world(cfg):
     generator = None if cfg.reference else cfg.load()
     for steps in [] if cfg.reference else cfg.steps:
         generator.steps(steps)  # refuse before the work, not after it
-    eye = Eye(cfg.judge, cfg.device, cfg.batch, cfg.precision)
+    evaluator = Evaluator(cfg.judge, cfg.device, cfg.batch, cfg.precision)
     clips, prompts, named = held_out(cfg.prompts, style=cfg.captions)
-    reference = eye.over(lambda some: shapes.render_batch([clips[i] for i in some]), cfg.prompts, "reference")
+    reference = evaluator.read(clips, shapes.render_batch, "reference")
     if cfg.reference:
-        rows = reference_rows(cfg, eye, reference["features"])
+        rows = reference_rows(cfg, evaluator, reference["features"])
     else:
-        rows = model_rows(cfg, cfg.name(), eye, reference["features"], generator, prompts, named)
+        rows = model_rows(cfg, cfg.name(), evaluator, reference["features"], generator, prompts, named)
     model = {k: generator.about.get(k) for k in ("kind", "timesteps", "command", "date")} if generator else None
-    return tables.save(cfg, "world", rows=rows, judge=eye.about.get("results"), model=model)
+    return tables.save(cfg, "world", rows=rows, judge=evaluator.about.get("results"), model=model)
 
 
 @dataclass

@@ -255,7 +255,7 @@ def test_every_dimension_sees_what_is_spoilt(dimension, what, spoil, degrees):
     """
     n, clips = 16, [shapes.Clip.make(shapes.HELD_OUT + 3, i) for i in range(128)]
     pairs, singles = ([c for c in clips if bool(c.relation) == two] for two in (True, False))
-    clips, judge = pairs[: n // 2] + singles[: n // 2], reading.Eye(JUDGE)
+    clips, judge = pairs[: n // 2] + singles[: n // 2], reading.Evaluator(JUDGE)
     scores = [raw_scores(judge, clips, dimension)]
     scores += [raw_scores(judge, clips, dimension, spoil, degree) for degree in degrees]
     for weak, strong in itertools.combinations(scores, 2):

@@ -33,7 +33,7 @@ def held_out(n, seed=shapes.HELD_OUT, style="train"):
     return clips, [prompt for prompt, _ in words], [named for _, named in words]
 
 
-class Eye:
+class Evaluator:
     """The evaluating judge. `about` is the metadata of its file: how it was made, and how well it reads."""
 
     def __init__(self, path, device="cpu", batch=64, precision="auto"):
@@ -54,33 +54,35 @@ class Eye:
         first, last = (self(slow_motion(part))[0]["object"].argmax(1) for part in (video[:, :, :4], video[:, :, -4:]))
         return (first == last).float()
 
-    def over(self, make, n, name, measure=None):
-        """Look at videos 0..n-1; make(list of indices) -> (B, 3, F, H, W). A video that is not finite is left out.
+    def read(self, jobs, draw, name, measure=None):
+        """Read the videos draw(some of the jobs) -> (B, 3, F, H, W) of all jobs. One that is not finite is left out.
 
-        -> {"beliefs": {factor: (m, values)}, "features": (m, d), "index": which of the n these are, "broken": n - m,
-        "measured": {name: (m,)} of measure(video), "seconds": of make alone, a video}
+        -> {"beliefs": {factor: (m, values)}, "features": (m, d), "jobs": the m that were read, "broken": n - m,
+        "measured": {name: (m,)} of measure(video), "seconds": of draw alone, a video}. UserError if all are broken.
         """
-        beliefs, features, measured, index, seconds = [], [], [], [], 0.0
-        for i in tqdm(range(0, n, self.batch), desc=name, dynamic_ncols=True, leave=False):
-            some, start = list(range(i, min(i + self.batch, n))), time.perf_counter()
-            video = make(some)
+        beliefs, features, measured, whole, seconds = [], [], [], [], 0.0
+        for i in tqdm(range(0, len(jobs), self.batch), desc=name, dynamic_ncols=True, leave=False):
+            some, start = jobs[i : i + self.batch], time.perf_counter()
+            video = draw(some)
             seconds += time.perf_counter() - start
-            good = video.flatten(1).isfinite().all(1).cpu()
-            if not good.any():
+            finite = video.flatten(1).isfinite().all(1)
+            if not finite.any():
                 continue
-            video = video[good.to(video.device)]
-            index += [j for j, fine in zip(some, good.tolist()) if fine]
-            for kept, new in zip((beliefs, features), self(video)):
-                kept.append(new)
+            video = video[finite]
+            whole += [job for job, fine in zip(some, finite.tolist()) if fine]
+            belief, feature = self(video)
+            beliefs.append(belief)
+            features.append(feature)
             measured.append(measure(video) if measure else {})
-        join = lambda parts: {k: torch.cat([p[k] for p in parts]) for k in parts[0]} if parts else {}
-        looked = {"beliefs": join(beliefs), "measured": join(measured), "index": index, "broken": n - len(index)}
-        return looked | {"features": torch.cat(features) if features else torch.zeros(0, 1), "seconds": seconds / n}
+        if not whole:
+            raise UserError(f"none of {len(jobs)} videos is finite: these weights are broken")
+        read = {"features": torch.cat(features), "beliefs": joined(beliefs), "measured": joined(measured)}
+        return read | {"jobs": whole, "broken": len(jobs) - len(whole), "seconds": seconds / len(jobs)}
 
 
-def readings(beliefs):
-    """Most probable class index of every factor, (n, factors)."""
-    return torch.stack([beliefs[factor].argmax(1) for factor in shapes.FACTORS], 1)
+def joined(batches):
+    """One dictionary of several with the same names, their tensors one after the other."""
+    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
 
 def accuracy(beliefs, named):
@@ -89,45 +91,44 @@ def accuracy(beliefs, named):
     beliefs {factor: (n, values)}; named: n dicts. -> {factor: {"mean", "error", "n"}}, "main" among them. The error of
     the mean over factors counts prompts, not answers: two factors of one prompt fail together.
     """
-    truth = torch.tensor([[v.index(p[f]) if f in p else -1 for f, v in shapes.FACTORS.items()] for p in named])
-    asked, right = truth >= 0, readings(beliefs) == truth
     scores, influence, means = {}, torch.zeros(len(named), dtype=torch.float64), []
-    for i, factor in enumerate(shapes.FACTORS):
-        scores[factor] = mean_error(right[asked[:, i], i].double())
+    for factor, values in shapes.FACTORS.items():
+        truth = torch.tensor([values.index(names[factor]) if factor in names else -1 for names in named])
+        asked, right = truth >= 0, (beliefs[factor].argmax(1) == truth).double()
+        scores[factor] = mean_error(right[asked])
         if factor in MAIN and scores[factor]["n"]:
-            share = asked[:, i].double().mean()
-            influence += (right[:, i].double() - scores[factor]["mean"]) * asked[:, i] / share
+            influence += (right - scores[factor]["mean"]) * asked / asked.double().mean()
             means.append(scores[factor]["mean"])
     mean = sum(means) / len(means) if means else math.nan
     error = (influence / max(len(means), 1)).std().item() / math.sqrt(len(named))
     return scores | {"main": {"mean": mean, "error": error, "n": len(named)}}
 
 
-def compare(features, reference):
+def likeness(features, reference):
     """Frechet distance with its sampling error, precision and coverage against the reference's features."""
     distance = {"mean": frechet(features, reference), "error": jackknife(frechet, features, reference)}
     return {"frechet": distance, **neighbours(reference, features)}
 
 
-def diversity(features, index, copies=5):
+def diversity(features, prompts, copies=5):
     """Vendi - 1 of the judge's features of `copies` videos of each prompt, mean and error over prompts; 0 is collapse.
 
-    features (m, d) of videos `index`, numbered prompt by prompt; a prompt of which a video is missing is left out.
+    features (m, d) of videos of `prompts`, their numbers; a prompt of which a video is missing is left out.
     """
     groups = {}
-    for feature, i in zip(features, index):
-        groups.setdefault(i // copies, []).append(feature)
-    return mean_error([vendi(torch.stack(g)) - 1 for g in groups.values() if len(g) == copies])
+    for feature, i in zip(features, prompts):
+        groups.setdefault(i, []).append(feature)
+    return mean_error([vendi(torch.stack(group)) - 1 for group in groups.values() if len(group) == copies])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# rows of a table; cfg is eval.py's WorldConfig
+# rows of a table; cfg is eval.py's WorldConfig, a job the number of a prompt and 0, or 1..4 for a further video of it
 
 
-def model_rows(cfg, label, eye, reference, generator, prompts, named):
+def model_rows(cfg, label, evaluator, reference, generator, prompts, named):
     """One row for every number of steps, all on the same prompts and the same noise."""
     text, rows = generator.encoder.encode(prompts), []  # (n, L, D)
-    several = [(i, copy) for i in range(min(cfg.vendi_prompts, cfg.prompts)) for copy in range(1, 5)]
+    further = [(i, copy) for i in range(min(cfg.vendi_prompts, cfg.prompts)) for copy in range(1, 5)]
     for steps in cfg.steps:
 
         def draw(jobs, steps=steps):
@@ -135,78 +136,73 @@ def model_rows(cfg, label, eye, reference, generator, prompts, named):
             return generator.decode(generator.latents(text[[i for i, _ in jobs]], seeds, steps, cfg.w))
 
         row = {"label": label, "steps": steps, "nfe": generator.evaluations(steps, cfg.w)}
-        first = lambda some, draw=draw: draw([(i, 0) for i in some])
-        more = lambda some, draw=draw: draw([several[i] for i in some])
-        rows.append(row | look(cfg, eye, reference, first, named, more, [5 * i + copy for i, copy in several]))
-        print(in_words(rows[-1]), flush=True)
+        rows.append(row | measurements(cfg, evaluator, reference, draw, further, named))
+        print(summary(rows[-1]), flush=True)
     return rows
 
 
-def reference_rows(cfg, eye, reference):
+def reference_rows(cfg, evaluator, reference):
     """Other rendered clips, and what the VAE makes of them: two rows."""
     vae = common.load_model(cfg.vae, VAE3D, cfg.device)[0].to(memory_format=torch.channels_last_3d)
     clips, _, named = held_out(cfg.prompts, ELSEWHERE, cfg.captions)  # a clip must not be compared with itself
-    groups = {}  # further clips that the same prompt describes
-    for i, fixed in enumerate(named[: cfg.vendi_prompts]):
+    clips, psnrs = {(i, 0): clip for i, clip in enumerate(clips)}, []
+    for i, fixed in enumerate(named[: cfg.vendi_prompts]):  # further clips that the same prompt describes
         with contextlib.suppress(ValueError):  # a prompt that names very much has too few clips to be found
-            groups |= {5 * i + copy: shapes.Clip.make(ELSEWHERE + copy, i, **fixed) for copy in range(1, 5)}
-    psnrs, rows = [], []
+            clips |= {(i, copy): shapes.Clip.make(ELSEWHERE + copy, i, **fixed) for copy in range(1, 5)}
+
+    def render(jobs):
+        return shapes.render_batch([clips[job] for job in jobs])
 
     @torch.no_grad()
-    def copied(video):
-        video = video.to(cfg.device, memory_format=torch.channels_last_3d)
+    def encode_and_decode(jobs):
+        video = render(jobs).to(cfg.device, memory_format=torch.channels_last_3d)
         with autocast(cfg.precision, cfg.device):
-            drawn = vae.decode(vae.encode(video)).float().clamp(-1, 1)
-        psnrs.append(psnr(drawn, video).cpu())
-        return drawn
+            copies = vae.decode(vae.encode(video)).float().clamp(-1, 1)
+        psnrs.append(psnr(copies, video).cpu())
+        return copies
 
-    for label, through in (("rendered clips", lambda video: video), ("the VAE's copies", copied)):
-        first = lambda some, through=through: through(shapes.render_batch([clips[i] for i in some]))
-        others = list(groups.values())
-        more = lambda some, through=through: through(shapes.render_batch([others[i] for i in some]))  # noqa: B023
+    rows, further = [], [job for job in clips if job[1]]
+    for label, draw in (("rendered clips", render), ("the VAE's copies", encode_and_decode)):
         row = {"label": label, "steps": None, "nfe": None}
-        rows.append(row | look(cfg, eye, reference, first, named, more, list(groups)) | {"seconds": None})
-        if psnrs:
-            scores = torch.cat(psnrs).sort().values
-            worst = scores[: max(1, len(scores) // 10)].mean().item()
-            rows[-1] |= {"psnr": scores.mean().item(), "psnr_worst_tenth": worst}
-        print(in_words(rows[-1]), flush=True)
+        rows.append(row | measurements(cfg, evaluator, reference, draw, further, named) | {"seconds": None})
+        print(summary(rows[-1]), flush=True)
+    scores = torch.cat(psnrs).sort().values
+    rows[1] |= {"psnr": scores.mean().item(), "psnr_worst_tenth": scores[: max(1, len(scores) // 10)].mean().item()}
     return rows
 
 
-def look(cfg, eye, reference, first, named, more, numbers):
-    """All that is measured of videos 0..n-1, one a prompt, and of further videos `numbers` (5 * prompt + copy)."""
-    quality = (lambda video: dimensions.quality(eye, video)) if cfg.dimensions else lambda video: {}
+def measurements(cfg, evaluator, reference, draw, further, named):
+    """All that is measured of the videos draw(jobs), one a prompt; for the diversity also of the jobs `further`."""
     flow = rewards.make("dynamic_degree")  # of the most moving twentieth of the pixels; VBench's threshold is 1
-    also = lambda video: {"identity": eye.keeps_its_object(video), "motion": flow(video.cpu())}
-    measure = lambda video: also(video) | quality(video)
-    looked = eye.over(first, cfg.prompts, "drawing and looking", measure)
-    index, seen = looked["index"], [named[i] for i in looked["index"]]
-    if len(index) < 20:
-        raise UserError(f"{looked['broken']} of {cfg.prompts} videos are not finite: these weights are broken")
-    row = {"seconds": looked["seconds"], "broken": looked["broken"]}
-    row |= accuracy(looked["beliefs"], seen) | compare(looked["features"], reference)
-    single = torch.tensor(["relation" not in names for names in seen])
-    row["identity"] = mean_error(looked["measured"].pop("identity")[single].double())
-    row["motion"] = mean_error(looked["measured"].pop("motion").double())
-    if numbers:
-        others = eye.over(more, len(numbers), "diversity")
-        features = torch.cat([looked["features"], others["features"]])
-        row["vendi"] = diversity(features, [5 * i for i in index] + [numbers[i] for i in others["index"]])
+
+    def measure(video):
+        measured = {"identity": evaluator.keeps_its_object(video), "motion": flow(video.cpu())}
+        return measured | (dimensions.quality(evaluator, video) if cfg.dimensions else {})
+
+    read = evaluator.read([(i, 0) for i in range(cfg.prompts)], draw, "drawing and reading", measure)
+    named, measured = [named[i] for i, _ in read["jobs"]], read["measured"]
+    if len(named) < 20:
+        raise UserError(f"{read['broken']} of {cfg.prompts} videos are not finite: these weights are broken")
+    row = {"seconds": read["seconds"], "broken": read["broken"]}
+    row |= accuracy(read["beliefs"], named) | likeness(read["features"], reference)
+    single = torch.tensor(["relation" not in names for names in named])
+    row["identity"] = mean_error(measured["identity"][single].double())
+    row["motion"] = mean_error(measured["motion"].double())
+    if further:
+        others = evaluator.read(further, draw, "diversity")
+        features = torch.cat([read["features"], others["features"]])
+        row["vendi"] = diversity(features, [i for i, _ in read["jobs"] + others["jobs"]])
     if cfg.dimensions:
-        raw = looked["measured"] | dimensions.semantic(looked["beliefs"], seen)
+        raw = measured | dimensions.semantic(read["beliefs"], named)
         row["dimensions"] = {d: mean_error(raw[d]) for d in vbench.DIMENSIONS}
+        percent = {d: 100 * score["mean"] for d, score in row["dimensions"].items()}
         with contextlib.suppress(ValueError):  # too few prompts for some dimension
-            row["totals"] = vbench.vbench_scores(
-                {d: 100 * s["mean"] for d, s in row["dimensions"].items()}, dimensions.RANGES
-            )
+            row["totals"] = vbench.vbench_scores(percent, dimensions.RANGES)
     return row
 
 
-def in_words(row):
+def summary(row):
     """One row in a line, printed while the next is being drawn."""
-    scores = " ".join(f"{f} {pm(row[f], 100)}" for f in (*MAIN, "main"))
-    more = f", vendi-1 {pm(row['vendi'], 1, 3)}" if "vendi" in row else ""
-    more += f", total {row['totals']['total']:.1f}" if "totals" in row else ""
-    more += f", {row['broken']} videos are broken and left out" if row["broken"] else ""
-    return f"{row['label']} {row['steps'] or ''}: {scores}, frechet {pm(row['frechet'], 1, 2)}{more}"
+    scores = " ".join(f"{factor} {pm(row[factor], 100)}" for factor in (*MAIN, "main"))
+    broken = f", {row['broken']} videos are not finite and left out" if row["broken"] else ""
+    return f"{row['label']} {row['steps'] or ''}: {scores}, frechet {pm(row['frechet'], 1, 2)}{broken}"

@@ -119,17 +119,17 @@ class Clip:
     offset: int  # of the scene's texture, in pixels
 
     @staticmethod
-    def make(seed: int, index: int, **fixed: str | None) -> "Clip":
+    def make(seed, index, **fixed):
         """Clip `index` of the world `seed`; factors given by name in `fixed` are kept if a clip can have them all."""
         rng = random.Random(f"shapes {seed} {index}")
         for _ in range(100000):
-            clip = Clip._draw(rng)
+            clip = Clip.at_random(rng)
             if all(getattr(clip, name) == value for name, value in fixed.items()):
                 return clip
         raise ValueError(f"no clip of the shapes world has {fixed}")
 
     @staticmethod
-    def _draw(rng: random.Random) -> "Clip":
+    def at_random(rng):
         scene, look, camera = rng.choice(list(SCENES)), rng.choice(list(LOOKS)), rng.choice(list(CAMERAS))
         relation = rng.choice(list(RELATIONS)) if rng.random() < 0.2 else None
         object, object2 = rng.sample(OBJECTS, 2)
@@ -147,19 +147,17 @@ class Clip:
         offset = rng.choice(OFFSETS)
         return Clip(object, colour, size, action, relation, object2, colour2, scene, camera, look, offset)
 
-    def visible(self, still: bool = False) -> dict[str, str]:
-        """The factors that can be seen in this clip, hence named in a caption or asked of a judge.
+    def visible(self, still=False):
+        """{factor: value} of what can be seen in this clip, hence named in a caption or asked of a judge.
 
         still: in its middle frame alone, which shows neither an action nor a camera's move.
         """
-        seen = {name: getattr(self, name) for name in FACTORS if getattr(self, name) is not None}
-        if self.look == "monochrome":
-            seen.pop("colour"), seen.pop("colour2", None)
-        if still:
-            seen.pop("action"), seen.pop("camera")
-        return seen
+        hidden = {"colour", "colour2"} if self.look == "monochrome" else set()
+        hidden |= {"action", "camera"} if still else set()
+        values = {name: getattr(self, name) for name in FACTORS if name not in hidden}
+        return {name: value for name, value in values.items() if value is not None}
 
-    def truth(self) -> list[int]:
+    def truth(self):
         """Class index of every factor in the order of FACTORS, -1 where it cannot be seen."""
         seen = self.visible()
         return [values.index(seen[name]) if name in seen else -1 for name, values in FACTORS.items()]
@@ -169,7 +167,7 @@ class Clip:
 # pixels
 
 
-def signed_distance(name: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+def signed_distance(name, x, y):
     """Distance to the outline of the unit-radius object, negative inside; y points down. Same shape as x."""
     ax, ay = x.abs(), y.abs()
     if name == "circle":
@@ -186,20 +184,21 @@ def signed_distance(name: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor
         return torch.minimum((ax + (y - 0.1).abs() - 0.78) / math.sqrt(2), torch.hypot(ax - 0.39, y + 0.29) - 0.5515)
     if name == "moon":  # a disc less another disc
         return torch.maximum(torch.hypot(x, y) - 0.95, 0.78 - torch.hypot(x - 0.55, y))
-    if name == "star":  # fold the plane into one half of one of five points, then one straight edge is left
-        fifth = 2 * math.pi / 5
-        angle = (torch.remainder(torch.atan2(x, -y) + fifth / 2, fifth) - fifth / 2).abs()
-        radius = torch.hypot(x, y)
-        return (radius * angle.cos() - 1.05) * 0.384 + radius * angle.sin() * 0.923
-    raise ValueError(f"unknown object {name!r}")
+    # the star: fold the plane into one half of one of five points, then one straight edge is left
+    fifth = 2 * math.pi / 5
+    angle = (torch.remainder(torch.atan2(x, -y) + fifth / 2, fifth) - fifth / 2).abs()
+    radius = torch.hypot(x, y)
+    return (radius * angle.cos() - 1.05) * 0.384 + radius * angle.sin() * 0.923
 
 
-def draw_scene(name: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Colours (..., 3, F, H, W) in [0, 1] of a scene at its own coordinates x, y (..., F, H, W), in pixels.
+def draw_scene(name, x, y):
+    """Colours (3, F, H, W) in [0, 1] of a scene at its own coordinates x, y (F, H, W), in pixels.
 
     Soft and of period 32 in x, so that it can be compressed and a movement of the camera can be seen.
     """
-    wave = lambda phase: 0.5 + 0.5 * torch.sin(2 * math.pi * phase)
+
+    def wave(phase):
+        return 0.5 + 0.5 * torch.sin(2 * math.pi * phase)
 
     def spots(x, y, width):
         """Soft spots in the middles of squares of 32 pixels."""
@@ -217,26 +216,22 @@ def draw_scene(name: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     elif name == "checkerboard":
         check = torch.tanh(3 * torch.sin(math.pi * x / 16) * torch.sin(math.pi * y / 16))
         low, high, amount = (0.34, 0.34, 0.37), (0.58, 0.58, 0.60), 0.5 + 0.5 * check
-    else:
-        raise ValueError(f"unknown scene {name!r}")
-    image = _mix(_rgb([low]).to(x), _rgb([high]).to(x), amount.unsqueeze(-4))
-    if name == "meadow":
-        image = _mix(image, _rgb([(0.98, 0.95, 0.70)]).to(x), spots(x, y, 3.0).unsqueeze(-4))
-    return image
+    image = mix(rgb(low, x), rgb(high, x), amount)
+    return mix(image, rgb((0.98, 0.95, 0.70), x), spots(x, y, 3.0)) if name == "meadow" else image
 
 
-def _rgb(colours: list[tuple[float, float, float]]) -> torch.Tensor:
-    return torch.tensor(colours).view(-1, 3, 1, 1, 1)
+def rgb(colour, like):
+    return torch.tensor(colour, device=like.device).view(3, 1, 1, 1)
 
 
-def _mix(low: torch.Tensor, high: torch.Tensor, amount: torch.Tensor) -> torch.Tensor:
+def mix(low, high, amount):
     return low + (high - low) * amount
 
 
-def _path(clip: Clip, time: torch.Tensor) -> torch.Tensor:
-    """Place x, y from where it stands in the middle of the clip, and radius, at times -0.5..0.5: (3, F)."""
-    zero = torch.zeros_like(time)
-    x, y, radius = zero, zero, zero + (PAIR if clip.relation else SIZES.get(clip.size, 14.0))
+def path(clip, time):
+    """Place x, y from where it stands in the middle of the clip, and radius, at times -0.5..0.5: three like time."""
+    x, y = torch.zeros_like(time), torch.zeros_like(time)
+    radius = x + (PAIR if clip.relation else SIZES.get(clip.size, 14.0))
     run = time * (16 if clip.relation else 24)
     if clip.action in ("left", "right"):
         x = run if clip.action == "right" else -run
@@ -247,68 +242,52 @@ def _path(clip: Clip, time: torch.Tensor) -> torch.Tensor:
     elif clip.action in ("grows", "shrinks"):
         change = time * (9 if clip.relation else 12)
         radius = radius + (change if clip.action == "grows" else -change) - (0.5 if clip.relation else 0)
-    return torch.stack([x, y, radius])
+    return x, y, radius
 
 
-def _by(values: list[str]) -> list[tuple[str, list[int]]]:
-    """Each value that occurs, with the rows in which it does."""
-    return [(value, [i for i, v in enumerate(values) if v == value]) for value in dict.fromkeys(values)]
+def render_one(clip, time):
+    """Pixels (3, F, SIZE, SIZE) in [-1, 1] of a clip at times (F,), and the mask of its objects (1, F, SIZE, SIZE)."""
+    time = time[:, None, None]  # (F, 1, 1)
+    axis = torch.arange(SIZE, device=time.device) - (SIZE - 1) / 2
+    y, x = axis[:, None], axis  # on the screen, in pixels from its centre
+    scale = 1 - (0.6 if clip.camera == "zoom in" else 0.0) * time
+    shift = (-PAN if clip.camera == "pan left" else 0.0) * time + clip.offset
+    image = draw_scene(clip.scene, *torch.broadcast_tensors(x * scale + shift, y * scale))  # (3, F, H, W)
+    if clip.look == "neon":
+        image = image * (1 - torch.tensor(0.65))
 
-
-def render(
-    clips: list[Clip], frame: int | None = None, device: str | torch.device = "cpu"
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The clips' pixels (B, 3, F, SIZE, SIZE) in [-1, 1], and masks of their objects (B, 1, F, SIZE, SIZE) in [0, 1].
-
-    F is FRAMES, or 1 for the one frame asked for. All clips are drawn at once, on `device`.
-    """
-    time = torch.linspace(-0.5, 0.5, FRAMES)
-    if frame is not None:
-        time = time[frame : frame + 1]
-    axis = torch.arange(SIZE, device=device) - (SIZE - 1) / 2
-    y, x = axis[:, None], axis[None]  # on the screen, in pixels from its centre
-    column = lambda values: values.to(device)[:, :, None, None]  # (B, F) -> (B, F, 1, 1)
-
-    pan = torch.tensor([-PAN if c.camera == "pan left" else 0.0 for c in clips])[:, None]
-    zoom = torch.tensor([0.6 if c.camera == "zoom in" else 0.0 for c in clips])[:, None]
-    offset = torch.tensor([float(c.offset) for c in clips])[:, None]
-    scale = column(1 - zoom * time)
-    scene_x, scene_y = torch.broadcast_tensors(x * scale + column(pan * time + offset), y * scale)  # (B, F, H, W)
-    image = x.new_empty(len(clips), 3, *scene_x.shape[1:])
-    for scene, rows in _by([c.scene for c in clips]):
-        image[rows] = draw_scene(scene, scene_x[rows], scene_y[rows])
-    which = lambda look: torch.tensor([float(c.look == look) for c in clips], device=device).view(-1, 1, 1, 1, 1)
-    neon, monochrome = which("neon"), which("monochrome")
-    image = image * (1 - 0.65 * neon)
-
-    mask = torch.zeros_like(image[:, :1])
-    paths = torch.stack([_path(c, time) for c in clips], 1)  # (3, B, F)
-    firsts = [(i, c.object, c.colour, -16 if c.relation else 0) for i, c in enumerate(clips)]
-    seconds = [(i, c.object2, c.colour2, 16) for i, c in enumerate(clips) if c.relation]
-    for actors in filter(None, (firsts, seconds)):
-        numbers, names, colours, places = zip(*actors)
-        who = list(numbers)
-        px, py, radius = paths[:, who].unbind()  # (b, F) each
-        px = px + torch.tensor([[p if clips[i].relation == "left" else 0.0] for i, p in zip(who, places)])
-        py = py + torch.tensor([[p if clips[i].relation == "above" else 0.0] for i, p in zip(who, places)])
-        px, py, radius = column(px), column(py), column(radius)
-        own_x, own_y = torch.broadcast_tensors((x - px) / radius, (y - py) / radius)
-        distance = torch.empty_like(own_x)  # (b, F, H, W)
-        for name, rows in _by(list(names)):
-            distance[rows] = signed_distance(name, own_x[rows], own_y[rows])
-        distance = (radius * distance).unsqueeze(1)
-        paint = _rgb([COLOURS[c] for c in colours]).to(device)
-        glow = 0.7 * neon[who] * torch.exp(-distance.clamp(min=0) / 3.5)  # falls off outside the outline
+    mask = torch.zeros_like(image[:1])
+    move_x, move_y, radius = path(clip, time)
+    for object, colour, side in ((clip.object, clip.colour, -16), (clip.object2, clip.colour2, 16)):
+        if object is None:
+            continue
+        place_x = move_x + (side if clip.relation == "left" else 0.0)
+        place_y = move_y + (side if clip.relation == "above" else 0.0)
+        own_x, own_y = torch.broadcast_tensors((x - place_x) / radius, (y - place_y) / radius)
+        distance = radius * signed_distance(object, own_x, own_y)  # in pixels, (F, H, W)
+        paint = rgb(COLOURS[colour], image)
+        if clip.look == "neon":  # a glow that falls off outside the outline
+            image = mix(image, paint, 0.7 * torch.exp(-distance.clamp(min=0) / 3.5))
         cover = (0.5 - distance / 2).clamp(0, 1)  # two pixels from outside to inside
-        image[who] = _mix(_mix(image[who], paint, glow), paint, cover)
-        mask[who] = torch.maximum(mask[who], cover)
-
-    grey = (image * _rgb([(0.299, 0.587, 0.114)]).to(device)).sum(1, keepdim=True)
-    image = _mix(image, grey, monochrome)
+        image, mask = mix(image, paint, cover), torch.maximum(mask, cover)
+    if clip.look == "monochrome":
+        grey = (image * rgb((0.299, 0.587, 0.114), image)).sum(0, keepdim=True)
+        image = mix(image, grey, 1.0)
     return (image * 2 - 1).clamp(-1, 1), mask
 
 
-def render_batch(clips: list[Clip]) -> torch.Tensor:
+def render(clips, frame=None, device="cpu"):
+    """The clips' pixels (B, 3, F, SIZE, SIZE) in [-1, 1], and masks of their objects (B, 1, F, SIZE, SIZE) in [0, 1].
+
+    F is FRAMES, or 1 for the one frame asked for.
+    """
+    times = torch.linspace(-0.5, 0.5, FRAMES)
+    times = times if frame is None else times[frame : frame + 1]
+    videos, masks = zip(*[render_one(clip, times.to(device)) for clip in clips])
+    return torch.stack(videos), torch.stack(masks)
+
+
+def render_batch(clips):
     """(B, 3, FRAMES, SIZE, SIZE)"""
     return render(clips)[0]
 
@@ -316,81 +295,79 @@ def render_batch(clips: list[Clip]) -> torch.Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 # words
 
+TABLES = {"action": ACTIONS, "scene": SCENES, "camera": CAMERAS, "look": LOOKS}
+PHRASES = {word: ("object", word) for word in OBJECTS} | {word: ("colour", word) for word in COLOURS}
+PHRASES |= {word: ("size", word) for word in SIZES}
+PHRASES |= {phrase: ("relation", name) for name, phrase in RELATIONS.items()}
+PHRASES |= {phrase: ("reversed", name) for name, phrase in REVERSED.items()}
+for _factor, _table in TABLES.items():
+    for _name, _pair in _table.items():
+        PHRASES |= dict.fromkeys(_pair, (_factor, _name))
+WORDS = sorted({word for phrase in [*PHRASES, "a", "an", "shape"] for word in phrase.split()})
 
-def caption(
-    clip: Clip, style: str, rng: random.Random | None = None, still: bool = False
-) -> tuple[str, dict[str, str]]:
-    """Words for a clip, and the factors that they name.
+
+def caption(clip, style, rng=None, still=False):
+    """Words for a clip, and the factors that they name: {factor: value}.
 
     style "long": every visible factor in full words, and "short": the objects and what they do (the two lengths of the
     paper's Table 9); "object": the first object alone, all else left open; "train": one to three factors, now and then
     all of them, in either wording, drawn from `rng`. still: of the middle frame alone.
     """
     seen = clip.visible(still)
-    words, reverse = 0, False
+    named, wording, reverse = set(seen), 0, False
     if style == "long":
-        named, words = set(seen), 1
+        wording = 1
     elif style == "short":
         named = {"object", "colour", "relation", "object2", "colour2", "action"}
     elif style == "object":
         named = {"object"}
-    elif style == "train":
+    else:
         count = rng.choices(list(COUNTS), COUNTS.values())[0]
         order = sorted((f for f in OFTEN if f in seen), key=lambda f: rng.random() ** (1 / OFTEN[f]), reverse=True)
-        named, words, reverse = set(order[:count]), rng.randrange(2), rng.random() < 0.5
+        named, wording, reverse = set(order[:count]), rng.randrange(2), rng.random() < 0.5
         if "relation" in named:
             named |= {"object", "object2"} | ({"colour2"} if "colour" in named else set())
-    else:
-        raise ValueError(f"unknown caption style {style!r}")
-    names = {name: seen[name] for name in FACTORS if name in named and name in seen}
+    names = {name: value for name, value in seen.items() if name in named}
 
-    def noun(*factors: str) -> list[str]:
-        words = [*(names[f] for f in factors[:-1] if f in names), names.get(factors[-1], "shape")]
+    def noun(*factors):
+        words = [names[f] for f in factors if f in names]
+        if factors[-1] not in names:
+            words.append("shape")
         return ["an" if words[0] == "orange" else "a", *words]
 
-    parts = noun("size", "colour", "object")
+    words = noun("size", "colour", "object")
     if "relation" in names:
         second = noun("colour2", "object2")
-        pair = (second, REVERSED, parts) if reverse else (parts, RELATIONS, second)
-        parts = [*pair[0], pair[1][names["relation"]], *pair[2]]
-    for factor, phrases in TABLES.items():
-        if factor in names:
-            parts.append(phrases[names[factor]][words])
-    return " ".join(parts), names
+        if reverse:
+            words = [*second, REVERSED[names["relation"]], *words]
+        else:
+            words = [*words, RELATIONS[names["relation"]], *second]
+    words += [phrases[names[factor]][wording] for factor, phrases in TABLES.items() if factor in names]
+    return " ".join(words), names
 
 
-def held_out_prompts(n: int) -> list[str]:
+def held_out_prompts(n):
     """Captions, in the training style, of the first n clips that nothing is trained on."""
     return [caption(Clip.make(HELD_OUT, i), "train", random.Random(f"held out {i}"))[0] for i in range(n)]
 
 
-def parse(prompt: str) -> dict[str, str]:
-    """The factors that a caption of this world names: the inverse of `caption`, also for a user's own words.
+def parse(prompt):
+    """The factors {factor: value} that a caption names: the inverse of `caption`, also for a user's own words.
 
     The longest phrase wins, so that "moves left" is an action and "left of" a relation. Words that are no phrase of
     the world are passed over; what stands after a relation belongs to the other object. "a right of b" is read as "b
     left of a".
     """
-    words, names, i = prompt.lower().replace(",", " ").replace(".", " ").split(), {}, 0
-    while i < len(words):
-        for length in range(min(3, len(words) - i), 0, -1):
-            factor, value = _PHRASES.get(" ".join(words[i : i + length]), (None, None))
-            if factor:
-                second = ("relation" in names or "reversed" in names) and factor in ("object", "colour")
-                names.setdefault(factor + "2" if second else factor, value)
-                i += length - 1
-                break
-        i += 1
+    words, names = prompt.lower().replace(",", " ").replace(".", " ").split(), {}
+    while words:
+        lengths = [n for n in (3, 2, 1) if " ".join(words[:n]) in PHRASES]
+        if lengths:
+            factor, value = PHRASES[" ".join(words[: lengths[0]])]
+            if factor in ("object", "colour") and ("relation" in names or "reversed" in names):
+                factor += "2"
+            names.setdefault(factor, value)
+        words = words[lengths[0] if lengths else 1 :]
     if relation := names.pop("reversed", None):
         turned = {"object": "object2", "object2": "object", "colour": "colour2", "colour2": "colour"}
         names = {turned.get(factor, factor): value for factor, value in names.items()} | {"relation": relation}
     return names
-
-
-TABLES = {"action": ACTIONS, "scene": SCENES, "camera": CAMERAS, "look": LOOKS}
-_PHRASES = {word: ("object", word) for word in OBJECTS} | {word: ("colour", word) for word in COLOURS}
-_PHRASES |= {word: ("size", word) for word in SIZES}
-_PHRASES |= {phrase: ("relation", name) for name, phrase in RELATIONS.items()}
-_PHRASES |= {phrase: ("reversed", name) for name, phrase in REVERSED.items()}
-_PHRASES |= {p: (factor, name) for factor, table in TABLES.items() for name, pair in table.items() for p in pair}
-WORDS = sorted({word for phrase in [*_PHRASES, "a", "an", "shape"] for word in phrase.split()})
