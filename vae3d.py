@@ -17,13 +17,14 @@ the last one, in place of as many spatial samplers. Almost all of the work in a 
 what lets two CPU cores train one.
 """
 
-import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+HALVINGS = {1: 3, 2: 2, 4: 1, 8: 0}  # what is left to do of height and width, by how many pixels are folded
 
 
 @dataclass
@@ -41,18 +42,14 @@ class VAEConfig:
 
     def __post_init__(self):
         self.channels = tuple(self.channels)  # JSON has lists
-        space = int(math.log2(8 // self.patch)) if self.patch in (1, 2, 4, 8) else -1
-        if space < 0 or len(self.channels) <= max(2, space):
-            raise ValueError(
-                f"patch {self.patch} is 1, 2, 4 or 8, and needs more than {max(2, space)} levels of channels"
-            )
+        if self.patch not in HALVINGS or len(self.channels) <= max(2, HALVINGS[self.patch]):
+            raise ValueError(f"patch {self.patch} is none of 1, 2, 4, 8, or wants more levels than {self.channels}")
         if any(c % self.groups for c in self.channels) or self.chunk_frames % 8:
             raise ValueError("channels must be multiples of groups, chunk_frames of 8")
 
     def samplers(self):
         """[(halves time, halves space)] of the encoder's levels but the last. Finest first: cheapest afterwards."""
-        space = int(math.log2(8 // self.patch))
-        return [(i < 2, i < space) for i in range(len(self.channels) - 1)]
+        return [(i < 2, i < HALVINGS[self.patch]) for i in range(len(self.channels) - 1)]
 
 
 PRESETS = {
@@ -159,11 +156,6 @@ class Up(nn.Module):
         return repeat(x, (T, H, W)) if self.conv is None else self.conv(repeat(x, (T, 2 * H, 2 * W)))
 
 
-def per_frame(f, x):
-    """Apply f to the frames of x (B, C, T, H, W) as pictures (B*T, C, H, W)."""
-    return f(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (x.shape[0], -1)).transpose(1, 2)
-
-
 class Encoder(nn.Module):
     def __init__(self, c):
         super().__init__()
@@ -179,8 +171,7 @@ class Encoder(nn.Module):
         self.conv_out = CausalConv3d(width, 2 * c.latent_channels)
 
     def forward(self, x, cache=None):
-        if self.patch > 1:
-            x = per_frame(lambda f: F.pixel_unshuffle(f, self.patch), x)
+        x = F.pixel_unshuffle(x.transpose(1, 2), self.patch).transpose(1, 2)
         x = self.conv_in(x, cache)
         for i, blocks in enumerate(self.blocks):
             for block in blocks:
@@ -218,7 +209,7 @@ class Decoder(nn.Module):
             if i < len(self.up):
                 x = self.up[i](x)
         x = self.conv_out(F.silu(self.norm_out(x, z)), cache)
-        return per_frame(lambda f: F.pixel_shuffle(f, self.patch), x) if self.patch > 1 else x
+        return F.pixel_shuffle(x.transpose(1, 2), self.patch).transpose(1, 2)
 
 
 class VAE3D(nn.Module):
@@ -238,23 +229,17 @@ class VAE3D(nn.Module):
         T is 1 for one frame; independent chunks: F = 16k gives 5k; streaming: 8k gives 2k, 8k + 1 gives 2k + 1.
         Raises ValueError for another F, or a height or width that is not a multiple of 8.
         """
-        c, frames = self.config, video.shape[2]
+        size, frames, independent = self.config.chunk_frames, video.shape[2], self.config.chunking == "independent"
         if video.shape[3] % 8 or video.shape[4] % 8:
             raise ValueError(f"height and width must be multiples of 8, got {video.shape[3]}x{video.shape[4]}")
-        independent = c.chunking == "independent"
-        if frames != 1 and (frames < c.chunk_frames or frames % c.chunk_frames > (not independent)):
-            allowed = f"1 or {c.chunk_frames}k" + ("" if independent else f" or {c.chunk_frames}k + 1")
+        if frames != 1 and (frames < size or frames % size > (0 if independent else 1)):
+            allowed = f"1 or {size}k" if independent else f"1, {size}k or {size}k + 1"
             raise ValueError(f"{frames} frames cannot be encoded: a clip has {allowed} frames")
-        x = video.to(self.encoder.conv_in.weight.dtype)
-        if frames == 1:
-            h = self.encoder(x)
-        elif independent:
-            T = frames // c.chunk_frames * (c.chunk_frames // 4 + 1)
-            h = join((self.encoder(torch.cat([f[:, :, :1], f], 2)) for f in x.split(c.chunk_frames, 2)), T)
-        else:
-            cache = {}
-            sizes = remainder_first(frames, c.chunk_frames)
-            h = join((self.encoder(f, cache) for f in x.split(sizes, 2)), (frames + 3) // 4)
+        chunks = in_chunks(video.to(self.encoder.conv_in.weight.dtype), size)
+        if independent and frames > 1:
+            chunks = [torch.cat([chunk[:, :, :1], chunk], 2) for chunk in chunks]
+        cache = None if independent else {}
+        h = torch.cat([self.encoder(chunk, cache) for chunk in chunks], 2)
         mean, logvar = h.to(video.dtype).chunk(2, 1)
         return mean, logvar.clamp(-30, 20)
 
@@ -267,37 +252,23 @@ class VAE3D(nn.Module):
 
         Independent chunks: T is 1 or 5k, else ValueError. Streaming: an odd T gives 4T - 3 frames, an even one 4T.
         """
-        c, T = self.config, latents.shape[2]
-        size = c.chunk_frames // 4
-        z = (latents / c.scaling_factor).to(self.decoder.conv_in.weight.dtype)
-        if T == 1:
-            x = self.decoder(z)
-        elif c.chunking == "independent":
-            if T % (size + 1):
-                raise ValueError(f"{T} latent frames cannot be decoded: there are 1 or {size + 1}k")
-            x = join((self.decoder(f)[:, :, 1:] for f in z.split(size + 1, 2)), T // (size + 1) * c.chunk_frames)
-        else:
-            cache = {}
-            sizes = remainder_first(T, size)
-            x = join((self.decoder(f, cache) for f in z.split(sizes, 2)), 4 * T - 3 * (T % 2))
-        return x.to(latents.dtype)
+        c, T, independent = self.config, latents.shape[2], self.config.chunking == "independent"
+        size = c.chunk_frames // 4 + (1 if independent else 0)
+        if independent and T > 1 and T % size:
+            raise ValueError(f"{T} latent frames cannot be decoded: there are 1 or {size}k")
+        chunks = in_chunks((latents / c.scaling_factor).to(self.decoder.conv_in.weight.dtype), size)
+        cache = None if independent else {}
+        videos = [self.decoder(chunk, cache) for chunk in chunks]
+        if independent and T > 1:
+            videos = [video[:, :, 1:] for video in videos]
+        return torch.cat(videos, 2).to(latents.dtype)
 
 
-def remainder_first(n, size):
-    """Chunk sizes of n frames: all `size`, the first one larger by what is left over."""
-    return [size + n % size] + [size] * (n // size - 1)
-
-
-def join(chunks, frames):
-    """One video of `frames` frames out of its chunks as they come, so that no more than it and one chunk is held."""
-    out, i = None, 0
-    for chunk in chunks:
-        if chunk.shape[2] == frames:
-            return chunk
-        out = chunk.new_empty(*chunk.shape[:2], frames, *chunk.shape[3:]) if out is None else out
-        out[:, :, i : i + chunk.shape[2]] = chunk
-        i += chunk.shape[2]
-    return out
+def in_chunks(x, size):
+    """x (B, C, T, H, W) in chunks of `size` frames, the first one larger by what is left over, or all of a short x."""
+    T = x.shape[2]
+    first = min(T, size + T % size)
+    return x.split([first] + [size] * ((T - first) // size), 2)
 
 
 def psnr(copies, videos):
