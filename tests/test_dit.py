@@ -247,8 +247,6 @@ def test_wrong_shapes_are_refused():
         DiTConfig(width=100)
     with pytest.raises(ValueError, match="multiple"):
         DiTConfig(width=96, heads=4, rotary=True)
-    with pytest.raises(ValueError, match="prediction"):
-        DiTConfig(prediction="noise")
 
 
 def test_initialisation():
