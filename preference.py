@@ -4,7 +4,7 @@ Each is a large CLIP or BLIP that scores an image, mostly with its prompt; a vid
 Nothing is fetched and no code in a file is run. What each model's own preprocessing does to a picture is done here to
 a tensor, so that the score has a gradient; it differs from theirs by their rounding to 8 bits alone.
 
-Every function here takes (name, its file or folder, device) and returns score(video (B, 3, F, H, W), prompts) -> (B,),
+Each maker of a score takes (its file or folder, device) and returns score(video (B, 3, F, H, W), prompts) -> (B,),
 or the two functions whose product the score is; rewards.py makes rewards of them. Raises UserError for files that are
 missing or hold something else.
 """
@@ -82,20 +82,11 @@ def _fill(module, tensors, file, device):
     return module.to(device).eval().requires_grad_(False)
 
 
-def hpsv2(name, file, device):
-    """HPSv2 (arXiv:2306.09341): a CLIP ViT-H-14; versions 2.0 and 2.1 differ in their weights alone.
-
-    A CLIP of another size has open_clip's `open_clip_config.json` beside its file.
-    """
+def hpsv2(file, device):
+    """HPSv2 (arXiv:2306.09341): a CLIP ViT-H-14; versions 2.0 and 2.1 differ in their weights alone."""
     import open_clip
 
-    tensors, told = _tensors(file), Path(file).with_name("open_clip_config.json")
-    try:
-        config = json.loads(told.read_text())["model_cfg"] if told.exists() else open_clip.get_model_config("ViT-H-14")
-        model = open_clip.CLIP(**config)
-    except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{told} does not describe a CLIP model: {e!r}") from e
-    _fill(model, tensors, file, device)
+    model = _fill(open_clip.CLIP(**open_clip.get_model_config("ViT-H-14")), _tensors(file), file, device)
     size, context = model.visual.image_size[0], model.context_length
     return cosine(model.encode_image, model.encode_text, size, True, context, device)
 
@@ -120,7 +111,7 @@ def _clip_folder(folder, device):
     return image, text, model.config.vision_config.image_size, model.config.text_config.max_position_embeddings
 
 
-def pickscore(name, folder, device):
+def pickscore(folder, device):
     """PickScore v1 (arXiv:2305.01569): a CLIP ViT-H-14."""
     image, text, size, context = _clip_folder(folder, device)
     return cosine(image, text, size, False, context, device)
@@ -133,7 +124,7 @@ def _affine(x, tensors, prefix):
     return x.squeeze(-1)
 
 
-def aesthetic(name, folder, device):
+def aesthetic(folder, device):
     """LAION's improved aesthetic predictor (v2), as in DDPO: five linear layers on normalised CLIP features."""
     encode, _, size, _ = _clip_folder(folder, device)
     file = Path(folder) / "sac+logos+ava1-l14-linearMSE.pth"
@@ -157,7 +148,7 @@ BLIP_KEYS = {
 }
 
 
-def imagereward(name, folder, device):
+def imagereward(folder, device):
     """ImageReward v1.0 (arXiv:2304.05977): a BLIP that reads the prompt while looking at the image, and a linear head.
 
     Its own package needs a transformers of years ago, so the BLIP is transformers' own, with the keys renamed.
