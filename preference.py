@@ -58,9 +58,13 @@ def cosine(encode_image, encode_text, size, pad, context, device):
 
     tokens = SimpleTokenizer(context_length=context)  # CLIP's words are the same in every implementation
 
-    image = lambda x, clip: F.normalize(encode_image(x), dim=-1)
-    parts = lambda video: _mean_over_frames(video, size, pad, image)
-    return parts, lambda prompts: F.normalize(encode_text(tokens(prompts).to(device)), dim=-1)
+    def parts(video):
+        return _mean_over_frames(video, size, pad, lambda x, clip: F.normalize(encode_image(x), dim=-1))
+
+    def direction(prompts):
+        return F.normalize(encode_text(tokens(prompts).to(device)), dim=-1)
+
+    return parts, direction
 
 
 def _tensors(file):
@@ -129,10 +133,12 @@ def aesthetic(folder, device):
     encode, _, size, _ = _clip_folder(folder, device)
     file = Path(folder) / "sac+logos+ava1-l14-linearMSE.pth"
     head = {key: value.float().to(device) for key, value in _tensors(file).items()}
-    if any(f"layers.{i}.weight" not in head for i in (0, 2, 4, 6, 7)):
-        raise UserError(f"{file} is not LAION's aesthetic head")
-    one = lambda x, clip: _affine(F.normalize(encode(x), dim=-1), head, "layers.")
-    return lambda video, prompts: _mean_over_frames(video, size, False, one)
+
+    def score(video, prompts):
+        of_images = lambda x, clip: _affine(F.normalize(encode(x), dim=-1), head, "layers.")
+        return _mean_over_frames(video, size, False, of_images)
+
+    return score
 
 
 # BLIP's names for the parts of its image encoder, and transformers' own
@@ -158,41 +164,41 @@ def imagereward(folder, device):
     from transformers.models.blip.modeling_blip_text import BlipTextModel
 
     folder, file = Path(folder), Path(folder) / "ImageReward.pt"
-    tensors = {k: v for k, v in _tensors(file).items() if "position_ids" not in k}
-    take = lambda prefix: {k.removeprefix(prefix): v.float() for k, v in tensors.items() if k.startswith(prefix)}
-    see, read, head = take("blip.visual_encoder."), take("blip.text_encoder."), take("mlp.layers.")
+    tensors = {k: v.float() for k, v in _tensors(file).items() if "position_ids" not in k}
+    take = lambda prefix: {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    vision, text, head = take("blip.visual_encoder."), take("blip.text_encoder."), take("mlp.layers.")
     try:
-        width, _, _, patch = see["patch_embed.proj.weight"].shape
-        size = patch * round((see["pos_embed"].shape[1] - 1) ** 0.5)
-        depth = 1 + max(int(k.split(".")[1]) for k in see if k.startswith("blocks."))
+        width, _, _, patch = vision["patch_embed.proj.weight"].shape
+        size = patch * round((vision["pos_embed"].shape[1] - 1) ** 0.5)
+        depth = sum(k.endswith("attn.qkv.weight") for k in vision)
         sizes = {"hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": width // 64}
         sizes |= {"intermediate_size": 4 * width, "image_size": size, "patch_size": patch, "layer_norm_eps": 1e-6}
-        eye = BlipVisionModel(BlipVisionConfig(**sizes))
-        told = json.loads((folder / "med_config.json").read_text())
+        viewer = BlipVisionModel(BlipVisionConfig(**sizes))
+        config = json.loads((folder / "med_config.json").read_text())
         names = ["hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"]
         names += ["max_position_embeddings", "vocab_size"]
-        reader = BlipTextConfig(**{k: told[k] for k in names}, encoder_hidden_size=width)
-        reader = BlipTextModel(reader, add_pooling_layer=False)
+        config = BlipTextConfig(**{k: config[k] for k in names}, encoder_hidden_size=width)
+        reader = BlipTextModel(config, add_pooling_layer=False)
         if not (folder / "vocab.txt").is_file():
             raise OSError("vocab.txt, the words of bert-base-uncased, is not there")
-        words = BertTokenizerFast.from_pretrained(folder, local_files_only=True)
+        tokenizer = BertTokenizerFast.from_pretrained(folder, local_files_only=True)
     except (KeyError, OSError, ValueError) as e:
         raise UserError(f"{folder} is no ImageReward folder (ImageReward.pt, med_config.json, vocab.txt): {e}") from e
     for old, new in BLIP_KEYS.items():
-        see = {re.sub(old, new, k): v for k, v in see.items()}
-    _fill(eye, see, file, device), _fill(reader, read, file, device)
+        vision = {re.sub(old, new, k): v for k, v in vision.items()}
+    _fill(viewer, vision, file, device), _fill(reader, text, file, device)
     head = {k: v.to(device) for k, v in head.items()}
 
     def score(video, prompts):
         how = {"padding": "max_length", "truncation": True, "max_length": 35, "return_tensors": "pt"}
-        said = words(prompts, **how).to(device)
+        tokens = tokenizer(prompts, **how).to(device)
 
-        def one(x, clip):
-            seen = eye(pixel_values=x).last_hidden_state
-            ids, mask = said.input_ids[clip], said.attention_mask[clip]
+        def of_images(x, clip):
+            seen = viewer(pixel_values=x).last_hidden_state
+            ids, mask = tokens.input_ids[clip], tokens.attention_mask[clip]
             out = reader(input_ids=ids, attention_mask=mask, encoder_hidden_states=seen).last_hidden_state[:, 0]
             return (_affine(out, head, "") - 0.16717362830052426) / 1.0333394966054072
 
-        return _mean_over_frames(video, size, False, one)
+        return _mean_over_frames(video, size, False, of_images)
 
     return score

@@ -50,7 +50,7 @@ class Reward:
 
         Raises ValueError for another shape, a wrong number of prompts, or a gradient that does not exist.
         """
-        if self.text and (prompts is None or len(prompts) != len(video)):
+        if self.text and len(prompts or []) != len(video):
             raise ValueError(f"{self.name} needs one prompt a clip: {len(video)} clips, {len(prompts or [])} prompts")
         if with_grad and not self.differentiable:
             raise ValueError(f"{self.name} has no gradient")
@@ -77,11 +77,11 @@ class Reward:
 
     def check(self, sizes):
         """UserError if clips of these sizes, (frames, height, width) each, have some that the reward cannot read."""
-        for part in self.each_reward:
-            if part.size and (others := [size for size in sizes if tuple(size) != part.size]):
-                (f, h, w), (frames, height, width) = part.size, others[0]
-                there = f"{len(others)} of {len(sizes)} clips have others, e.g. {frames} of {height}x{width}"
-                raise UserError(f"the reward {part.name} reads {f} frames of {h}x{w}; {there}")
+        for reward in self.each_reward:
+            if reward.size and (others := [size for size in sizes if tuple(size) != reward.size]):
+                (f, h, w), (frames, height, width) = reward.size, others[0]
+                others = f"{len(others)} of {len(sizes)} clips have others, e.g. {frames} of {height}x{width}"
+                raise UserError(f"the reward {reward.name} reads {f} frames of {h}x{w}; {others}")
 
     @property
     def weights(self):
@@ -198,7 +198,8 @@ def make(name: str, weights: str | None = None, frames: int | None = None, devic
         terms.append((weight, Reward(n, score, differentiable, text, None if moving else frames, device, size)))
     if list(spec.values()) == [1.0]:
         return terms[0][1]
-    differentiable, text = (all(r.differentiable for _, r in terms), any(r.text for _, r in terms))
+    differentiable = all(reward.differentiable for _, reward in terms)
+    text = any(reward.text for _, reward in terms)
     return Reward(name, None, differentiable, text, None, device, terms=terms)
 
 
@@ -229,15 +230,18 @@ def _jpeg(video, prompts):
 # the shapes world's rewarding judge, which is never the one that evaluates
 
 
+def _judge(file, device):
+    return common.load_model(file, Judge, device)[0].requires_grad_(False)
+
+
 def _agreement(file, device):
-    judge = common.load_model(file, Judge, device)[0].requires_grad_(False)
+    judge = _judge(file, device)
     return judge.probabilities, judge.direction
 
 
 def _object_kept(file, device):
     """Does a clip end with the object it began with? Its parts: for every kind of object, that it is both."""
-    judge = common.load_model(file, Judge, device)[0].requires_grad_(False)
-    kinds = len(FACTORS["object"])
+    judge, kinds = _judge(file, device), len(FACTORS["object"])
 
     def parts(video):
         first, last = slow_motion(video[:, :, :4]), slow_motion(video[:, :, -4:])
