@@ -156,16 +156,33 @@ class Up(nn.Module):
         return repeat(x, (T, H, W)) if self.conv is None else self.conv(repeat(x, (T, 2 * H, 2 * W)))
 
 
+def res_levels(channels, n, groups, latent_channels=None):
+    """n residual blocks at each level, from whose channels the next one goes on."""
+    levels = nn.ModuleList()
+    for i, width in enumerate(channels):
+        inputs = [channels[max(i - 1, 0)]] + [width] * (n - 1)
+        levels.append(nn.ModuleList(ResBlock(c, width, groups, latent_channels) for c in inputs))
+    return levels
+
+
+def through_levels(x, z, levels, samplers, cache):
+    """x through the blocks of every level, and through a sampler after every level but the last."""
+    for i, blocks in enumerate(levels):
+        for block in blocks:
+            x = block(x, z, cache)
+        if i < len(samplers):
+            x = samplers[i](x)
+    return x
+
+
 class Encoder(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.patch = c.patch
         self.conv_in = CausalConv3d(3 * c.patch**2, c.channels[0])
-        self.blocks, self.down = nn.ModuleList(), nn.ModuleList()
-        for i, width in enumerate(c.channels):
-            inputs = [c.channels[max(i - 1, 0)]] + [width] * (c.layers_per_block - 1)
-            self.blocks.append(nn.ModuleList(ResBlock(n, width, c.groups) for n in inputs))
-        self.down.extend(Down(n, time, space) for n, (time, space) in zip(c.channels, c.samplers()))
+        self.blocks = res_levels(c.channels, c.layers_per_block, c.groups)
+        self.down = nn.ModuleList(Down(n, time, space) for n, (time, space) in zip(c.channels, c.samplers()))
+        width = c.channels[-1]
         self.mid = nn.ModuleList(ResBlock(width, width, c.groups) for _ in range(2))
         self.norm_out = Norm(width, c.groups)
         self.conv_out = CausalConv3d(width, 2 * c.latent_channels)
@@ -173,11 +190,7 @@ class Encoder(nn.Module):
     def forward(self, x, cache=None):
         x = F.pixel_unshuffle(x.transpose(1, 2), self.patch).transpose(1, 2)
         x = self.conv_in(x, cache)
-        for i, blocks in enumerate(self.blocks):
-            for block in blocks:
-                x = block(x, None, cache)
-            if i < len(self.down):
-                x = self.down[i](x)
+        x = through_levels(x, None, self.blocks, self.down, cache)
         for block in self.mid:
             x = block(x, None, cache)
         return self.conv_out(F.silu(self.norm_out(x)), cache)  # (B, 2C, T, h, w)
@@ -190,24 +203,18 @@ class Decoder(nn.Module):
         channels = c.channels[::-1]
         self.conv_in = CausalConv3d(c.latent_channels, channels[0])
         self.mid = nn.ModuleList(ResBlock(channels[0], channels[0], c.groups, c.latent_channels) for _ in range(2))
-        self.blocks, self.up = nn.ModuleList(), nn.ModuleList()
-        for i, width in enumerate(channels):
-            inputs = [channels[max(i - 1, 0)]] + [width] * c.layers_per_block
-            self.blocks.append(nn.ModuleList(ResBlock(n, width, c.groups, c.latent_channels) for n in inputs))
+        self.blocks = res_levels(channels, c.layers_per_block + 1, c.groups, c.latent_channels)
+        self.up = nn.ModuleList()
         for i, (_, space) in enumerate(c.samplers()[::-1]):
             self.up.append(Up(channels[i], i < 2, space))  # time doubles first, at the coarsest levels
-        self.norm_out = Norm(width, c.groups, c.latent_channels)
-        self.conv_out = CausalConv3d(width, 3 * c.patch**2)
+        self.norm_out = Norm(channels[-1], c.groups, c.latent_channels)
+        self.conv_out = CausalConv3d(channels[-1], 3 * c.patch**2)
 
     def forward(self, z, cache=None):
         x = self.conv_in(z, cache)
         for block in self.mid:
             x = block(x, z, cache)
-        for i, blocks in enumerate(self.blocks):
-            for block in blocks:
-                x = block(x, z, cache)
-            if i < len(self.up):
-                x = self.up[i](x)
+        x = through_levels(x, z, self.blocks, self.up, cache)
         x = self.conv_out(F.silu(self.norm_out(x, z)), cache)
         return F.pixel_shuffle(x.transpose(1, 2), self.patch).transpose(1, 2)
 
