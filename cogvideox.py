@@ -70,7 +70,6 @@ VAE_FIXED = {
     "in_channels": 3, "out_channels": 3, "act_fn": "silu", "norm_eps": 1e-6, "temporal_compression_ratio": 4,
     "use_quant_conv": False, "use_post_quant_conv": False,
 }
-VAE_OURS = ("chunking", "chunk_frames")
 # fmt: on
 
 
@@ -175,8 +174,8 @@ def load_vae(place, dtype=None):
     get = {theirs: getattr(default, ours) for ours, theirs in VAE_CONFIG.items()} | VAE_FIXED
     get = read_config(file, VAE_CLASS, get, VAE_FIXED)
     with describes_cogvideox(file), torch.device("meta"):
-        config = VAEConfig(**{ours: get[theirs] for ours, theirs in VAE_CONFIG.items()}, **get.get("_dollar", {}))
-        model = VAE3D(config)
+        given = {ours: get[theirs] for ours, theirs in VAE_CONFIG.items()}
+        model = VAE3D(VAEConfig(**given, **get.get("_dollar", {})))
     return load_weights(model, folder, VAE_NAMES, dtype).eval()
 
 
@@ -190,8 +189,8 @@ def save_vae(model, folder):
     if c.patch != 1 or len(c.channels) != 4:
         raise UserError(f"diffusers knows no VAE with patch {c.patch} and {len(c.channels)} levels of channels")
     config = {theirs: getattr(c, ours) for ours, theirs in VAE_CONFIG.items()} | VAE_FIXED
-    config["_dollar"] = {name: getattr(c, name) for name in VAE_OURS}
-    save_folder(folder, VAE_CLASS, config, model, VAE_NAMES)
+    ours = {"chunking": c.chunking, "chunk_frames": c.chunk_frames}
+    save_folder(folder, VAE_CLASS, config | {"_dollar": ours}, model, VAE_NAMES)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
