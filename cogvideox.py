@@ -8,37 +8,30 @@ keeps there what only we need.
 """
 
 import json
+import re
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from common import UserError, atomic, load_model, open_tensors, save_tensors
 from dit import PRESETS, DiT, DiTConfig
 from schedule import Schedule
 from vae3d import VAE3D, VAEConfig
 
-# Everything we have under its name in diffusers; * counts blocks and levels, as in both. Each of these modules has a
-# weight and a bias; nothing else is stored.
+# From our names to diffusers': each pattern that is found is replaced, in this order.
 # fmt: off
 DIT_NAMES = {
-    "patch_in": "patch_embed.proj", "text_in": "patch_embed.text_proj",
-    "time_in": "time_embedding.linear_1", "time_out": "time_embedding.linear_2",
-    "blocks.*.modulation1": "transformer_blocks.*.norm1.linear",
-    "blocks.*.norm1": "transformer_blocks.*.norm1.norm",
-    "blocks.*.q": "transformer_blocks.*.attn1.to_q",
-    "blocks.*.k": "transformer_blocks.*.attn1.to_k",
-    "blocks.*.v": "transformer_blocks.*.attn1.to_v",
-    "blocks.*.norm_q": "transformer_blocks.*.attn1.norm_q",
-    "blocks.*.norm_k": "transformer_blocks.*.attn1.norm_k",
-    "blocks.*.out": "transformer_blocks.*.attn1.to_out.0",
-    "blocks.*.modulation2": "transformer_blocks.*.norm2.linear",
-    "blocks.*.norm2": "transformer_blocks.*.norm2.norm",
-    "blocks.*.up": "transformer_blocks.*.ff.net.0.proj",
-    "blocks.*.down": "transformer_blocks.*.ff.net.2",
-    "norm": "norm_final", "modulation_out": "norm_out.linear", "norm_out": "norm_out.norm", "out": "proj_out",
+    r"^patch_in": "patch_embed.proj", r"^text_in": "patch_embed.text_proj",
+    r"^time_in": "time_embedding.linear_1", r"^time_out": "time_embedding.linear_2",
+    r"^norm_out": "norm_out.norm", r"^modulation_out": "norm_out.linear",
+    r"^norm\.": "norm_final.", r"^out": "proj_out",
+    r"^blocks": "transformer_blocks",
+    r"\.norm([12])": r".norm\1.norm", r"\.modulation([12])": r".norm\1.linear",
+    r"\.([qkv])\.": r".attn1.to_\1.", r"\.norm_([qk])": r".attn1.norm_\1", r"\.out\.": ".attn1.to_out.0.",
+    r"\.up\.": ".ff.net.0.proj.", r"\.down\.": ".ff.net.2.",
 }
-DIT_DROPPED = {"patch_embed.pos_embedding"}  # the fixed table, which some files store and we compute
+POSITIONS = "patch_embed.pos_embedding"  # the fixed table, which some files store and we compute
 DIT_CLASS = "CogVideoXTransformer3DModel"
 DIT_CONFIG = {
     "channels": "in_channels", "heads": "num_attention_heads", "depth": "num_layers", "patch": "patch_size",
@@ -49,77 +42,52 @@ DIT_CONFIG = {
 DIT_FIXED = {  # the first is set in CogVideoX 1.5, the next two in its image-to-video kin
     "patch_size_t": None, "ofs_embed_dim": None, "use_learned_positional_embeddings": False, "patch_bias": True,
     "attention_bias": True, "activation_fn": "gelu-approximate", "timestep_activation_fn": "silu",
-    "norm_elementwise_affine": True, "flip_sin_to_cos": True, "freq_shift": 0,
+    "norm_elementwise_affine": True, "flip_sin_to_cos": True, "freq_shift": 0, "temporal_compression_ratio": 4,
 }
 DIT_OURS = ("prediction", "schedule", "snr_shift")  # what diffusers keeps in its scheduler, and we with the weights
 SCHEDULER = {
     "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000,
-    "rescale_betas_zero_snr": True,
+    "rescale_betas_zero_snr": True, "prediction_type": "v_prediction",
 }
 
 VAE_NAMES = {
-    "encoder.conv_in": "encoder.conv_in.conv",
-    "encoder.blocks.*.*.norm1": "encoder.down_blocks.*.resnets.*.norm1",
-    "encoder.blocks.*.*.conv1": "encoder.down_blocks.*.resnets.*.conv1.conv",
-    "encoder.blocks.*.*.norm2": "encoder.down_blocks.*.resnets.*.norm2",
-    "encoder.blocks.*.*.conv2": "encoder.down_blocks.*.resnets.*.conv2.conv",
-    "encoder.blocks.*.*.shortcut": "encoder.down_blocks.*.resnets.*.conv_shortcut",
-    "encoder.down.*.conv": "encoder.down_blocks.*.downsamplers.0.conv",
-    "encoder.mid.*.norm1": "encoder.mid_block.resnets.*.norm1",
-    "encoder.mid.*.conv1": "encoder.mid_block.resnets.*.conv1.conv",
-    "encoder.mid.*.norm2": "encoder.mid_block.resnets.*.norm2",
-    "encoder.mid.*.conv2": "encoder.mid_block.resnets.*.conv2.conv",
-    "encoder.norm_out": "encoder.norm_out",
-    "encoder.conv_out": "encoder.conv_out.conv",
-    "decoder.conv_in": "decoder.conv_in.conv",
-    "decoder.mid.*.norm1": "decoder.mid_block.resnets.*.norm1.norm_layer",
-    "decoder.mid.*.norm1.scale": "decoder.mid_block.resnets.*.norm1.conv_y.conv",
-    "decoder.mid.*.norm1.shift": "decoder.mid_block.resnets.*.norm1.conv_b.conv",
-    "decoder.mid.*.conv1": "decoder.mid_block.resnets.*.conv1.conv",
-    "decoder.mid.*.norm2": "decoder.mid_block.resnets.*.norm2.norm_layer",
-    "decoder.mid.*.norm2.scale": "decoder.mid_block.resnets.*.norm2.conv_y.conv",
-    "decoder.mid.*.norm2.shift": "decoder.mid_block.resnets.*.norm2.conv_b.conv",
-    "decoder.mid.*.conv2": "decoder.mid_block.resnets.*.conv2.conv",
-    "decoder.blocks.*.*.norm1": "decoder.up_blocks.*.resnets.*.norm1.norm_layer",
-    "decoder.blocks.*.*.norm1.scale": "decoder.up_blocks.*.resnets.*.norm1.conv_y.conv",
-    "decoder.blocks.*.*.norm1.shift": "decoder.up_blocks.*.resnets.*.norm1.conv_b.conv",
-    "decoder.blocks.*.*.conv1": "decoder.up_blocks.*.resnets.*.conv1.conv",
-    "decoder.blocks.*.*.norm2": "decoder.up_blocks.*.resnets.*.norm2.norm_layer",
-    "decoder.blocks.*.*.norm2.scale": "decoder.up_blocks.*.resnets.*.norm2.conv_y.conv",
-    "decoder.blocks.*.*.norm2.shift": "decoder.up_blocks.*.resnets.*.norm2.conv_b.conv",
-    "decoder.blocks.*.*.conv2": "decoder.up_blocks.*.resnets.*.conv2.conv",
-    "decoder.blocks.*.*.shortcut": "decoder.up_blocks.*.resnets.*.conv_shortcut",
-    "decoder.up.*.conv": "decoder.up_blocks.*.upsamplers.0.conv",
-    "decoder.norm_out": "decoder.norm_out.norm_layer",
-    "decoder.norm_out.scale": "decoder.norm_out.conv_y.conv",
-    "decoder.norm_out.shift": "decoder.norm_out.conv_b.conv",
-    "decoder.conv_out": "decoder.conv_out.conv",
+    r"^encoder\.blocks\.(\d)": r"encoder.down_blocks.\1.resnets",
+    r"^decoder\.blocks\.(\d)": r"decoder.up_blocks.\1.resnets",
+    r"^encoder\.down\.(\d)": r"encoder.down_blocks.\1.downsamplers.0",
+    r"^decoder\.up\.(\d)": r"decoder.up_blocks.\1.upsamplers.0",
+    r"\.mid\.": ".mid_block.resnets.",
+    r"\.shortcut": ".conv_shortcut",
+    r"\.conv(1|2|_in|_out)": r".conv\1.conv",
+    r"^(decoder.*\.norm\w+)\.(weight|bias)": r"\1.norm_layer.\2",
+    r"\.scale": ".conv_y.conv", r"\.shift": ".conv_b.conv",
 }
-VAE_CLASS, VAE_LEVELS = "AutoencoderKLCogVideoX", 4
+VAE_CLASS = "AutoencoderKLCogVideoX"
 VAE_CONFIG = {
     "channels": "block_out_channels", "latent_channels": "latent_channels", "layers_per_block": "layers_per_block",
     "groups": "norm_num_groups", "scaling_factor": "scaling_factor",
 }
 VAE_FIXED = {
     "in_channels": 3, "out_channels": 3, "act_fn": "silu", "norm_eps": 1e-6, "temporal_compression_ratio": 4,
-    "down_block_types": ["CogVideoXDownBlock3D"] * VAE_LEVELS, "up_block_types": ["CogVideoXUpBlock3D"] * VAE_LEVELS,
-    "use_quant_conv": False, "use_post_quant_conv": False, "shift_factor": None, "latents_mean": None,
-    "latents_std": None,
+    "use_quant_conv": False, "use_post_quant_conv": False,
 }
-VAE_OURS = ("chunking", "chunk_frames")
 # fmt: on
 
 
 def published_name(name, names):
     """blocks.0.q.weight -> transformer_blocks.0.attn1.to_q.weight. names: DIT_NAMES or VAE_NAMES."""
-    *module, leaf = name.split(".")
-    pattern = names[".".join("*" if part.isdigit() else part for part in module)]
-    return pattern.replace("*", "{}").format(*(part for part in module if part.isdigit())) + "." + leaf
+    for pattern, published in names.items():
+        name = re.sub(pattern, published, name)
+    return name
 
 
 def published_names(model, names):
     """{name in diffusers: name here} of every parameter."""
     return {published_name(name, names): name for name, _ in model.named_parameters()}
+
+
+def published_shape(key, p):
+    """The VAE's samplers have two-dimensional convolutions there, and here three-dimensional ones of depth one."""
+    return p.shape[:2] + p.shape[3:] if "samplers" in key and p.dim() == 5 else p.shape
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -131,10 +99,9 @@ def load_dit(folder, dtype=None):
 
     dtype None keeps each tensor's own. Raises UserError naming the file, field or tensor that does not fit.
     """
-    config = read_dit_config(folder)
     with torch.device("meta"):
-        model = DiT(config)
-    return fill(model, read_dit_weights(folder, config), dtype)
+        model = DiT(read_dit_config(folder))
+    return load_weights(model, folder, DIT_NAMES, dtype)
 
 
 def save_dit(model, folder, **about):
@@ -143,18 +110,15 @@ def save_dit(model, folder, **about):
     about: what else the folder shall say of the network, for `read_dit_about`.
     Raises UserError if the folder cannot be written, or holds sharded weights, which would be read instead.
     """
-    weights = {key: model.get_parameter(name).data for key, name in published_names(model, DIT_NAMES).items()}
-    ours = {"_dollar": about | {name: getattr(model.config, name) for name in DIT_OURS}}
-    save_folder(folder, DIT_CLASS, ours | _to_diffusers(model.config), weights)
+    ours = about | {name: getattr(model.config, name) for name in DIT_OURS}
+    save_folder(folder, DIT_CLASS, _to_diffusers(model.config) | {"_dollar": ours}, model, DIT_NAMES)
 
 
 def read_dit_weights(folder, config):
     """Every (our name, tensor) of a transformer's folder, one at a time; config: its DiTConfig. Raises UserError."""
     with torch.device("meta"):
         model = DiT(config)
-    names = published_names(model, DIT_NAMES)
-    shape = lambda key: tuple(model.get_parameter(names[key]).shape)
-    return read_named(folder, f"a CogVideoX transformer of {config.depth} layers", names, shape, DIT_DROPPED)
+    return read_weights(folder, model, DIT_NAMES)
 
 
 def read_dit_about(folder):
@@ -166,47 +130,31 @@ def _to_diffusers(config):
     frames, height, width = config.latents
     made = {theirs: getattr(config, ours) for ours, theirs in DIT_CONFIG.items()} | DIT_FIXED
     made |= {"attention_head_dim": config.width // config.heads, "out_channels": config.channels}
-    made |= {"sample_frames": 4 * (frames - 1) + 1, "temporal_compression_ratio": 4}  # it counts the video's frames
-    return made | {"sample_height": height, "sample_width": width}
+    return made | {"sample_frames": 4 * frames - 3, "sample_height": height, "sample_width": width}  # of the video
 
 
 def read_dit_config(folder):
-    """The DiTConfig of a diffusers folder; a field that is not there has diffusers' default, which is the 2B's."""
-    folder = Path(folder)
+    """The DiTConfig of a diffusers folder; a field that is not there has diffusers' default, which is the 2B's.
 
-    def check(got, want):
-        for key, value in want.items():
-            if got.get(key) != value:
-                raise ValueError(f"{key} is {got.get(key)}, not {value}")
-
-    path, beside = folder / "config.json", folder.parent / "scheduler" / "scheduler_config.json"
-    try:
-        get = _to_diffusers(PRESETS["cogvideox-2b"]) | json.loads(path.read_text())
-        check(get, {"_class_name": DIT_CLASS, "out_channels": get["in_channels"]} | DIT_FIXED)
-        if not (made := get.get("_dollar")):
-            shift = 1.0 if get["use_rotary_positional_embeddings"] else 3.0
-            scheduler = {"prediction_type": "v_prediction", "snr_shift_scale": shift} | SCHEDULER
-            if beside.exists():
-                path = beside
-                scheduler |= json.loads(path.read_text())
-            check(scheduler, SCHEDULER)
-            kind = scheduler["prediction_type"]
-            if kind not in ("v_prediction", "sample", "epsilon"):
-                raise ValueError(f"prediction_type is {kind}, not v_prediction")
-            made = {"prediction": "velocity" if kind == "v_prediction" else kind, "schedule": "cogvideox"}
+    Its schedule is what we noted, or the pipeline's scheduler beside it says, or is usual in its family.
+    """
+    file, beside = Path(folder) / "config.json", Path(folder).parent / "scheduler" / "scheduler_config.json"
+    get = read_config(file, DIT_CLASS, _to_diffusers(PRESETS["cogvideox-2b"]), DIT_FIXED)
+    with describes_cogvideox(file):
+        check(file, get, {"out_channels": get["in_channels"]})
+        shift = 1.0 if get["use_rotary_positional_embeddings"] else 3.0
+        made = {"prediction": "velocity", "schedule": "cogvideox", "snr_shift": shift}
+        if "_dollar" in get:
+            made = {name: get["_dollar"][name] for name in DIT_OURS}
+        elif beside.exists():
+            scheduler = SCHEDULER | {"snr_shift_scale": shift} | read_json(beside)
+            check(beside, scheduler, SCHEDULER)
             made["snr_shift"] = scheduler["snr_shift_scale"]
-        if (made["prediction"], made["schedule"]) == ("epsilon", "cogvideox"):
-            raise ValueError("prediction_type is epsilon, but at zero terminal SNR x_0 cannot be had from epsilon")
-        frames = (get["sample_frames"] - 1) // get["temporal_compression_ratio"] + 1
         return DiTConfig(
-            **{ours: get[theirs] for ours, theirs in DIT_CONFIG.items()} | {name: made[name] for name in DIT_OURS},
+            **{ours: get[theirs] for ours, theirs in DIT_CONFIG.items()} | made,
             width=get["num_attention_heads"] * get["attention_head_dim"],
-            latents=(frames, get["sample_height"], get["sample_width"]),
+            latents=((get["sample_frames"] - 1) // 4 + 1, get["sample_height"], get["sample_width"]),
         )
-    except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror} (want the folder `transformer` of a pipeline)") from e
-    except (TypeError, ValueError, KeyError, ZeroDivisionError) as e:
-        raise UserError(f"{path} is not of CogVideoX 2B or 5B, text to video: {e}") from e
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -222,16 +170,13 @@ def load_vae(place, dtype=None):
     if not Path(place).is_dir():
         return load_model(place, VAE3D)[0].to(dtype=dtype)
     folder = below(place, "vae")
-    published = folder_config(folder, VAE_CLASS)
-    try:
-        with torch.device("meta"):
-            model = VAE3D(read_vae_config(folder, published))
-    except (TypeError, ValueError, KeyError) as e:
-        raise UserError(f"{folder}: config.json does not describe a VAE: {e}") from e
-    names = published_names(model, VAE_NAMES)
-    shape = lambda key: vae_shape(model.get_parameter(names[key]), key)
-    tensors = read_named(folder, "a CogVideoX VAE of this config", names, shape)
-    return fill(model, ((k, x.reshape(model.get_parameter(k).shape)) for k, x in tensors), dtype).eval()
+    default, file = VAEConfig(), folder / "config.json"
+    get = {theirs: getattr(default, ours) for ours, theirs in VAE_CONFIG.items()} | VAE_FIXED
+    get = read_config(file, VAE_CLASS, get, VAE_FIXED)
+    with describes_cogvideox(file), torch.device("meta"):
+        given = {ours: get[theirs] for ours, theirs in VAE_CONFIG.items()}
+        model = VAE3D(VAEConfig(**given, **get.get("_dollar", {})))
+    return load_weights(model, folder, VAE_NAMES, dtype).eval()
 
 
 def save_vae(model, folder):
@@ -241,28 +186,11 @@ def save_vae(model, folder):
     written, or the model has a patchified stem, which diffusers does not know.
     """
     c = model.config
-    if c.patch != 1 or len(c.channels) != VAE_LEVELS:
+    if c.patch != 1 or len(c.channels) != 4:
         raise UserError(f"diffusers knows no VAE with patch {c.patch} and {len(c.channels)} levels of channels")
-    named = {key: model.get_parameter(name).data for key, name in published_names(model, VAE_NAMES).items()}
-    weights = {key: p.reshape(vae_shape(p, key)) for key, p in named.items()}
     config = {theirs: getattr(c, ours) for ours, theirs in VAE_CONFIG.items()} | VAE_FIXED
-    save_folder(folder, VAE_CLASS, config | {"_dollar": {k: getattr(c, k) for k in VAE_OURS}}, weights)
-
-
-def vae_shape(p, key):
-    """The samplers' convolutions are two-dimensional there, and here three-dimensional of depth one."""
-    return tuple(p.shape[:2] + p.shape[3:] if "samplers" in key and p.dim() == 5 else p.shape)
-
-
-def read_vae_config(folder, published):
-    """diffusers' config as a VAEConfig; what it leaves out is as in CogVideoX-2B."""
-    default = VAEConfig()
-    get = {theirs: getattr(default, ours) for ours, theirs in VAE_CONFIG.items()} | VAE_FIXED | published
-    for key, value in VAE_FIXED.items():
-        if get[key] != value:
-            raise UserError(f"{folder}: {key} is {get[key]} in config.json, in a CogVideoX VAE it is {value}")
-    ours = {k: published["_dollar"][k] for k in VAE_OURS} if "_dollar" in published else {}
-    return VAEConfig(**{ours: get[theirs] for ours, theirs in VAE_CONFIG.items()}, **ours)
+    ours = {"chunking": c.chunking, "chunk_frames": c.chunk_frames}
+    save_folder(folder, VAE_CLASS, config | {"_dollar": ours}, model, VAE_NAMES)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -274,19 +202,18 @@ def save_pipeline(folder, model, about):
 
     diffusers' LCMScheduler renoises as `few_step` does. It has no SNR shift, so it gets our betas as such; of its own
     boundary condition (c_skip, c_out) a large timestep_scaling leaves nothing; with 1000 original steps its n steps are
-    ours. It knows neither conjugate velocity nor DDIM between the steps: such a student leaves without scheduler/, and
-    the transformer's config says what it predicts (`_dollar`), which is all that `Generator.load` needs.
+    ours. A student that predicts no velocity, or goes by DDIM between the steps, leaves without scheduler/, and the
+    transformer's config says what it predicts (`_dollar`), which is all that `Generator.load` needs.
     """
     folder, c = Path(folder), model.config
     dtype = getattr(torch, about.get("weights_dtype", "torch.float32").removeprefix("torch."))
     save_dit(model.to(dtype), folder / "transformer", **about)
     (file := folder / "scheduler" / "scheduler_config.json").unlink(missing_ok=True)  # an earlier run's
-    kinds = {"velocity": "v_prediction", "sample": "sample", "epsilon": "epsilon"}
-    if c.prediction not in kinds or c.schedule == "flow" or about["transition"] != "renoise":
+    if c.prediction != "velocity" or c.schedule == "flow" or about["transition"] != "renoise":
         return f"wrote {folder}/transformer, for sample.py alone: diffusers has no sampler for it"
     abar = Schedule(c.schedule, c.snr_shift).a ** 2
     betas = 1 - abar / torch.cat([abar.new_ones(1), abar[:-1]])
-    config = {"_class_name": "LCMScheduler", "trained_betas": betas.tolist(), "prediction_type": kinds[c.prediction]}
+    config = {"_class_name": "LCMScheduler", "trained_betas": betas.tolist(), "prediction_type": "v_prediction"}
     config |= {"num_train_timesteps": 1000, "original_inference_steps": 1000, "timestep_scaling": 1e6}
     config |= {"clip_sample": False, "set_alpha_to_one": True}
     with atomic(file) as part:
@@ -315,30 +242,69 @@ def below(folder, name):
     return Path(folder) / name if (Path(folder) / name).is_dir() else Path(folder)
 
 
-def folder_config(folder, name):
-    """config.json of a folder in diffusers' layout, as a dict. name: the `_class_name` it must have; else UserError."""
-    file = Path(folder) / "config.json"
-    config = read_json(file)
-    if config.get("_class_name") != name:
-        raise UserError(f"{file} describes a {config.get('_class_name')}, where {name} is needed")
+def read_json(path):
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"there is no {path}: want a pipeline of diffusers, or its transformer/ or vae/") from None
+    except (OSError, ValueError) as e:
+        raise UserError(f"cannot read {path}: {e}") from e
+
+
+def read_config(file, name, defaults, fixed):
+    """A config.json as a dict. UserError where its class is not `name`, or a value is not that of `fixed`."""
+    config = defaults | read_json(file)
+    check(file, config, {"_class_name": name} | fixed)
     return config
 
 
-def save_folder(folder, name, config, tensors):
-    """Write tensors {key: tensor} and config as a folder in diffusers' layout, under the `_class_name` name.
+def check(file, config, fixed):
+    for key, value in fixed.items():
+        if config.get(key) != value:
+            raise UserError(f"{file}: {key} is {config.get(key)}, in CogVideoX 2B and 5B it is {value}")
+
+
+@contextmanager
+def describes_cogvideox(file):
+    """UserError where what is made of the values in `file` cannot be."""
+    try:
+        yield
+    except (TypeError, ValueError, KeyError) as e:
+        raise UserError(f"{file} describes no CogVideoX network: {e}") from e
+
+
+def save_folder(folder, name, config, model, names):
+    """Write a model and its config as a folder in diffusers' layout, under the `_class_name` name.
 
     Raises UserError where it cannot be written, or the folder holds other weights that would be read instead.
     """
     file = Path(folder) / "diffusion_pytorch_model.safetensors"
-    if others := [p for p in _weights(file.parent) if p != file]:
+    if others := [p for p in file.parent.glob("[!.]*.safetensors*") if p != file]:
         raise UserError(f"{folder} already holds {others[0].name}: give another folder")
-    save_tensors(file, tensors, {"format": "pt"})
+    weights = {key: model.get_parameter(name).data for key, name in published_names(model, names).items()}
+    save_tensors(file, {key: p.reshape(published_shape(key, p)) for key, p in weights.items()}, {"format": "pt"})
     with atomic(file.parent / "config.json") as part:
         part.write_text(json.dumps({"_class_name": name, **config}, indent=2) + "\n")
 
 
-def _weights(folder):
-    return sorted(p for p in folder.glob("*.safetensors*") if not p.name.startswith("."))
+def read_weights(folder, model, names):
+    """Every (our name, tensor) of a folder's weights, one at a time, so that a rank can keep its rows alone.
+
+    model: of that size, on the meta device. Raises UserError naming a tensor that is missing, unknown or misshapen.
+    """
+    missing = published_names(model, names)
+    for key, tensor in _read_tensors(Path(folder)):
+        if key == POSITIONS:
+            continue
+        if key not in missing:
+            raise UserError(f"{folder}: config.json has no place for the tensor {key}")
+        p = model.get_parameter(missing[key])
+        got, want = tuple(tensor.shape), tuple(published_shape(key, p))
+        if got != want:
+            raise UserError(f"{folder}: {key} has shape {got}, but config.json asks for {want}")
+        yield missing.pop(key), tensor.reshape(p.shape)
+    if missing:
+        raise UserError(f"{folder}: {len(missing)} tensors are missing, the first is {next(iter(missing))}")
 
 
 def _read_tensors(folder):
@@ -346,12 +312,9 @@ def _read_tensors(folder):
 
     Each comes from the file opened anew: the pages of a mapped file count as memory until it is closed.
     """
-    files = [p for p in _weights(folder) if p.suffix == ".safetensors"]
-    if index := [p for p in _weights(folder) if p.name.endswith(".safetensors.index.json")]:
-        shards = read_json(index[0]).get("weight_map")
-        if not (isinstance(shards, dict) and all(isinstance(file, str) for file in shards.values())):
-            raise UserError(f"{index[0]} has no weight_map of keys to files")
-        files = sorted({folder / file for file in shards.values()})
+    files = list(folder.glob("[!.]*.safetensors"))
+    if index := list(folder.glob("*.safetensors.index.json")):
+        files = sorted({folder / file for file in read_json(index[0])["weight_map"].values()})
     elif len(files) != 1:
         raise UserError(f"{folder} holds {len(files)} safetensors files and no index: want one file, or an index")
     for file in files:
@@ -362,43 +325,8 @@ def _read_tensors(folder):
                 yield key, f.get_tensor(key)
 
 
-def read_named(folder, kind, names, shape, dropped=()):
-    """Every (our name, tensor) of a folder's weights, one at a time, so that a rank can keep its rows alone.
-
-    names: {key there: name here}, all of which must come; shape(key) -> the tuple it must have; dropped: keys that are
-    passed over. Raises UserError naming a tensor that is missing, or that `kind`, in words, does not have.
-    """
-    left = dict(names)
-    for key, tensor in _read_tensors(Path(folder)):
-        if key in dropped:
-            continue
-        if key not in left:
-            raise UserError(f"{folder}: {kind} has no tensor {key}, or it came twice")
-        if (got := tuple(tensor.shape)) != (want := shape(key)):
-            raise UserError(f"{folder}: {key} has shape {got}, but config.json asks for {want}")
-        yield left.pop(key), tensor
-    if left:
-        raise UserError(f"{folder}: {len(left)} tensors are missing, the first is {next(iter(left))}")
-
-
-def fill(model, tensors, dtype=None):
-    """Give a model that was built without memory its parameters, (name, tensor) by (name, tensor). Returns the model.
-
-    The peak is the weights and one tensor. dtype None keeps each tensor's own.
-    """
-    for name, tensor in tensors:
-        module, leaf = name.rsplit(".", 1)
-        setattr(model.get_submodule(module), leaf, nn.Parameter(tensor.to(dtype or tensor.dtype, copy=True)))
+def load_weights(model, folder, names, dtype):
+    """Give a model on the meta device the weights of a folder; the peak is these and one tensor. Returns the model."""
+    weights = {k: x.to(dtype or x.dtype, copy=True) for k, x in read_weights(folder, model, names)}
+    model.load_state_dict(weights, assign=True)
     return model
-
-
-def read_json(path):
-    try:
-        value = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"there is no file {path}") from None
-    except (OSError, ValueError) as e:
-        raise UserError(f"cannot read {path}: {e}") from e
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is not a JSON object")
-    return value

@@ -1,4 +1,4 @@
-"""The text-to-video diffusion transformer: CogVideoX's architecture, and its published weights in and out.
+"""The text-to-video diffusion transformer: CogVideoX's architecture.
 
 A clip's latents are cut into 2x2 patches, one token each. Text and video tokens form one sequence in which every token
 attends to every other: with no separate attention over space, time or text, an object can follow its word through the
@@ -22,7 +22,7 @@ other patches or inputs and are refused. Sources: CogVideoX, arXiv:2408.06072; D
 import functools
 import math
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -54,9 +54,6 @@ class DiTConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "latents", tuple(self.latents))  # a list when it comes out of JSON
-        for name, words in (("prediction", Prediction), ("schedule", Kind)):
-            if getattr(self, name) not in get_args(words):
-                raise ValueError(f"{name} {getattr(self, name)!r} is none of {', '.join(get_args(words))}")
         if self.width % self.heads or (self.width // self.heads if self.rotary else self.width) % 16:
             raise ValueError(f"width {self.width} is no multiple of {self.heads} heads and of 16 (rotary: of 16 heads)")
 
@@ -75,9 +72,8 @@ PRESETS = {
 
 def _angles(start, stop, n, dim, device):
     """n evenly spaced places times dim / 2 frequencies from 1 down towards 1 / 10000: (n, dim / 2), float64."""
-    how = {"dtype": torch.float64, "device": "cpu" if device.type == "mps" else device}  # mps has no float64
-    freqs = 10000.0 ** (-torch.arange(dim // 2, **how) / (dim // 2))
-    return torch.outer(torch.linspace(start, stop, n, **how), freqs)
+    freqs = 10000.0 ** (-torch.arange(dim // 2, dtype=torch.float64, device=device) / (dim // 2))
+    return torch.outer(torch.linspace(start, stop, n, dtype=torch.float64, device=device), freqs)
 
 
 def _every_token(*parts):
@@ -163,20 +159,20 @@ class Block(nn.Module):
 
         adapters: {name of a linear map: a module whose output is added to it}, of adapters.py; None: the base alone.
         """
-        linear = lambda name, x: self.linear(name, x, adapters)
         length = text.shape[1]
         joint, text_gate, gate = self.modulate(self.modulation1, self.norm1, text, video, c)
-        q = self.norm_q(linear("q", joint).unflatten(-1, (self.heads, -1)))  # (B, L+N, heads, D/heads)
-        k = self.norm_k(linear("k", joint).unflatten(-1, (self.heads, -1)))
-        v = linear("v", joint).unflatten(-1, (self.heads, -1))
+        q = self.norm_q(self.linear("q", joint, adapters).unflatten(-1, (self.heads, -1)))  # (B, L+N, heads, D/heads)
+        k = self.norm_k(self.linear("k", joint, adapters).unflatten(-1, (self.heads, -1)))
+        v = self.linear("v", joint, adapters).unflatten(-1, (self.heads, -1))
         if table is not None:
             q, k = rotate(q, table), rotate(k, table)
         y = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-        y = linear("out", y.transpose(1, 2).flatten(2))  # (B, L+N, D)
+        y = self.linear("out", y.transpose(1, 2).flatten(2), adapters)  # (B, L+N, D)
         text, video = torch.addcmul(text, text_gate, y[:, :length]), torch.addcmul(video, gate, y[:, length:])
 
         joint, text_gate, gate = self.modulate(self.modulation2, self.norm2, text, video, c)
-        y = linear("down", F.gelu(linear("up", joint), approximate="tanh"))
+        y = F.gelu(self.linear("up", joint, adapters), approximate="tanh")
+        y = self.linear("down", y, adapters)
         return torch.addcmul(text, text_gate, y[:, :length]), torch.addcmul(video, gate, y[:, length:])
 
     def linear(self, name, x, adapters):
@@ -225,10 +221,7 @@ class DiT(nn.Module):
         config, p = self.config, self.config.patch
         (B, C, T, H, W), dtype = x.shape, self.patch_in.weight.dtype
         if config.channels != C or H % p or W % p or t.shape != (B,) or text.shape[::2] != (B, config.text_dim):
-            raise ValueError(
-                f"x {tuple(x.shape)}, t {tuple(t.shape)}, text {tuple(text.shape)} do not fit: want (B, "
-                f"{config.channels}, T, H, W) with H and W multiples of {p}, (B,) and (B, L, {config.text_dim})"
-            )
+            raise ValueError(f"x {tuple(x.shape)}, t {tuple(t.shape)}, text {tuple(text.shape)} do not fit {config}")
         h, w = H // p, W // p
         # a convolution whose stride is its size is one matrix product over the patches
         video = x.to(dtype).reshape(B, C, T, h, p, w, p).permute(0, 2, 3, 5, 1, 4, 6).reshape(B, T * h * w, C * p * p)

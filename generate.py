@@ -45,23 +45,16 @@ class Generator:
         or the word table of the small world); precision: of common.py; published half-precision weights are kept as
         they are where the device computes in bfloat16. Raises UserError where a part is missing or does not fit.
         """
-        try:
-            torch.zeros(1, device=device)
-        except (RuntimeError, AssertionError) as e:
-            raise UserError(f"--device {device} cannot be used here: {str(e).splitlines()[0]}") from e
-        folder = Path(weights) if Path(weights).is_dir() else None
         model, about = load_network(weights)
         if adapter:
             model, about = add_adapters(model, adapter, weights)
-        c, place = model.config, Path(vae or weights)
-        coder = load_vae(place)
-        size = coder.config.chunk_frames // 4 + 1 if coder.config.chunking == "independent" else 1
-        if c.channels != coder.config.latent_channels or (c.latents[0] > 1 and c.latents[0] % size):
-            raise UserError(
-                f"{weights} draws {c.latents[0]} latent frames of {c.channels} channels, {place} decodes multiples of "
-                f"{size} of {coder.config.latent_channels}: name the weights' own autoencoder with --vae"
-            )
-        encoder = load_encoder(text or folder or "words", c.text_dim, c.text_length, device, precision)
+        c, vae = model.config, vae or weights
+        coder = load_vae(vae)
+        if c.channels != coder.config.latent_channels:
+            said = f"{weights} draws {c.channels} latent channels, {vae} decodes {coder.config.latent_channels}"
+            raise UserError(f"{said}: name the weights' own autoencoder with --vae")
+        text = text or (weights if Path(weights).is_dir() else "words")
+        encoder = load_encoder(text, c.text_dim, c.text_length, device, precision)
         if encoder.dim != c.text_dim or about.get("text_fingerprint", encoder.fingerprint) != encoder.fingerprint:
             raise UserError(f"{weights} was trained with another text encoder: name it with --text FOLDER")
         if not uses_bfloat16(precision, device):
@@ -73,17 +66,20 @@ class Generator:
     def student(self):
         return self.about.get("kind") == "student"
 
+    @property
+    def trained(self):
+        """The steps that a student was trained at."""
+        return self.about.get("timesteps") or timesteps(4)
+
     def steps(self, n):
         """The list of n time steps. UserError where n is impossible, or not among those a student was trained for."""
-        if n < 1 or n > 1000:
+        if not 1 <= n <= 1000:
             raise UserError(f"the number of steps lies in 1..1000, not {n}")
         if not self.student:
             return timesteps(n)
-        trained = self.about.get("timesteps") or timesteps(4)
-        steps = trained if n == len(trained) else timesteps(n)
-        if not set(steps) <= set(trained):
-            some = [k for k in range(1, len(trained) + 1) if k == len(trained) or set(timesteps(k)) <= set(trained)]
-            raise UserError(f"this student samples in {', '.join(map(str, some))} steps (of {trained}), not in {n}")
+        steps = self.trained if n == len(self.trained) else timesteps(n)
+        if not set(steps) <= set(self.trained):
+            raise UserError(f"this student samples in the steps {self.trained} or some of them, not in {n}: {steps}")
         return steps
 
     def guidance(self, w=None):

@@ -4,7 +4,7 @@ Each is a large CLIP or BLIP that scores an image, mostly with its prompt; a vid
 Nothing is fetched and no code in a file is run. What each model's own preprocessing does to a picture is done here to
 a tensor, so that the score has a gradient; it differs from theirs by their rounding to 8 bits alone.
 
-Every function here takes (name, its file or folder, device) and returns score(video (B, 3, F, H, W), prompts) -> (B,),
+Each maker of a score takes (its file or folder, device) and returns score(video (B, 3, F, H, W), prompts) -> (B,),
 or the two functions whose product the score is; rewards.py makes rewards of them. Raises UserError for files that are
 missing or hold something else.
 """
@@ -58,9 +58,13 @@ def cosine(encode_image, encode_text, size, pad, context, device):
 
     tokens = SimpleTokenizer(context_length=context)  # CLIP's words are the same in every implementation
 
-    image = lambda x, clip: F.normalize(encode_image(x), dim=-1)
-    parts = lambda video: _mean_over_frames(video, size, pad, image)
-    return parts, lambda prompts: F.normalize(encode_text(tokens(prompts).to(device)), dim=-1)
+    def parts(video):
+        return _mean_over_frames(video, size, pad, lambda x, clip: F.normalize(encode_image(x), dim=-1))
+
+    def direction(prompts):
+        return F.normalize(encode_text(tokens(prompts).to(device)), dim=-1)
+
+    return parts, direction
 
 
 def _tensors(file):
@@ -82,20 +86,11 @@ def _fill(module, tensors, file, device):
     return module.to(device).eval().requires_grad_(False)
 
 
-def hpsv2(name, file, device):
-    """HPSv2 (arXiv:2306.09341): a CLIP ViT-H-14; versions 2.0 and 2.1 differ in their weights alone.
-
-    A CLIP of another size has open_clip's `open_clip_config.json` beside its file.
-    """
+def hpsv2(file, device):
+    """HPSv2 (arXiv:2306.09341): a CLIP ViT-H-14; versions 2.0 and 2.1 differ in their weights alone."""
     import open_clip
 
-    tensors, told = _tensors(file), Path(file).with_name("open_clip_config.json")
-    try:
-        config = json.loads(told.read_text())["model_cfg"] if told.exists() else open_clip.get_model_config("ViT-H-14")
-        model = open_clip.CLIP(**config)
-    except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{told} does not describe a CLIP model: {e!r}") from e
-    _fill(model, tensors, file, device)
+    model = _fill(open_clip.CLIP(**open_clip.get_model_config("ViT-H-14")), _tensors(file), file, device)
     size, context = model.visual.image_size[0], model.context_length
     return cosine(model.encode_image, model.encode_text, size, True, context, device)
 
@@ -120,7 +115,7 @@ def _clip_folder(folder, device):
     return image, text, model.config.vision_config.image_size, model.config.text_config.max_position_embeddings
 
 
-def pickscore(name, folder, device):
+def pickscore(folder, device):
     """PickScore v1 (arXiv:2305.01569): a CLIP ViT-H-14."""
     image, text, size, context = _clip_folder(folder, device)
     return cosine(image, text, size, False, context, device)
@@ -133,15 +128,17 @@ def _affine(x, tensors, prefix):
     return x.squeeze(-1)
 
 
-def aesthetic(name, folder, device):
+def aesthetic(folder, device):
     """LAION's improved aesthetic predictor (v2), as in DDPO: five linear layers on normalised CLIP features."""
     encode, _, size, _ = _clip_folder(folder, device)
     file = Path(folder) / "sac+logos+ava1-l14-linearMSE.pth"
     head = {key: value.float().to(device) for key, value in _tensors(file).items()}
-    if any(f"layers.{i}.weight" not in head for i in (0, 2, 4, 6, 7)):
-        raise UserError(f"{file} is not LAION's aesthetic head")
-    one = lambda x, clip: _affine(F.normalize(encode(x), dim=-1), head, "layers.")
-    return lambda video, prompts: _mean_over_frames(video, size, False, one)
+
+    def score(video, prompts):
+        of_images = lambda x, clip: _affine(F.normalize(encode(x), dim=-1), head, "layers.")
+        return _mean_over_frames(video, size, False, of_images)
+
+    return score
 
 
 # BLIP's names for the parts of its image encoder, and transformers' own
@@ -157,7 +154,7 @@ BLIP_KEYS = {
 }
 
 
-def imagereward(name, folder, device):
+def imagereward(folder, device):
     """ImageReward v1.0 (arXiv:2304.05977): a BLIP that reads the prompt while looking at the image, and a linear head.
 
     Its own package needs a transformers of years ago, so the BLIP is transformers' own, with the keys renamed.
@@ -167,41 +164,41 @@ def imagereward(name, folder, device):
     from transformers.models.blip.modeling_blip_text import BlipTextModel
 
     folder, file = Path(folder), Path(folder) / "ImageReward.pt"
-    tensors = {k: v for k, v in _tensors(file).items() if "position_ids" not in k}
-    take = lambda prefix: {k.removeprefix(prefix): v.float() for k, v in tensors.items() if k.startswith(prefix)}
-    see, read, head = take("blip.visual_encoder."), take("blip.text_encoder."), take("mlp.layers.")
+    tensors = {k: v.float() for k, v in _tensors(file).items() if "position_ids" not in k}
+    take = lambda prefix: {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    vision, text, head = take("blip.visual_encoder."), take("blip.text_encoder."), take("mlp.layers.")
     try:
-        width, _, _, patch = see["patch_embed.proj.weight"].shape
-        size = patch * round((see["pos_embed"].shape[1] - 1) ** 0.5)
-        depth = 1 + max(int(k.split(".")[1]) for k in see if k.startswith("blocks."))
+        width, _, _, patch = vision["patch_embed.proj.weight"].shape
+        size = patch * round((vision["pos_embed"].shape[1] - 1) ** 0.5)
+        depth = sum(k.endswith("attn.qkv.weight") for k in vision)
         sizes = {"hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": width // 64}
         sizes |= {"intermediate_size": 4 * width, "image_size": size, "patch_size": patch, "layer_norm_eps": 1e-6}
-        eye = BlipVisionModel(BlipVisionConfig(**sizes))
-        told = json.loads((folder / "med_config.json").read_text())
+        viewer = BlipVisionModel(BlipVisionConfig(**sizes))
+        config = json.loads((folder / "med_config.json").read_text())
         names = ["hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"]
         names += ["max_position_embeddings", "vocab_size"]
-        reader = BlipTextConfig(**{k: told[k] for k in names}, encoder_hidden_size=width)
-        reader = BlipTextModel(reader, add_pooling_layer=False)
+        config = BlipTextConfig(**{k: config[k] for k in names}, encoder_hidden_size=width)
+        reader = BlipTextModel(config, add_pooling_layer=False)
         if not (folder / "vocab.txt").is_file():
             raise OSError("vocab.txt, the words of bert-base-uncased, is not there")
-        words = BertTokenizerFast.from_pretrained(folder, local_files_only=True)
+        tokenizer = BertTokenizerFast.from_pretrained(folder, local_files_only=True)
     except (KeyError, OSError, ValueError) as e:
         raise UserError(f"{folder} is no ImageReward folder (ImageReward.pt, med_config.json, vocab.txt): {e}") from e
     for old, new in BLIP_KEYS.items():
-        see = {re.sub(old, new, k): v for k, v in see.items()}
-    _fill(eye, see, file, device), _fill(reader, read, file, device)
+        vision = {re.sub(old, new, k): v for k, v in vision.items()}
+    _fill(viewer, vision, file, device), _fill(reader, text, file, device)
     head = {k: v.to(device) for k, v in head.items()}
 
     def score(video, prompts):
         how = {"padding": "max_length", "truncation": True, "max_length": 35, "return_tensors": "pt"}
-        said = words(prompts, **how).to(device)
+        tokens = tokenizer(prompts, **how).to(device)
 
-        def one(x, clip):
-            seen = eye(pixel_values=x).last_hidden_state
-            ids, mask = said.input_ids[clip], said.attention_mask[clip]
+        def of_images(x, clip):
+            seen = viewer(pixel_values=x).last_hidden_state
+            ids, mask = tokens.input_ids[clip], tokens.attention_mask[clip]
             out = reader(input_ids=ids, attention_mask=mask, encoder_hidden_states=seen).last_hidden_state[:, 0]
             return (_affine(out, head, "") - 0.16717362830052426) / 1.0333394966054072
 
-        return _mean_over_frames(video, size, False, one)
+        return _mean_over_frames(video, size, False, of_images)
 
     return score

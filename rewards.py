@@ -28,29 +28,18 @@ from world.shapes import FACTORS, FRAMES, SIZE
 
 
 @dataclass
-class Product:
-    """A score made of parts that do not depend on the prompt: their product with what the prompt asks for.
+class Reward:
+    """One reward, ready to be called; `make` builds it.
 
-    Of a judge the parts are the probabilities of all values of all factors, and a prompt asks for the mean of those
-    that it names. Of a CLIP they are the image's embedding, mean over the frames, and a prompt asks for the text's.
+    Some scores are made of parts that do not depend on the prompt: their product with what the prompt asks for. Of a
+    judge the parts are the probabilities of all values of all factors, and a prompt asks for the mean of those that it
+    names. Of a CLIP they are the image's embedding, mean over the frames, and a prompt asks for the text's.
     """
 
-    parts: Callable  # video (B, 3, F, H, W) -> (B, P)
-    direction: Callable  # prompts -> (B, P)
-
-    def __call__(self, video, prompts):
-        return (self.parts(video) * self.direction(prompts)).sum(1)
-
-
-@dataclass
-class Reward:
-    """One reward, ready to be called; `make` builds it."""
-
     name: str
-    score: Callable  # (video, prompts) -> (B,); a Product where the reward has parts
+    score: Callable | tuple | None  # (video, prompts) -> (B,); of parts: video -> (B, P), prompts -> (B, P)
     differentiable: bool
     text: bool  # does it read the prompt?
-    scale: str  # one line on its scale
     frames: int | None  # how many evenly spaced frames are scored; None: all
     device: str | torch.device
     size: tuple | None = None  # the only (frames, height, width) that it reads; None: any
@@ -61,10 +50,15 @@ class Reward:
 
         Raises ValueError for another shape, a wrong number of prompts, or a gradient that does not exist.
         """
-        if self.text and (prompts is None or len(prompts) != len(video)):
+        if self.text and len(prompts or []) != len(video):
             raise ValueError(f"{self.name} needs one prompt a clip: {len(video)} clips, {len(prompts or [])} prompts")
         if with_grad and not self.differentiable:
             raise ValueError(f"{self.name} has no gradient")
+        if self.terms:
+            return sum(weight * reward(video, prompts, with_grad) for weight, reward in self.terms)
+        if self.has_parts:
+            parts, direction = self.score
+            return self._of(video, lambda x: (parts(x) * direction(prompts)).sum(1), with_grad)
         return self._of(video, lambda x: self.score(x, prompts), with_grad)
 
     def _of(self, video, function, with_grad=False):
@@ -83,11 +77,11 @@ class Reward:
 
     def check(self, sizes):
         """UserError if clips of these sizes, (frames, height, width) each, have some that the reward cannot read."""
-        for part in self.each_reward:
-            if part.size and (others := [size for size in sizes if tuple(size) != part.size]):
-                (f, h, w), (frames, height, width) = part.size, others[0]
-                there = f"{len(others)} of {len(sizes)} clips have others, e.g. {frames} of {height}x{width}"
-                raise UserError(f"the reward {part.name} reads {f} frames of {h}x{w}; {there}")
+        for reward in self.each_reward:
+            if reward.size and (others := [size for size in sizes if tuple(size) != reward.size]):
+                (f, h, w), (frames, height, width) = reward.size, others[0]
+                others = f"{len(others)} of {len(sizes)} clips have others, e.g. {frames} of {height}x{width}"
+                raise UserError(f"the reward {reward.name} reads {f} frames of {h}x{w}; {others}")
 
     @property
     def weights(self):
@@ -104,20 +98,20 @@ class Reward:
 
     @property
     def has_parts(self):
-        return all(isinstance(reward.score, Product) for reward in self.each_reward)
+        return all(isinstance(reward.score, tuple) for reward in self.each_reward)
 
     @property
     def size_of_parts(self):
-        return sum(reward.score.direction([""]).shape[1] for reward in self.each_reward)
+        return sum(reward.score[1]([""]).shape[1] for reward in self.each_reward)
 
     def parts(self, video):
         """What the rewards are made of, one after the other: video (B, 3, F, H, W) -> (B, P)."""
-        return torch.cat([reward._of(video, reward.score.parts) for reward in self.each_reward], 1)
+        return torch.cat([reward._of(video, reward.score[0]) for reward in self.each_reward], 1)
 
     def from_parts(self, parts, prompts):
         """The R rewards (B, R) of parts (B, P), with gradient with respect to them."""
         with torch.no_grad():
-            directions = [reward.score.direction(prompts).to(parts) for reward in self.each_reward]
+            directions = [reward.score[1](prompts).to(parts) for reward in self.each_reward]
         pieces = parts.split([d.shape[1] for d in directions], 1)
         return torch.stack([(piece * d).sum(1) for piece, d in zip(pieces, directions)], 1)
 
@@ -186,30 +180,27 @@ def make(name: str, weights: str | None = None, frames: int | None = None, devic
     `weights` is its file or folder; of several rewards, "hpsv2=FILE,agreement=FILE". `frames`: see Reward.
     Raises UserError for an unknown name and for weights that are missing or of something else.
     """
-    spec, parts = parse_spec(name), []
-    if frames is not None and frames < 1:
-        raise UserError(f"a reward scores at least one frame, not {frames}")
+    spec, terms = parse_spec(name), []
     files = dict(part.partition("=")[::2] for part in weights.split(",")) if weights else {}
     if not set(files) <= set(spec):  # one path, then
         if len(readers := [n for n in spec if REWARDS[n][4]]) != 1:
             raise UserError(f"{len(readers)} of the rewards {', '.join(spec)} read weights: name them, NAME={weights}")
         files = {readers[0]: weights}
     for n, weight in spec.items():
-        build, differentiable, text, moving, needs, scale = REWARDS[n]
-        file = files.get(n) or (needs if needs == JUDGE else "")
-        if needs and not (file and Path(file).exists()):
-            there = f"there is nothing at {file}" if file else "name them with --reward-weights"
-            raise UserError(f"the reward {n} needs weights ({needs}); {there}")
-        score, many = build(n, file, device), None if moving else frames
-        score = Product(*score) if isinstance(score, tuple) else score
+        score, differentiable, text, moving, needs = REWARDS[n]
+        if needs:
+            file = files.get(n, JUDGE if needs == JUDGE else "")
+            if not (file and Path(file).exists()):
+                missing = f"; there is nothing at {file}" if file else ""
+                raise UserError(f"the reward {n} needs weights, {needs}{missing}")
+            score = score(file, device)
         size = (FRAMES, SIZE, SIZE) if needs == JUDGE else None
-        parts.append((weight, Reward(n, score, differentiable, text, scale, many, device, size)))
+        terms.append((weight, Reward(n, score, differentiable, text, None if moving else frames, device, size)))
     if list(spec.values()) == [1.0]:
-        return parts[0][1]
-    smooth = all(part.differentiable for _, part in parts)
-    total = lambda video, prompts: sum(w * r(video, prompts, torch.is_grad_enabled()) for w, r in parts)
-    reads, scale = any(r.text for _, r in parts), "the weighted sum of its parts, not standardised"
-    return Reward(name, total, smooth, reads, scale, None, device, terms=parts)
+        return terms[0][1]
+    differentiable = all(reward.differentiable for _, reward in terms)
+    text = any(reward.text for _, reward in terms)
+    return Reward(name, None, differentiable, text, None, device, terms=terms)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -224,33 +215,33 @@ def jpeg_compressibility(video: torch.Tensor) -> torch.Tensor:
     return make("jpeg_compressibility")(video)
 
 
-def _jpeg(name, file, device):
-    def score(video, prompts):
-        pixels = ((video + 1) / 2 * 255).round().clamp(0, 255).to(torch.uint8)
-        kilobytes = []
-        for clip in pixels.permute(0, 2, 3, 4, 1).cpu().numpy():  # (F, H, W, 3)
-            buffer = io.BytesIO()
-            for frame in clip:
-                Image.fromarray(frame).save(buffer, format="JPEG", quality=95)
-            kilobytes.append(buffer.tell() / len(clip) / 1000)
-        return -torch.tensor(kilobytes, device=video.device)
-
-    return score
+def _jpeg(video, prompts):
+    pixels = ((video + 1) / 2 * 255).round().clamp(0, 255).to(torch.uint8)
+    kilobytes = []
+    for clip in pixels.permute(0, 2, 3, 4, 1).cpu().numpy():  # (F, H, W, 3)
+        buffer = io.BytesIO()
+        for frame in clip:
+            Image.fromarray(frame).save(buffer, format="JPEG", quality=95)
+        kilobytes.append(buffer.tell() / len(clip) / 1000)
+    return -torch.tensor(kilobytes, device=video.device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the shapes world's rewarding judge, which is never the one that evaluates
 
 
-def _judged(name, file, device):
-    judge = common.load_model(file, Judge, device)[0].requires_grad_(False)
+def _judge(file, device):
+    return common.load_model(file, Judge, device)[0].requires_grad_(False)
+
+
+def _agreement(file, device):
+    judge = _judge(file, device)
     return judge.probabilities, judge.direction
 
 
-def _object_kept(name, file, device):
+def _object_kept(file, device):
     """Does a clip end with the object it began with? Its parts: for every kind of object, that it is both."""
-    judge = common.load_model(file, Judge, device)[0].requires_grad_(False)
-    kinds = len(FACTORS["object"])
+    judge, kinds = _judge(file, device), len(FACTORS["object"])
 
     def parts(video):
         first, last = slow_motion(video[:, :, :4]), slow_motion(video[:, :, -4:])
@@ -303,33 +294,29 @@ def optical_flow(first: torch.Tensor, second: torch.Tensor, window: int = 7, ite
     return flow
 
 
-def _dynamic_degree(name, file, device):
+def _dynamic_degree(video, prompts):
     """VBench's dynamic degree before its threshold, which is 1 here, and by Lucas-Kanade instead of RAFT.
 
     For each pair of frames the mean of the largest 5% of flow lengths, in units of 6 min(H, W) / 256 pixels. VBench
     asks whether a quarter of the pairs exceed 1; the mean over the pairs also says by how much. VBench first thins a
     video to 8 frames a second: give clips at about that rate.
     """
-
-    def score(video, prompts):
-        n, _, f, h, w = video.shape
-        if f < 2:
-            return video.new_zeros(n)
-        images = (video.transpose(1, 2).flatten(0, 1).clamp(-1, 1) + 1) / 2
-        if min(h, w) > 128:  # the unit shrinks along
-            images = F.interpolate(images, scale_factor=128 / min(h, w), mode="area")
-        h, w = images.shape[-2:]
-        images = images.unflatten(0, (n, f))
-        flow = optical_flow(images[:, :-1].flatten(0, 1), images[:, 1:].flatten(0, 1))
-        length = torch.linalg.vector_norm(flow, dim=1).flatten(1)  # (n (f - 1), h w)
-        top = length.topk(max(1, int(0.05 * h * w))).values.mean(1)
-        return top.view(n, f - 1).mean(1) / (6 * min(h, w) / 256)
-
-    return score
+    n, _, f, h, w = video.shape
+    if f < 2:
+        return video.new_zeros(n)
+    images = (video.transpose(1, 2).flatten(0, 1).clamp(-1, 1) + 1) / 2
+    if min(h, w) > 128:  # the unit shrinks along
+        images = F.interpolate(images, scale_factor=128 / min(h, w), mode="area")
+    h, w = images.shape[-2:]
+    images = images.unflatten(0, (n, f))
+    flow = optical_flow(images[:, :-1].flatten(0, 1), images[:, 1:].flatten(0, 1))
+    length = torch.linalg.vector_norm(flow, dim=1).flatten(1)  # (n (f - 1), h w)
+    top = length.topk(max(1, int(0.05 * h * w))).values.mean(1)
+    return top.view(n, f - 1).mean(1) / (6 * min(h, w) / 256)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# name -> (maker, differentiable, reads the prompt, sees every frame, its weights, its scale)
+# name -> (its score, or what makes it out of weights; differentiable; reads the prompt; sees every frame; its weights)
 
 HPS = "--reward-weights FILE, HPS_v2_compressed.pt or HPS_v2.1_compressed.pt of hub xswu/HPSv2"
 PICK = "--reward-weights FOLDER, hub yuvalkirstain/PickScore_v1"
@@ -337,19 +324,12 @@ IMAGE = "--reward-weights FOLDER, hub THUDM/ImageReward and in it vocab.txt of b
 LAION = "--reward-weights FOLDER, hub openai/clip-vit-large-patch14 and in it sac+logos+ava1-l14-linearMSE.pth"
 JUDGE = "weights/judge_reward.safetensors"
 REWARDS = {
-    "jpeg_compressibility": (_jpeg, False, False, False, "", "minus kB of a frame as JPEG, quality 95"),
-    "agreement": (_judged, True, True, True, JUDGE, "0..1: mean probability of the factors the prompt names"),
-    "object_kept": (
-        _object_kept,
-        True,
-        False,
-        True,
-        JUDGE,
-        "0..1: the object is in the end what it was at first",
-    ),
-    "dynamic_degree": (_dynamic_degree, True, False, True, "", "0 is still; VBench's threshold of motion is 1"),
-    "hpsv2": (preference.hpsv2, True, True, False, HPS, "cosine, about 0.2..0.35; versions 2.0 and 2.1 do not compare"),
-    "pickscore": (preference.pickscore, True, True, False, PICK, "cosine, about 0.18..0.24"),
-    "imagereward": (preference.imagereward, True, True, False, IMAGE, "standardised preference, about -2..2"),
-    "aesthetic": (preference.aesthetic, True, False, False, LAION, "about 1..10"),
+    "jpeg_compressibility": (_jpeg, False, False, False, ""),
+    "agreement": (_agreement, True, True, True, JUDGE),
+    "object_kept": (_object_kept, True, False, True, JUDGE),
+    "dynamic_degree": (_dynamic_degree, True, False, True, ""),
+    "hpsv2": (preference.hpsv2, True, True, False, HPS),
+    "pickscore": (preference.pickscore, True, True, False, PICK),
+    "imagereward": (preference.imagereward, True, True, False, IMAGE),
+    "aesthetic": (preference.aesthetic, True, False, False, LAION),
 }

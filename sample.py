@@ -18,7 +18,6 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from tqdm import tqdm
@@ -26,7 +25,6 @@ from tqdm import tqdm
 import common
 from common import Machine, UserError, opt, parse, run, start
 from generate import Generator
-from schedule import timesteps
 from text import T5
 from video import write_grid, write_video, write_video_grid
 from world import shapes
@@ -42,7 +40,7 @@ PROMPTS = [  # every scene and every object once, and most of the other things t
     "a green square left of an orange circle on a checkerboard",
     "a small circle moves right monochrome",
 ]
-ON_GRID = 16  # videos on the sheet of a folder; a sheet of hundreds shows nothing
+ON_SHEET = 16  # videos on the sheet of a folder; a sheet of hundreds shows nothing
 
 
 @dataclass
@@ -57,13 +55,6 @@ class Config(Machine):
     adapter: str = opt("", "A student's adapters on these weights, as train.py --rank writes them.")
     vae: str = opt("", "The autoencoder, file or folder. Empty: the bundled one, or the one in the weights' folder.")
     text: str = opt("", "The folder of a T5 encoder. Empty: the world's words, or the one in the weights' folder.")
-    w: float | None = opt(
-        None, "A teacher's guidance as in Eq. 9, the usual scale minus 1. None: what its weights say."
-    )
-    transition: Literal["renoise", "ddim"] | None = opt(
-        None, "The way between a student's steps. None: as in training."
-    )
-    batch: int = opt(1, "The videos at a time; 1 makes a video's bits independent of its neighbours.")
 
 
 def read_prompts(cfg):
@@ -74,100 +65,75 @@ def read_prompts(cfg):
     return prompts
 
 
-def check_out(name):
-    """(path, whether it is one file). UserError where nothing can be written; leaves nothing behind."""
-    path = Path(name)
-    one_file = path.suffix.lower() in (".mp4", ".gif")
-    if path.suffix and one_file == path.is_dir():
-        raise UserError(f"--out {name}: want a file that ends in .mp4 or .gif, or a folder, which has no suffix")
-    try:
-        there = next(p for p in [path, *path.parents][one_file:] if p.exists())
-        tempfile.TemporaryFile(dir=there).close()  # asking for permission would not find every reason
-    except OSError as e:
-        raise UserError(f"cannot write to {name}: {e.strerror}") from e
-    return path, one_file
-
-
 def choose_steps(cfg, generator):
     """The list of time steps that --steps or --timesteps asks for; UserError where these weights cannot take it."""
-    student, asked = generator.student, list(cfg.timesteps)
-    own = (generator.about.get("timesteps") or timesteps(4)) if student else timesteps(50)
-    if not asked:
-        return generator.steps(len(own) if cfg.steps is None else cfg.steps)
-    if asked != sorted(set(asked), reverse=True) or cfg.steps not in (None, len(asked)):
-        raise UserError(f"--timesteps {asked} must descend, and be as many as --steps if that is given")
-    if student and not set(asked) <= set(own):
-        raise UserError(f"this student was trained at the steps {own}: --timesteps must be some of them, not {asked}")
-    if not student and asked != generator.steps(len(asked)):
-        raise UserError(f"a teacher's steps are evenly spaced: --steps {len(asked)}, not --timesteps {asked}")
+    if not cfg.timesteps:
+        usual = len(generator.trained) if generator.student else 50
+        return generator.steps(usual if cfg.steps is None else cfg.steps)
+    asked, own = list(cfg.timesteps), generator.trained if generator.student else []
+    descending = asked == sorted(set(asked), reverse=True)
+    if not descending or not set(asked) <= set(own) or cfg.steps not in (None, len(asked)):
+        raise UserError(f"--timesteps {asked}: want some of a student's own {own}, descending, as many as --steps")
     generator.about["timesteps"] = asked
     return asked
 
 
-def draw(generator, text, n, cfg, clock):
-    """Yield the video (3, F, H, W) in [-1, 1] of every row of text (N, L, D), in order; seconds are added to clock."""
-    for first in range(0, len(text), cfg.batch):
-        part = text[first : first + cfg.batch]  # (B, L, D)
-        seeds = [random.Random(f"sample {cfg.seed} {first + i}").getrandbits(63) for i in range(len(part))]
-        begun = now(cfg.device)
-        latents = generator.latents(part, seeds, n, cfg.w)  # (B, C, T, h, w)
-        drawn = now(cfg.device)
-        videos = [generator.decode(x[None])[0].cpu() for x in latents]  # one by one: pixels are what is large
-        clock["drawing"] += drawn - begun
-        clock["decoding"] += now(cfg.device) - drawn
-        if not all(video.isfinite().all() for video in videos):
+def draw(generator, text, n, seed):
+    """Yield the video (3, F, H, W) in [-1, 1] of every row of text (N, L, D) in n steps, in order."""
+    for i in range(len(text)):  # one by one: so its neighbours cannot change a video's last bits
+        own = random.Random(f"sample {seed} {i}").getrandbits(63)
+        video = generator.decode(generator.latents(text[i : i + 1], [own], n))[0].cpu()
+        if not video.isfinite().all():
             raise UserError("what these weights draw is not finite: they are broken, or overflow in half precision")
-        yield from videos
-
-
-def now(device):
-    """Seconds. A GPU only queues what it is told: without waiting for it, this would time the telling."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+        yield video
 
 
 def main(argv=None):
     cfg = parse(Config, argv, __doc__.splitlines()[0])
-    prompts = read_prompts(cfg)
-    out, one_file = check_out(cfg.out)
+    prompts, out = read_prompts(cfg), Path(cfg.out)
+    one_file = out.suffix.lower() in (".mp4", ".gif")
+    if out.suffix and one_file == out.is_dir():
+        raise UserError(f"--out {out}: want a file that ends in .mp4 or .gif, or a folder, which has no suffix")
     weights = cfg.weights or WEIGHTS / "student.safetensors"
     vae = cfg.vae or ("" if Path(weights).is_dir() else WEIGHTS / "vae.safetensors")
     generator = Generator.load(weights, vae, cfg.device, cfg.text, cfg.precision, cfg.adapter)
-    steps, w, fps = choose_steps(cfg, generator), generator.guidance(cfg.w), generator.about.get("fps", shapes.FPS)
+    steps, w, fps = choose_steps(cfg, generator), generator.guidance(), generator.about.get("fps", shapes.FPS)
+    text = torch.cat([generator.encoder.encode([prompt]).cpu() for prompt in prompts])  # (N, L, D)
     kind = "student" if generator.student else "teacher"
-    misplaced = cfg.w if generator.student else cfg.transition
-    if misplaced:
-        raise UserError(f"these weights are a {kind}'s: --w guides a teacher alone, --transition is a student's")
-    if cfg.transition:
-        generator.about["transition"] = cfg.transition
-    text = torch.cat([generator.encoder.encode(prompts[i : i + 16]).cpu() for i in range(0, len(prompts), 16)])
+    name = f"{kind}{len(steps)}-seed{cfg.seed}"  # runs that one would compare do not overwrite each other
+    folder, sheet = out.parent if one_file else out, out / f"{name}.png"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()  # find out now, not after the work
+    except OSError as e:
+        raise UserError(f"cannot write to {out}: {e.strerror}") from e
     start(cfg)
     if isinstance(generator.encoder, T5):
         generator.encoder.close()  # it is larger than all that follows
-    name = f"{kind}{len(steps)}-seed{cfg.seed}"  # runs that one would compare do not overwrite each other
-    clock, kept, total = {"drawing": 0.0, "decoding": 0.0}, [], len(prompts) * generator.evaluations(len(steps), cfg.w)
+    begun, videos, total = time.perf_counter(), [], len(prompts) * generator.evaluations(len(steps))
     with tqdm(total=total, desc=name, unit="evaluation", dynamic_ncols=True, leave=False) as bar:
         generator.model.register_forward_pre_hook(lambda _, args: bar.update(len(args[0])) and None)
-        for i, (prompt, video) in enumerate(zip(prompts, draw(generator, text, len(steps), cfg, clock))):
-            if one_file or i < ON_GRID:
-                kept.append(video)
+        for i, (prompt, video) in enumerate(zip(prompts, draw(generator, text, len(steps), cfg.seed))):
+            if one_file or i < ON_SHEET:
+                videos.append(video)
             if not one_file:
                 words = re.sub(r"[^a-z0-9]+", "-", prompt.lower())[:50].strip("-")
                 write_video(out / f"{name}-{i:02d}-{words}.mp4", video, fps)
-    if one_file and len(kept) == 1:
-        write_video(out, kept[0], fps)
-    elif one_file:
-        columns = math.ceil(math.sqrt(len(kept)))
-        rows = [slice(i, i + columns) for i in range(0, len(kept), columns)]
-        write_video_grid(out, [kept[row] for row in rows], fps, [" | ".join(prompts[row]) for row in rows])
+    seconds = time.perf_counter() - begun
+    if not one_file:
+        write_grid(sheet, videos, prompts[: len(videos)])
+        print(f"{out / name}-*.mp4 and, to look at them together, {sheet}")
     else:
-        write_grid(out / f"{name}.png", kept, prompts[: len(kept)])
-    print(out if one_file else f"{out / name}-*.mp4 and, to look at them together, {out / name}.png")
+        if len(videos) == 1:
+            write_video(out, videos[0], fps)
+        else:
+            columns = math.ceil(math.sqrt(len(videos)))
+            rows = [slice(i, i + columns) for i in range(0, len(videos), columns)]
+            write_video_grid(out, [videos[row] for row in rows], fps, [" | ".join(prompts[row]) for row in rows])
+        print(out)
     how = f"{kind}, {len(steps)} steps" + (f" guided with w = {w:g}" if w else "")
-    print(f"{how}: {bar.n // len(prompts)} network evaluations a video, {bar.n} in all")
-    spent = f"{clock['drawing']:.2f} s to draw, {clock['decoding']:.2f} s to decode"
-    print(f"{len(prompts)} videos, (channels, frames, height, width) = {tuple(video.shape)}: {spent}")
+    print(f"{how}: {bar.n // len(prompts)} network evaluations a video, {bar.n} in all, {seconds:.1f} s")
+    print(f"{len(prompts)} videos, (channels, frames, height, width) = {tuple(video.shape)}")
 
 
 if __name__ == "__main__":

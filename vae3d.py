@@ -17,13 +17,14 @@ the last one, in place of as many spatial samplers. Almost all of the work in a 
 what lets two CPU cores train one.
 """
 
-import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+HALVINGS = {1: 3, 2: 2, 4: 1, 8: 0}  # what is left to do of height and width, by how many pixels are folded
 
 
 @dataclass
@@ -41,18 +42,14 @@ class VAEConfig:
 
     def __post_init__(self):
         self.channels = tuple(self.channels)  # JSON has lists
-        space = int(math.log2(8 // self.patch)) if self.patch in (1, 2, 4, 8) else -1
-        if space < 0 or len(self.channels) <= max(2, space):
-            raise ValueError(
-                f"patch {self.patch} is 1, 2, 4 or 8, and needs more than {max(2, space)} levels of channels"
-            )
+        if self.patch not in HALVINGS or len(self.channels) <= max(2, HALVINGS[self.patch]):
+            raise ValueError(f"patch {self.patch} is none of 1, 2, 4, 8, or wants more levels than {self.channels}")
         if any(c % self.groups for c in self.channels) or self.chunk_frames % 8:
             raise ValueError("channels must be multiples of groups, chunk_frames of 8")
 
     def samplers(self):
         """[(halves time, halves space)] of the encoder's levels but the last. Finest first: cheapest afterwards."""
-        space = int(math.log2(8 // self.patch))
-        return [(i < 2, i < space) for i in range(len(self.channels) - 1)]
+        return [(i < 2, i < HALVINGS[self.patch]) for i in range(len(self.channels) - 1)]
 
 
 PRESETS = {
@@ -159,9 +156,23 @@ class Up(nn.Module):
         return repeat(x, (T, H, W)) if self.conv is None else self.conv(repeat(x, (T, 2 * H, 2 * W)))
 
 
-def per_frame(f, x):
-    """Apply f to the frames of x (B, C, T, H, W) as pictures (B*T, C, H, W)."""
-    return f(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+def res_levels(channels, n, groups, latent_channels=None):
+    """n residual blocks at each level, from whose channels the next one goes on."""
+    levels = nn.ModuleList()
+    for i, width in enumerate(channels):
+        inputs = [channels[max(i - 1, 0)]] + [width] * (n - 1)
+        levels.append(nn.ModuleList(ResBlock(c, width, groups, latent_channels) for c in inputs))
+    return levels
+
+
+def through_levels(x, z, levels, samplers, cache):
+    """x through the blocks of every level, and through a sampler after every level but the last."""
+    for i, blocks in enumerate(levels):
+        for block in blocks:
+            x = block(x, z, cache)
+        if i < len(samplers):
+            x = samplers[i](x)
+    return x
 
 
 class Encoder(nn.Module):
@@ -169,24 +180,17 @@ class Encoder(nn.Module):
         super().__init__()
         self.patch = c.patch
         self.conv_in = CausalConv3d(3 * c.patch**2, c.channels[0])
-        self.blocks, self.down = nn.ModuleList(), nn.ModuleList()
-        for i, width in enumerate(c.channels):
-            inputs = [c.channels[max(i - 1, 0)]] + [width] * (c.layers_per_block - 1)
-            self.blocks.append(nn.ModuleList(ResBlock(n, width, c.groups) for n in inputs))
-        self.down.extend(Down(n, time, space) for n, (time, space) in zip(c.channels, c.samplers()))
+        self.blocks = res_levels(c.channels, c.layers_per_block, c.groups)
+        self.down = nn.ModuleList(Down(n, time, space) for n, (time, space) in zip(c.channels, c.samplers()))
+        width = c.channels[-1]
         self.mid = nn.ModuleList(ResBlock(width, width, c.groups) for _ in range(2))
         self.norm_out = Norm(width, c.groups)
         self.conv_out = CausalConv3d(width, 2 * c.latent_channels)
 
     def forward(self, x, cache=None):
-        if self.patch > 1:
-            x = per_frame(lambda f: F.pixel_unshuffle(f, self.patch), x)
+        x = F.pixel_unshuffle(x.transpose(1, 2), self.patch).transpose(1, 2)
         x = self.conv_in(x, cache)
-        for i, blocks in enumerate(self.blocks):
-            for block in blocks:
-                x = block(x, None, cache)
-            if i < len(self.down):
-                x = self.down[i](x)
+        x = through_levels(x, None, self.blocks, self.down, cache)
         for block in self.mid:
             x = block(x, None, cache)
         return self.conv_out(F.silu(self.norm_out(x)), cache)  # (B, 2C, T, h, w)
@@ -199,26 +203,20 @@ class Decoder(nn.Module):
         channels = c.channels[::-1]
         self.conv_in = CausalConv3d(c.latent_channels, channels[0])
         self.mid = nn.ModuleList(ResBlock(channels[0], channels[0], c.groups, c.latent_channels) for _ in range(2))
-        self.blocks, self.up = nn.ModuleList(), nn.ModuleList()
-        for i, width in enumerate(channels):
-            inputs = [channels[max(i - 1, 0)]] + [width] * c.layers_per_block
-            self.blocks.append(nn.ModuleList(ResBlock(n, width, c.groups, c.latent_channels) for n in inputs))
+        self.blocks = res_levels(channels, c.layers_per_block + 1, c.groups, c.latent_channels)
+        self.up = nn.ModuleList()
         for i, (_, space) in enumerate(c.samplers()[::-1]):
             self.up.append(Up(channels[i], i < 2, space))  # time doubles first, at the coarsest levels
-        self.norm_out = Norm(width, c.groups, c.latent_channels)
-        self.conv_out = CausalConv3d(width, 3 * c.patch**2)
+        self.norm_out = Norm(channels[-1], c.groups, c.latent_channels)
+        self.conv_out = CausalConv3d(channels[-1], 3 * c.patch**2)
 
     def forward(self, z, cache=None):
         x = self.conv_in(z, cache)
         for block in self.mid:
             x = block(x, z, cache)
-        for i, blocks in enumerate(self.blocks):
-            for block in blocks:
-                x = block(x, z, cache)
-            if i < len(self.up):
-                x = self.up[i](x)
+        x = through_levels(x, z, self.blocks, self.up, cache)
         x = self.conv_out(F.silu(self.norm_out(x, z)), cache)
-        return per_frame(lambda f: F.pixel_shuffle(f, self.patch), x) if self.patch > 1 else x
+        return F.pixel_shuffle(x.transpose(1, 2), self.patch).transpose(1, 2)
 
 
 class VAE3D(nn.Module):
@@ -238,23 +236,17 @@ class VAE3D(nn.Module):
         T is 1 for one frame; independent chunks: F = 16k gives 5k; streaming: 8k gives 2k, 8k + 1 gives 2k + 1.
         Raises ValueError for another F, or a height or width that is not a multiple of 8.
         """
-        c, frames = self.config, video.shape[2]
+        size, frames, independent = self.config.chunk_frames, video.shape[2], self.config.chunking == "independent"
         if video.shape[3] % 8 or video.shape[4] % 8:
             raise ValueError(f"height and width must be multiples of 8, got {video.shape[3]}x{video.shape[4]}")
-        independent = c.chunking == "independent"
-        if frames != 1 and (frames < c.chunk_frames or frames % c.chunk_frames > (not independent)):
-            allowed = f"1 or {c.chunk_frames}k" + ("" if independent else f" or {c.chunk_frames}k + 1")
+        if frames != 1 and (frames < size or frames % size > (0 if independent else 1)):
+            allowed = f"1 or {size}k" if independent else f"1, {size}k or {size}k + 1"
             raise ValueError(f"{frames} frames cannot be encoded: a clip has {allowed} frames")
-        x = video.to(self.encoder.conv_in.weight.dtype)
-        if frames == 1:
-            h = self.encoder(x)
-        elif independent:
-            T = frames // c.chunk_frames * (c.chunk_frames // 4 + 1)
-            h = join((self.encoder(torch.cat([f[:, :, :1], f], 2)) for f in x.split(c.chunk_frames, 2)), T)
-        else:
-            cache = {}
-            sizes = remainder_first(frames, c.chunk_frames)
-            h = join((self.encoder(f, cache) for f in x.split(sizes, 2)), (frames + 3) // 4)
+        chunks = in_chunks(video.to(self.encoder.conv_in.weight.dtype), size)
+        if independent and frames > 1:
+            chunks = [torch.cat([chunk[:, :, :1], chunk], 2) for chunk in chunks]
+        cache = None if independent else {}
+        h = torch.cat([self.encoder(chunk, cache) for chunk in chunks], 2)
         mean, logvar = h.to(video.dtype).chunk(2, 1)
         return mean, logvar.clamp(-30, 20)
 
@@ -267,37 +259,23 @@ class VAE3D(nn.Module):
 
         Independent chunks: T is 1 or 5k, else ValueError. Streaming: an odd T gives 4T - 3 frames, an even one 4T.
         """
-        c, T = self.config, latents.shape[2]
-        size = c.chunk_frames // 4
-        z = (latents / c.scaling_factor).to(self.decoder.conv_in.weight.dtype)
-        if T == 1:
-            x = self.decoder(z)
-        elif c.chunking == "independent":
-            if T % (size + 1):
-                raise ValueError(f"{T} latent frames cannot be decoded: there are 1 or {size + 1}k")
-            x = join((self.decoder(f)[:, :, 1:] for f in z.split(size + 1, 2)), T // (size + 1) * c.chunk_frames)
-        else:
-            cache = {}
-            sizes = remainder_first(T, size)
-            x = join((self.decoder(f, cache) for f in z.split(sizes, 2)), 4 * T - 3 * (T % 2))
-        return x.to(latents.dtype)
+        c, T, independent = self.config, latents.shape[2], self.config.chunking == "independent"
+        size = c.chunk_frames // 4 + (1 if independent else 0)
+        if independent and T > 1 and T % size:
+            raise ValueError(f"{T} latent frames cannot be decoded: there are 1 or {size}k")
+        chunks = in_chunks((latents / c.scaling_factor).to(self.decoder.conv_in.weight.dtype), size)
+        cache = None if independent else {}
+        videos = [self.decoder(chunk, cache) for chunk in chunks]
+        if independent and T > 1:
+            videos = [video[:, :, 1:] for video in videos]
+        return torch.cat(videos, 2).to(latents.dtype)
 
 
-def remainder_first(n, size):
-    """Chunk sizes of n frames: all `size`, the first one larger by what is left over."""
-    return [size + n % size] + [size] * (n // size - 1)
-
-
-def join(chunks, frames):
-    """One video of `frames` frames out of its chunks as they come, so that no more than it and one chunk is held."""
-    out, i = None, 0
-    for chunk in chunks:
-        if chunk.shape[2] == frames:
-            return chunk
-        out = chunk.new_empty(*chunk.shape[:2], frames, *chunk.shape[3:]) if out is None else out
-        out[:, :, i : i + chunk.shape[2]] = chunk
-        i += chunk.shape[2]
-    return out
+def in_chunks(x, size):
+    """x (B, C, T, H, W) in chunks of `size` frames, the first one larger by what is left over, or all of a short x."""
+    T = x.shape[2]
+    first = min(T, size + T % size)
+    return x.split([first] + [size] * ((T - first) // size), 2)
 
 
 def psnr(copies, videos):

@@ -245,7 +245,7 @@ def named(video, prompts):
 @pytest.fixture
 def update(weights, monkeypatch):
     """update(**flags) -> what one iteration was given and did; policy_loss answers with one bias of the student."""
-    entry = (lambda *_: named, True, True, True, "", "mean light, and the prompt's length")
+    entry = (named, True, True, True, "")
     monkeypatch.setitem(rewards.REWARDS, "named", entry)
 
     def update(**changes):
@@ -467,13 +467,13 @@ def test_resume_goes_on_to_the_bit(weights, call, monkeypatch):
 
 def brightness(*_, name="bright"):
     """A reward that is linear in the pixels."""
-    return rewards.Reward(name, lambda video, _: video.mean((1, 2, 3, 4)), True, False, "-1..1", None, "cpu")
+    return rewards.Reward(name, lambda video, _: video.mean((1, 2, 3, 4)), True, False, None, "cpu")
 
 
 def test_several_rewards_are_standardised_one_by_one_and_measured(call, monkeypatch):
     dark = lambda video, _: -1000 * video.mean((1, 2, 3, 4))
-    dark = rewards.Reward("dark", dark, True, False, "", None, "cpu")
-    both = rewards.Reward("sum", None, True, False, "", None, "cpu", terms=[(1.0, brightness()), (0.5, dark)])
+    dark = rewards.Reward("dark", dark, True, False, None, "cpu")
+    both = rewards.Reward("sum", None, True, False, None, "cpu", terms=[(1.0, brightness()), (0.5, dark)])
     monkeypatch.setattr(rewards, "make", lambda *_: both)
     flags = ["--reward", "bright", "--method", "draft", "--precision", "fp32", "--lr", 1e-3]
     assert call(*flags, "--iterations", 2)[0] == 0
@@ -506,7 +506,7 @@ def test_beta_kl_holds_on_to_the_student(call, monkeypatch, method):
 def test_a_reward_that_is_not_finite_touches_nothing(weights, call, monkeypatch):
     monkeypatch.setattr(ddpo, "PATIENCE", 2)
     nan = lambda video, _: video.mean((1, 2, 3, 4)) * torch.tensor([1, math.nan])
-    monkeypatch.setattr(rewards, "make", lambda *_: rewards.Reward("nan", nan, True, False, "", None, "cpu"))
+    monkeypatch.setattr(rewards, "make", lambda *_: rewards.Reward("nan", nan, True, False, None, "cpu"))
     for method in ("ddpo", "refl"):
         code, err = call("--reward", "bright", "--method", method, "--iterations", 9, "--out", method)
         assert code == 2 and "2 iterations in a row were not finite" in err
@@ -514,7 +514,7 @@ def test_a_reward_that_is_not_finite_touches_nothing(weights, call, monkeypatch)
         monkeypatch.setattr(rewards, "make", brightness)
         assert call("--reward", "bright", "--method", method, "--iterations", 2, "--resume", "--out", method)[0] == 0
         assert same(weights, method)
-        monkeypatch.setattr(rewards, "make", lambda *_: rewards.Reward("nan", nan, True, False, "", None, "cpu"))
+        monkeypatch.setattr(rewards, "make", lambda *_: rewards.Reward("nan", nan, True, False, None, "cpu"))
 
 
 def test_wrong_input_is_one_clear_line(weights, call, tmp_path):

@@ -102,7 +102,7 @@ def distil(ranks, folder, out, happens=None, adam=train.adam, patience=5, **chan
 
     # smooth and linear: the size of a JPEG jumps by a byte, and a flow changes its way, where one pixel is rounded
     light = lambda video, prompts: video.flatten(1).mean(1)
-    reward = {"dynamic_degree": (lambda *_: light, True, False, True, "", "mean light")}
+    reward = {"dynamic_degree": (light, True, False, True, "")}
     error, before = None, [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     with contextlib.ExitStack() as stack:
         for place, name, new in (

@@ -41,7 +41,7 @@ class Drawn:
 
 
 def bright(name="bright", sign=1.0):
-    return rewards.Reward(name, lambda v, p: sign * v.mean((1, 2, 3, 4)), True, False, "", None, "cpu")
+    return rewards.Reward(name, lambda v, p: sign * v.mean((1, 2, 3, 4)), True, False, None, "cpu")
 
 
 def test_measure():
@@ -71,7 +71,7 @@ def test_an_lrm_that_knows_only_the_prompts_has_no_correlation_within_them():
 
 def test_measure_of_several_names_each():
     parts = [(1.0, bright("up")), (-0.5, bright("down", -3))]
-    both = rewards.Reward("up,down=-0.5", lambda v, p: v.mean((1, 2, 3, 4)), True, False, "", None, "cpu", terms=parts)
+    both = rewards.Reward("up,down=-0.5", lambda v, p: v.mean((1, 2, 3, 4)), True, False, None, "cpu", terms=parts)
     found = watch.measure(Drawn(), both, ["a"], 4, 5, 5, ALONE)
     assert (found["true_up"], found["true_down"]) == (2, -6) and found["true_reward"] == pytest.approx(2 + 3)
 

@@ -36,7 +36,7 @@ def light(video, prompts):
 @pytest.fixture
 def record(tiny, tmp_path, monkeypatch):
     """record(**changes) -> what one update was given and did."""
-    entry = (lambda *_: light, True, True, True, "", "mean light, and the prompt's length")
+    entry = (light, True, True, True, "")
     monkeypatch.setitem(rewards.REWARDS, "light", entry)
 
     def record(known=False, **changes):
@@ -241,7 +241,7 @@ def test_the_reward_is_asked_of_the_students_samples(record):
 
 def test_the_rewards_pull_is_a_share_of_vsds(tiny, tmp_path, monkeypatch):
     """On each sample by itself, so that it does not depend on who else is in the batch."""
-    entry = (lambda *_: light, True, True, True, "", "mean light, and the prompt's length")
+    entry = (light, True, True, True, "")
     monkeypatch.setitem(rewards.REWARDS, "light", entry)
     cfg = config(tiny, tmp_path / "run", reward="light", lrm_warmup=0, ft_share=0.25, beta_vsd=0.5, iterations=1)
     made, seen, grad = nets.build(cfg, ALONE), {}, torch.autograd.grad
