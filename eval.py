@@ -5,8 +5,7 @@
     python eval.py ranks --reference                         # the same of rendered clips and the VAE's copies of them
     python eval.py time --weights W --teacher T              # Table 4; memory: the same for peak memory
     python eval.py reward-memory                             # of latent and pixel rewards, Tables 1 and 10
-    python eval.py tuned RUNS...                             # students tuned to a reward, side by side (Table 5)
-    python eval.py curves RUNS... --out FILE                 # rewards and LRM over the iterations (Fig. 8, 10, 11)
+    python eval.py curves RUNS... --out FILE                 # a reward and the LRM's estimate of it (Fig. 8)
     python eval.py videos --weights W --out DIR              # VBench's 6,220 videos; torchrun shares them out
     python eval.py vbench --videos DIR --results DIR         # VBench's sixteen dimensions and totals
     python eval.py vendi --videos DIR --inception FILE       # diversity of video files (Eq. 17, Table 3)
@@ -29,14 +28,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import matplotlib.pyplot as plt
 import torch
 from tqdm import tqdm
 
-import rewards
-import watch
-from common import Machine, UserError, atomic, opt, parse, run, start, writable
-from distributed import Ranks
-from evals import cost, curves, experiments, people, tables, vbench
+from common import Machine, UserError, atomic, opt, parse, read_text, run, start, writable
+from evals import cost, experiments, people, tables, vbench
 from evals.metrics import Inception, pixel_features, vendi, vendi_kernel, video_diversity
 from evals.vbench import vbench_scores
 from generate import Generator
@@ -110,58 +107,27 @@ def world(cfg):
 
 
 @dataclass
-class TunedConfig(WorldConfig):
-    runs: tuple[str, ...] = opt((), "folders NAME-SEED of train.py and ddpo.py")
-    start: str = opt(str(HERE / "student.safetensors"), "the student they began with (none: leave it out)")
-    baseline: str = opt("vsd-cd", "the NAME that the others' factors are compared with")
-    reward: str = opt("agreement", "the reward they were tuned to")
-    reward_weights: str | None = opt(None, "file or folder of its weights")
-    reward_samples: int = opt(256, "fresh samples whose true reward is measured")
-    prompts: int = opt(300, "held-out prompts")
-    vendi_prompts: int = opt(20, "prompts of these that are drawn with 5 seeds each, for diversity (0: none)")
-
-
-def tuned(cfg):
-    """Table 5: students tuned to one reward: its true value on fresh samples, the judge's readings, diversity."""
-    starts = [("before", cfg.start, None)] if cfg.start.lower() != "none" else []
-    runs = starts + [(curves.name_and_seed(f)[0], str(Path(f) / "student.safetensors"), f) for f in cfg.runs]
-    logs = [folder and curves.read_log(folder) for *_, folder in runs]
-    if not cfg.runs or not all(log is None or log for log in logs):
-        raise UserError("name the folders of finished runs: eval.py tuned RUNS...")
-    reward = rewards.make(cfg.reward, cfg.reward_weights, device=cfg.device)
-    eye, unseen = Eye(cfg.judge, cfg.device, cfg.batch, cfg.precision), shapes.held_out_prompts(cfg.reward_samples)
-    clips, prompts, named = held_out(cfg.prompts, style=cfg.captions)
-    reference = eye.over(lambda some: shapes.render_batch([clips[i] for i in some]), cfg.prompts, "reference")
-    rows, alone = [], Ranks(0, 1, torch.device(cfg.device))
-    spent = [log[-1].get("reward_evaluations") for log in logs if log]
-    common = min((n for n in spent if n), default=0)  # what the thriftiest run took
-    for (label, file, folder), log in zip(runs, logs):
-        generator = cfg.load(file)
-        n = len(generator.about["timesteps"])
-        (row,) = model_rows(replace(cfg, steps=(n,)), label, eye, reference["features"], generator, prompts, named)
-        row |= watch.measure(generator, reward, unseen, n, cfg.reward_samples, cfg.batch, alone)
-        if folder:
-            row |= {"seed": curves.name_and_seed(folder)[1], "iterations": log[-1]["step"] + 1}
-            row |= {k: log[-1].get(k) for k in ("trained_s", "reward_evaluations", "rank_correlation")}
-            then = [line for line in log if "true_reward" in line and line.get("reward_evaluations")]
-            if then:
-                then = min(then, key=lambda line: abs(line["reward_evaluations"] - common))
-                row["equal"] = {k: then[k] for k in ("reward_evaluations", "true_reward")}
-        rows.append(row)
-    return tables.show(cfg, "tuned", rows=rows, baseline=cfg.baseline, judge=eye.about.get("results"))
-
-
-@dataclass
-class CurvesConfig(Config):
-    runs: tuple[str, ...] = opt((), "folders NAME-SEED of train.py and ddpo.py")
-    only: tuple[str, ...] = opt((), "draw these alone, e.g. rank_correlation lrm (default: all that has been logged)")
+class CurvesConfig:
+    runs: tuple[str, ...] = opt((), "folders of runs with a --reward")
     out: str = opt("curves.png", "the drawing, .png, .svg or .pdf")
 
 
-def draw_curves(cfg):
-    """Draw the rewards and the LRM's quality from runs' log.jsonl (the paper's Fig. 8, 10, 11)."""
-    titles = curves.draw(cfg.out, cfg.runs, cfg.only)
-    print(f"wrote {cfg.out}: {'; '.join(titles)}")
+def curves(cfg):
+    """Draw the true reward of fresh samples, and what the LRM says of them, over the runs' iterations (Fig. 8)."""
+    figure, axis = plt.subplots(layout="constrained")
+    for folder in cfg.runs:
+        lines = [json.loads(line) for line in read_text(Path(folder) / "log.jsonl").splitlines()]
+        for name in ("true_reward", "lrm_estimate"):
+            points = [(line["step"], line[name]) for line in lines if name in line]
+            if points:
+                axis.plot(*zip(*points), label=f"{Path(folder).name}: {name}")
+    if not axis.lines:
+        raise UserError("name the folders of runs with a --reward: eval.py curves RUNS... --out FILE.png")
+    axis.set_xlabel("iteration")
+    axis.legend()
+    with atomic(cfg.out) as part:
+        figure.savefig(part)
+    print(f"wrote {cfg.out}")
 
 
 @dataclass
@@ -439,15 +405,15 @@ COMMANDS = {
     "videos": (VideosConfig, videos),
     "vbench": (VBenchConfig, score_videos), "vendi": (VendiConfig, diversity_of_files),
     "people": (PeopleConfig, people_),
-    "votes": (VotesConfig, votes), "tuned": (TunedConfig, tuned), "curves": (CurvesConfig, draw_curves),
+    "votes": (VotesConfig, votes), "curves": (CurvesConfig, curves),
     "compare": (CompareConfig, compare),
 }  # fmt: skip
 
 MEASUREMENTS = {  # what --out NAME.json keeps
-    "world", "time", "memory", "reward-memory", "vbench", "vendi", "tuned", "votes",
+    "world", "time", "memory", "reward-memory", "vbench", "vendi", "votes",
 }  # fmt: skip
 # what words without a flag are
-POSITIONAL = {"experiments": "--names", "votes": "--files", "tuned": "--runs", "curves": "--runs"}
+POSITIONAL = {"experiments": "--names", "votes": "--files", "curves": "--runs"}
 
 
 def main():

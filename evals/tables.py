@@ -7,7 +7,6 @@ another view of the same files. A score is {"mean", "error", "n"}, its error one
 """
 
 import json
-import math
 import re
 import shlex
 import sys
@@ -18,9 +17,8 @@ from pathlib import Path
 import common
 from common import UserError
 from evals import experiments, vbench
-from evals.metrics import mean_error, pm
+from evals.metrics import pm
 from world.reading import MAIN
-from world.shapes import FACTORS
 
 
 def save(cfg, kind, **content):
@@ -178,54 +176,6 @@ def _vendi(results):
     return ["", "prompts", "Vendi (pixel)", "Vendi (Inception)"], lines
 
 
-ENOUGH = 20  # readings of a factor, below which its change says nothing
-
-
-def _tuned(results):
-    """Table 5: means over the seeds and their standard errors; what falls is told against the row `baseline`.
-
-    A factor that fewer than ENOUGH prompts name is left out of that: it would fall and rise by chance. Beside the one
-    that falls most stands how many name it: of 28 prompts, one reading is 3.6 points.
-    "at equal evaluations": the reward on fresh samples, as logged nearest to what the thriftiest run took of them.
-    """
-    header = ["", "seeds", "iterations", "reward evaluations", "training, s", "true reward", "at equal evaluations"]
-    header += [*MAIN, f"mean of {len(MAIN)}"]
-    header += ["Vendi - 1", "Frechet", "largest fall of a factor", "within 3"]
-    over = lambda rows, name: mean_error([row[name] for row in rows if row.get(name) is not None])
-    means = lambda rows, name: [(row.get(name) or {}).get("mean") for row in rows]
-    score = lambda rows, name: mean_error([m for m in means(rows, name) if m is not None])
-    shown = lambda s, *how: pm(s if s["n"] > 1 else s | {"error": None}, *how)  # one seed has no error
-    count = lambda s: f"{s['mean']:,.0f}" if s["n"] else ""
-    lines = []
-    for result in results:
-        groups = {}
-        for row in result["rows"]:
-            groups.setdefault(row["label"], []).append(row)
-        base = groups.get(result["baseline"]) or next(iter(groups.values()))
-        for label, rows in groups.items():
-            cells = [count(over(rows, name)) for name in ("iterations", "reward_evaluations", "trained_s")]
-            equal = [row["equal"] for row in rows if "equal" in row]
-            same = (
-                f"{shown(over(equal, 'true_reward'), 1, 4)} at {count(over(equal, 'reward_evaluations'))}"
-                if equal
-                else ""
-            )
-            cells += [shown(over(rows, "true_reward"), 1, 4), same]
-            cells += [shown(score(rows, f), 100) for f in (*MAIN, "main")]
-            cells += [shown(score(rows, "vendi"), 1, 3), shown(score(rows, "frechet"), 1, 2)]
-            change = {f: 100 * (score(rows, f)["mean"] - score(base, f)["mean"]) for f in FACTORS}
-            asked = {f: min((row.get(f) or {}).get("n", 0) for row in (*rows, *base)) for f in FACTORS}
-            change = {f: c for f, c in change.items() if math.isfinite(c) and asked[f] >= ENOUGH}
-            worst = min(change, key=change.get, default=None) if rows is not base else None
-            cells += (
-                [f"{change[worst]:+.1f} ({worst}, {asked[worst]} prompts)", "no" if change[worst] < -3 else "yes"]
-                if worst
-                else ["", ""]
-            )
-            lines.append([label, len(rows), *cells])
-    return header, lines
-
-
 def _votes(results):
     lines = []
     for row in _rows(results):
@@ -244,7 +194,7 @@ def _vbench(results):
 TABLES = {
     "world": _world, "main": _main, "compared": _compared, "dimensions": _dimensions,
     "time": _time, "memory": _memory, "reward_memory": _reward_memory,
-    "sharding": _sharding, "vendi": _vendi, "votes": _votes, "tuned": _tuned, "vbench": _vbench,
+    "sharding": _sharding, "vendi": _vendi, "votes": _votes, "vbench": _vbench,
 }  # fmt: skip
 
 

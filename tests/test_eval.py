@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, beliefs_of
+from matplotlib.axes import Axes
 from PIL import Image
 
 import common
@@ -355,41 +356,28 @@ def test_every_erratum_has_its_test():
     assert len(wanted) > 20 and all(f"def {name}(" in tests for name in wanted)
 
 
-def test_tuned_students_side_by_side(tiny, tmp_path, monkeypatch, capsys):
-    """Table 5 of runs NAME-SEED: means over seeds, and what falls against the baseline."""
-    for i, name in enumerate(("vsd-cd-0", "vsd-cd-1", "ddpo-0")):
+def test_curves_are_those_of_the_logs(tmp_path, monkeypatch):
+    for name, estimated in (("lrm", True), ("base", False)):
         (tmp_path / name).mkdir()
-        shutil.copy(tiny / "student.safetensors", tmp_path / name)
-        log = [{"step": 0, "true_reward": 1.0, "reward_evaluations": 16 * i}]
-        log += [{"step": 5, "true_reward": 1.0 + i, "reward_evaluations": 30 * i}, {"step": 6, "trained_s": 1.0}]
-        log += [{"step": 7 + i, "trained_s": 2.0, "reward_evaluations": 64 * i}]
-        (tmp_path / name / "log.jsonl").write_text("\n".join(map(json.dumps, log)))
-    words = ["--judge", tiny / "judge.safetensors", "--vae", tiny / "vae.safetensors", "--prompts", 20]
-    words += ["--reward", "jpeg_compressibility", "--reward-samples", 4, "--vendi-prompts", 0, "--batch", 20]
-    runs = [tmp_path / name for name in ("vsd-cd-0", "vsd-cd-1", "ddpo-0")]
-    call(monkeypatch, "tuned", *runs, *words, "--start", "none", "--out", tmp_path / "results/tuned-x.json")
-    (made,) = tables.read("tuned", tmp_path / "results")
-    assert [(r["label"], r["seed"], r["iterations"]) for r in made["rows"]] == [
-        ("vsd-cd", 0, 8), ("vsd-cd", 1, 9), ("ddpo", 0, 10)
-    ]  # fmt: skip
-    assert made["rows"][0]["true_reward"] == made["rows"][2]["true_reward"] < 0  # the same weights, prompts, noise
-    assert tables.table([made]).endswith("|  |  |")  # 20 prompts name no factor often enough to tell
-    monkeypatch.setattr(tables, "ENOUGH", 1)
-    base, ddpo = tables.table([made]).splitlines()[2:]
-    assert base.startswith("| vsd-cd | 2 | 8 | 32 | 2 | -") and "±0.0000" in base  # no factor: it is the baseline
-    assert (
-        "| 128 |" in ddpo
-        and ddpo.endswith(" prompts) | yes |")
-        and "+0.0 (object, " in ddpo
-        and "±" not in ddpo.split("|")[6]
-    )
-    assert ddpo.split("|")[7] == " 3.0000 at 60 "  # as it was when vsd-cd-1 had spent its 64
-    made["rows"][2]["scene"]["mean"] -= 0.031
-    assert tables.table([made]).split("| -3.1 (scene, ")[1].endswith(" prompts) | no |")
-    call(monkeypatch, "curves", *runs, "--out", tmp_path / "curves.svg")
-    assert "<svg" in (tmp_path / "curves.svg").read_text()
+        found = [{"true_reward": float(i)} | ({"lrm_estimate": 2.0 * i} if estimated else {}) for i in range(3)]
+        lines = [line for i in range(3) for line in ({"step": 10 * i} | found[i], {"step": 10 * i + 1, "loss": 1.0})]
+        (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    drawn, plot = {}, Axes.plot
+    spy = lambda axis, x, y, label: drawn.update({label: (x, y)}) or plot(axis, x, y, label=label)
+    monkeypatch.setattr(Axes, "plot", spy)
+    call(monkeypatch, "curves", tmp_path / "lrm", tmp_path / "base", "--out", tmp_path / "x.png")
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+    steps, true = (0, 10, 20), (0.0, 1.0, 2.0)
+    estimate = (steps, (0.0, 2.0, 4.0))
+    assert drawn == {
+        "lrm: true_reward": (steps, true),
+        "lrm: lrm_estimate": estimate,
+        "base: true_reward": (steps, true),
+    }
     with pytest.raises(UserError, match="name the folders"):
-        call(monkeypatch, "tuned", *words)
+        call(monkeypatch, "curves")
+    with pytest.raises(UserError, match="cannot read"):
+        call(monkeypatch, "curves", tmp_path)
 
 
 def test_reward_memory_stands_beside_the_papers():

@@ -1,18 +1,15 @@
-"""watch.py: rank correlation against SciPy's definition, measuring against closed forms, the verdict, the drawing."""
+"""watch.py: rank correlation against SciPy's definition, measuring against closed forms, the verdict."""
 
-import json
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
-from matplotlib.axes import Axes
 
 import rewards
 import watch
 from common import UserError
 from distributed import Ranks
-from evals import curves
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
@@ -109,28 +106,3 @@ def test_overoptimised_is_when_the_lrm_goes_blind():
     assert not said(0.1, 0.2, 0.0, 0.1, 0.0, 0.1)  # it has never known anything
     assert said(0.8, 0.7, 0.6, 0.0, 0.0, math.nan)  # samples of one and the same reward have no order
     assert said(0.8, 0.7, 0.6, math.nan, math.nan, math.nan) and not said(0.8, 0.7, 0.6, 0.9, 0.9, math.nan)
-
-
-def test_curves_are_those_of_the_logs(tmp_path, monkeypatch):
-    for name, factor in (("lrm-0", 1), ("lrm-12", 2), ("base", 0)):
-        (tmp_path / name).mkdir()
-        lines = [{"step": i, "trained_s": 2.0 * i} | ({"lrm": factor * 1.0} if factor else {}) for i in range(250)]
-        lines[200] |= {"true_reward": 3.0} | ({"lrm_estimate": 2.5} if factor else {})
-        (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    drawn, plot = [], Axes.plot
-    spy = lambda axis, x, y, **how: drawn.append((axis, x, y, how)) or plot(axis, x, y, **how)
-    monkeypatch.setattr(Axes, "plot", spy)
-    titles = curves.draw(tmp_path / "x.png", [tmp_path / name for name in ("lrm-0", "lrm-12", "base")])
-    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
-    assert [title.split(" over ")[1] for title in titles] == ["iteration"] * 3 + ["seconds of training"]
-    error = [(x, y, how) for axis, x, y, how in drawn if axis is drawn[0][0]]
-    assert [(len(x), x[0], y[0], how["label"]) for x, y, how in error] == [(125, 0.5, 1, "lrm"), (125, 0.5, 2, "lrm")]
-    assert error[0][2]["color"] == error[1][2]["color"]  # two seeds of one name
-    assert drawn[-1][1:3] == ((400.0,), (3.0,)) and drawn[-1][3]["label"] == "base"
-    assert drawn[-1][3]["color"] != drawn[0][3]["color"]
-    (title,) = curves.draw(tmp_path / "y.svg", [tmp_path / "lrm-0"], ("lrm_estimate",))
-    assert title.startswith("what the LRM says")
-    with pytest.raises(UserError, match="name the folders"):
-        curves.draw(tmp_path / "z.png", [])
-    with pytest.raises(UserError, match="cannot read"):
-        curves.read_log(tmp_path)
