@@ -39,9 +39,9 @@ class UserError(Exception):
 # Flags mean the same in every script, and so does what they may be.
 AT_LEAST = {
     1: "batch iterations m fake_updates save_every log_every warmup clips copies pairs lrm_updates frames height width "
-    "text_length reward_repeats truncate updates repeats every held_out",
+    "text_length reward_repeats truncate repeats every held_out",
     0: "rank ft_share threads workers global_batch fake_warmup lrm_warmup max_seconds max_evaluations sample_every "
-    "reward_every images prompt_count vendi_prompts fps lr fake_lr lrm_lr beta_vsd beta_cd beta_ft beta_kl kl "
+    "reward_every images vendi_prompts fps lr fake_lr lrm_lr beta_vsd beta_cd beta_ft beta_kl kl "
     "object_weight ema drop_text beta1 beta2",
     2: "reward_samples colours",
     -1: "w w_vsd w_cd",
