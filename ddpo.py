@@ -46,9 +46,8 @@ from common import Machine, UserError, autocast, open_log, opt, parse, read_prom
 from dit import DiT
 from evals.progress import PATIENCE, set_aside
 from generate import Generator
-from schedule import Schedule, denoise, log_prob, timesteps
+from schedule import denoise, log_prob, timesteps
 from text import WordTable, load_encoder
-from vae3d import VAE3D
 from video import write_grid
 from world import shapes
 
@@ -96,11 +95,8 @@ class Config(Machine):
 class Policy:
     """What Algorithm 2 takes for given: the student, how it moves, and who judges where it arrives."""
 
-    student: DiT
-    frozen: DiT | None  # a copy of it, where --beta-kl holds on to it
-    vae: VAE3D
-    encoder: object  # of text.py
-    about: dict  # what the student's file says
+    generator: Generator  # the student with its VAE and text encoder
+    frozen: DiT | None  # a copy of the student, where --beta-kl holds on to it
     prompts: list[str]
     reward: rewards.Reward
     moments: rewards.Moments
@@ -108,7 +104,6 @@ class Policy:
     transition: str
     moves: list[int]  # indices of the steps that get gradient
     ranks: distributed.Ranks
-    precision: str
     seed: int
     batch: int  # clips of a forward on this rank
     accumulate: int  # forwards of an iteration
@@ -116,22 +111,24 @@ class Policy:
     clip: float
 
     def __post_init__(self):
-        self.config = self.student.config
-        self.schedule = Schedule(self.config.schedule, self.config.snr_shift)
+        self.student, self.schedule = self.generator.model, self.generator.schedule
+
+    def autocast(self):
+        return autocast(self.generator.precision, self.ranks.device)
 
     def denoiser(self, model, text):
         """f(x_t, t) -> x_0."""
 
         def predict(x_t, t):
-            with autocast(self.precision, self.ranks.device):
-                return denoise(model, self.schedule, x_t, t, text, self.config.prediction)
+            with self.autocast():
+                return denoise(model, self.schedule, x_t, t, text, self.generator.config.prediction)
 
         return predict
 
     def sample(self, captions, key, numbers, first=None, last=None):
         """Lines 5-8: text (B, L, D) and `walk`'s path. Noise follows from key and a sample's number alone."""
-        text = self.encoder.encode(captions).to(self.ranks.device)
-        shape = self.config.channels, *self.config.latents
+        text, config = self.generator.encoder.encode(captions).to(self.ranks.device), self.generator.config
+        shape = config.channels, *config.latents
 
         def noise(i):
             return distributed.normal(shape, (*key, i), numbers, self.ranks.device)
@@ -141,8 +138,8 @@ class Policy:
 
     def decode(self, x0):
         """Latents (B, C, T, h, w) -> video (B, 3, F, H, W) in [-1, 1]."""
-        with autocast(self.precision, self.ranks.device):
-            return self.vae.decode(x0).float().clamp(-1, 1)
+        with self.autocast():
+            return self.generator.vae.decode(x0).float().clamp(-1, 1)
 
 
 @dataclass
@@ -297,7 +294,7 @@ def advantages(how, reward):
 
 
 def load(cfg, ranks):
-    """-> student, the same frozen (None without --beta-kl), VAE, text encoder, the student's metadata.
+    """-> a Generator of the student, and the same student frozen (None without --beta-kl).
 
     With --rank what learns is adapters on the student, which is itself what is held on to.
     """
@@ -332,7 +329,7 @@ def load(cfg, ranks):
     encoder = load_encoder(cfg.text, config.text_dim, config.text_length, ranks.device, cfg.precision)
     if about.get("text_fingerprint", encoder.fingerprint) != encoder.fingerprint:
         raise UserError(f"{cfg.weights} was trained with another text encoder: name it with --text FOLDER")
-    return student, frozen, vae, encoder, about
+    return Generator(student, vae, about, encoder, ranks.device, cfg.precision), frozen
 
 
 def captions(prompts, seed):
@@ -358,17 +355,17 @@ def build(cfg, ranks):
     reward = rewards.make(cfg.reward, cfg.reward_weights, cfg.reward_frames, ranks.device)
     if not (ddpo or reward.differentiable):
         raise UserError(f"{cfg.reward} has no gradient, which --method {cfg.method} needs: --method ddpo needs none")
-    student, frozen, vae, encoder, about = load(cfg, ranks)
-    for prompt in prompts if isinstance(encoder, WordTable) else []:
-        encoder.encode([prompt])  # an unknown word is found now, not in the middle
+    generator, frozen = load(cfg, ranks)
+    about = generator.about
+    for prompt in prompts if isinstance(generator.encoder, WordTable) else []:
+        generator.encoder.encode([prompt])  # an unknown word is found now, not in the middle
     steps, how = about.get("timesteps") or timesteps(4), cfg.transition or about.get("transition", "renoise")
-    schedule = Schedule(student.config.schedule, student.config.snr_shift)
-    moves = graded(schedule, steps, how, cfg.truncate) if ddpo else [*range(len(steps))][-cfg.truncate :]
+    moves = graded(generator.schedule, steps, how, cfg.truncate) if ddpo else [*range(len(steps))][-cfg.truncate :]
     if not moves:
         raise UserError(f"no move of {steps} by {how} has a density: DDPO needs two steps, and renoise or posterior")
     return Policy(
-        student, frozen, vae, encoder, about, prompts, reward, rewards.Moments(reward.weights), steps, how, moves,
-        ranks, cfg.precision, cfg.seed, cfg.batch, accumulate, cfg.beta_kl, cfg.clip,
+        generator, frozen, prompts, reward, rewards.Moments(reward.weights), steps, how, moves,
+        ranks, cfg.seed, cfg.batch, accumulate, cfg.beta_kl, cfg.clip,
     )  # fmt: skip
 
 
@@ -399,9 +396,8 @@ def tune(cfg: Config, ranks) -> None:
         if ranks.main:
             write_grid(out / f"step{step:06d}.png", list(videos), shown)
 
-    words = isinstance(policy.encoder, WordTable)
+    words = isinstance(policy.generator.encoder, WordTable)
     unseen = shapes.held_out_prompts(cfg.reward_samples) if words else policy.prompts
-    sampler = Generator(student, policy.vae, policy.about, policy.encoder, ranks.device, cfg.precision)
     first, in_a_row = state["step"], 0
     if first % cfg.save_every == 0:
         picture(first)
@@ -421,7 +417,7 @@ def tune(cfg: Config, ranks) -> None:
         final = step + 1 == cfg.iterations
         if final or (cfg.reward_every and step % cfg.reward_every == 0):
             how = len(policy.steps), cfg.reward_samples, cfg.batch
-            numbers |= watch.measure(sampler, policy.reward, unseen, *how, ranks, moments=policy.moments)
+            numbers |= watch.measure(policy.generator, policy.reward, unseen, *how, ranks, moments=policy.moments)
         if ranks.main:
             numbers |= {"reward_mean": reward.mean().item(), "reward_std": reward.std(correction=0).item()}
             bar.set_postfix({name: f"{value:.3g}" for name, value in numbers.items()})
@@ -449,11 +445,12 @@ def write_student(policy, file, cfg, evaluations):
     if not policy.ranks.main:
         return
     with torch.device("meta"):
-        model = DiT(policy.config)
+        model = DiT(policy.generator.config)
     model.load_state_dict(weights, assign=True)
     made = {"command": " ".join(["python", *sys.argv]), "date": time.strftime("%Y-%m-%d"), "settings": asdict(cfg)}
-    tuned = [*policy.about.get("tuned", []), made | {"reward_evaluations": evaluations}]
-    common.save_model(file, model, torch.float16, **policy.about | {"tuned": tuned})
+    about = policy.generator.about
+    tuned = [*about.get("tuned", []), made | {"reward_evaluations": evaluations}]
+    common.save_model(file, model, torch.float16, **about | {"tuned": tuned})
     print(f"wrote {file}: python sample.py --weights {file}")
 
 

@@ -313,7 +313,7 @@ def test_each_move_is_weighted_with_its_own_clips_reward(update):
         assert log_p.requires_grad
         torch.testing.assert_close(advantage, clips.reward.to(advantage))
     for clips in seen.clips:  # line 11: of the last step's x_0, with its own prompt
-        video = policy.vae.decode(clips.path[3][1]).clamp(-1, 1)
+        video = policy.generator.vae.decode(clips.path[3][1]).clamp(-1, 1)
         torch.testing.assert_close(clips.reward, named(video, clips.captions), rtol=1e-4, atol=1e-5)
     assert [clips.numbers for clips in seen.clips] == [[0, 1], [2, 3]]
     assert len(set(seen.reward.tolist())) == 4  # or no order would be seen
