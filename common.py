@@ -38,16 +38,16 @@ class UserError(Exception):
 
 # Flags mean the same in every script, and so does what they may be.
 AT_LEAST = {
-    1: "batch iterations m fake_updates save_every log_every warmup clips copies pairs lrm_updates frames height width "
+    1: "batch iterations m fake_updates save_every clips copies pairs lrm_updates frames height width "
     "text_length reward_repeats truncate repeats every held_out",
     0: "rank ft_share threads workers global_batch fake_warmup lrm_warmup sample_every "
-    "reward_every images vendi_prompts fps lr fake_lr lrm_lr beta_vsd beta_cd beta_ft beta_kl kl "
-    "object_weight ema drop_text betas",
+    "reward_every images vendi_prompts fps lr fake_lr lrm_lr beta_vsd beta_cd beta_ft beta_kl "
+    "object_weight ema betas",
     2: "reward_samples colours",
     -1: "w w_vsd w_cd",
     1e-6: "clip",
 }
-AT_MOST = {1: "ema drop_text", 0.9999: "betas", 255: "colours"}
+AT_MOST = {1: "ema", 0.9999: "betas", 255: "colours"}
 
 
 def check_flags(config):

@@ -1,7 +1,7 @@
 """Algorithm 2: tune a few-step student to a reward by policy gradient (DDPO); and two baselines by direct gradients.
 
-    python ddpo.py --reward jpeg_compressibility                      # DDPO
-    python ddpo.py --reward jpeg_compressibility --advantage raw      # as Algorithm 2 prints it
+    python ddpo.py --reward jpeg_compressibility                      # DDPO, with rewards standardised
+    python ddpo.py --reward jpeg_compressibility --advantage raw      # as the paper has it
     python ddpo.py --reward agreement --method draft --truncate 1     # needs a differentiable reward
 
 DDPO takes sampling for a game of a few moves. Each draws x_next from a Gaussian whose mean the student decides, so it
@@ -15,10 +15,9 @@ whose moves have none; what is tuned samples as before. The last move ends at x_
 density, no gradient. Algorithm 2 counts it among its last N = 2; here these are the last N (--truncate) moves *that
 have a std*: of four steps, 749 to 499 and 499 to 249.
 
-Eq. 28 is summed over moves, and averaged over the elements of the latents (as in ddpo-pytorch): the sum, the true
-log-density, is thousands of times larger, which AdamW does not see, but --clip and --beta-kl would. Algorithm 2 weights
-each clip with its raw reward: unbiased but noisy, as a reward far from 0 moves all samples alike. By default it is
-standardised over the iteration (--advantage).
+Eq. 28 is summed over moves and averaged over the elements of the latents, as in ddpo-pytorch: the paper does not say.
+Algorithm 2 weights each clip with its raw reward: unbiased but noisy, as a reward far from 0 moves all samples alike.
+By default it is standardised over the iteration (--advantage).
 
 ReFL (arXiv:2304.05977) takes the gradient of reward, decoder and the x_0 predicted at one of the last N steps, DRaFT-K
 (arXiv:2309.17400) that of the sample through its last K = N steps. --beta-kl adds the mean squared distance to the
@@ -31,7 +30,7 @@ import math
 import random
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -48,9 +47,8 @@ from common import Machine, UserError, autocast, open_log, opt, parse, read_prom
 from dit import DiT
 from evals.progress import PATIENCE, set_aside
 from generate import Generator
-from schedule import Schedule, denoise, log_prob, timesteps
+from schedule import denoise, log_prob, timesteps
 from text import WordTable, load_encoder
-from vae3d import VAE3D
 from video import write_grid
 from world import shapes
 
@@ -72,16 +70,14 @@ class Config(Machine):
     reward: str = opt("none", "The reward, one of rewards.py or a weighted sum: hpsv2=1,agreement=2.")
     reward_weights: str | None = opt(None, "The reward's file or folder of weights. Of a sum: NAME=PATH,NAME=PATH.")
     reward_frames: int | None = opt(None, "The number of frames an image reward looks at. None: all.")
-    reward_every: int = opt(50, "The iterations between measurements of the reward on fresh samples (see watch.py).")
+    reward_every: int = opt(50, "The iterations between measurements of the reward (watch.py). 0: one, at the end.")
     reward_samples: int = opt(64, "The number of samples in a measurement.")
     method: Literal["ddpo", "refl", "draft"] = opt("ddpo", "The gradient: of the policy, or the reward's own (above).")
     truncate: int = opt(2, "The number of last steps with gradient: of ddpo, those whose move has a std.")
     transition: Literal["renoise", "posterior", "ddim"] | None = opt(
         None, "The way between steps. None: the student's; of ddpo with a student of ddim, posterior."
     )
-    advantage: Literal["batch", "raw"] = opt(
-        "batch", "The weight of log p: the reward, standardised over the iteration, or raw as in the paper."
-    )
+    advantage: Literal["raw", "batch"] = opt("batch", "The weight of log p: the reward raw, or standardised.")
     beta_kl: float = opt(0.0, "The weight of the distance to the distilled student. 0 leaves it out.")
     rank: int = opt(0, "The rank of the adapters that learn. 0: the student itself learns.")
     lr: float = opt(2e-5, "The learning rate (AdamW).")
@@ -100,44 +96,51 @@ class Config(Machine):
 class Policy:
     """What Algorithm 2 takes for given: the student, how it moves, and who judges where it arrives."""
 
-    student: DiT
-    frozen: DiT | None  # a copy of it, where --beta-kl holds on to it
-    vae: VAE3D
-    encoder: object  # of text.py
-    about: dict  # what the student's file says
+    generator: Generator  # the student with its VAE and text encoder
+    frozen: DiT | None  # a copy of the student, where --beta-kl holds on to it
     prompts: list[str]
     reward: rewards.Reward
     moments: rewards.Moments
     steps: list[int]
     transition: str
     moves: list[int]  # indices of the steps that get gradient
-    device: torch.device
-    precision: str
+    ranks: distributed.Ranks
+    seed: int
+    batch: int  # clips of a forward on this rank
+    accumulate: int  # forwards of an iteration
+    beta_kl: float
+    clip: float
 
     def __post_init__(self):
-        self.config = self.student.config
-        self.schedule = Schedule(self.config.schedule, self.config.snr_shift)
+        self.student, self.schedule = self.generator.model, self.generator.schedule
+
+    def autocast(self):
+        return autocast(self.generator.precision, self.ranks.device)
 
     def denoiser(self, model, text):
         """f(x_t, t) -> x_0."""
 
         def predict(x_t, t):
-            with autocast(self.precision, self.device):
-                return denoise(model, self.schedule, x_t, t, text, self.config.prediction)
+            with self.autocast():
+                return denoise(model, self.schedule, x_t, t, text, self.generator.config.prediction)
 
         return predict
 
     def sample(self, captions, key, numbers, first=None, last=None):
         """Lines 5-8: text (B, L, D) and `walk`'s path. Noise follows from key and a sample's number alone."""
-        text, shape = self.encoder.encode(captions).to(self.device), (self.config.channels, *self.config.latents)
-        noise = lambda i: distributed.normal(shape, (*key, i), numbers, self.device)
+        text, config = self.generator.encoder.encode(captions).to(self.ranks.device), self.generator.config
+        shape = config.channels, *config.latents
+
+        def noise(i):
+            return distributed.normal(shape, (*key, i), numbers, self.ranks.device)
+
         predict, start = self.denoiser(self.student, text), noise("start")
         return text, walk(predict, self.schedule, start, self.steps, noise, self.transition, first, last)
 
     def decode(self, x0):
         """Latents (B, C, T, h, w) -> video (B, 3, F, H, W) in [-1, 1]."""
-        with autocast(self.precision, self.device):
-            return self.vae.decode(x0).float().clamp(-1, 1)
+        with self.autocast():
+            return self.generator.vae.decode(x0).float().clamp(-1, 1)
 
 
 @dataclass
@@ -151,79 +154,54 @@ class Clips:
     reward: torch.Tensor  # (B,)
 
 
-def algorithm_2(cfg, ranks, policy, optimizer, accumulate, first=0):
-    """Lines 3-15, from iteration `first` on.
-
-    Yields after every iteration: step, the numbers of its log, the rewards of all its clips (n,), and whether the
-    update was made. The two baselines take lines 4-14 in one.
-    """
-    seed, batch, hold = cfg.seed, cfg.batch, {"beta_kl": cfg.beta_kl, "clip": cfg.clip}
-    for step in range(first, cfg.iterations):  # 3
-        if cfg.method == "ddpo":
-            clips = [sample_clips(policy, ranks, step, i, seed, batch) for i in range(accumulate)]  # 4-11
-            reward = of_all_ranks(clips, ranks)
-            weight = advantages(cfg.advantage, reward) if reward.isfinite().all() else None
-            numbers, made = policy_step(policy, ranks, optimizer, clips, weight, **hold)  # 12-14
-        else:
-            how = cfg.method, seed, batch
-            reward, numbers, made = direct_step(policy, ranks, optimizer, step, accumulate, *how, **hold)
-        yield step, numbers, reward, made  # 15
-
-
-def sample_clips(policy, ranks, step, micro, seed, batch, first=None, last=None):
+def sample_clips(policy, step, micro, first=None, last=None):
     """Lines 4-11, the part `micro` of an iteration: clips and their reward, with gradient from step `first` on."""
-    numbers = [(micro * ranks.size + ranks.rank) * batch + i for i in range(batch)]
-    choose = lambda number: distributed.randint(len(policy.prompts), (seed, step, "prompt", number))
-    captions = [policy.prompts[choose(number)] for number in numbers]
-    text, path = policy.sample(captions, (seed, step), numbers, first, last)  # 5-10
+    begin = (micro * policy.ranks.size + policy.ranks.rank) * policy.batch
+    numbers = list(range(begin, begin + policy.batch))
+    keys = [(policy.seed, step, "prompt", number) for number in numbers]
+    captions = [policy.prompts[distributed.randint(len(policy.prompts), key)] for key in keys]
+    text, path = policy.sample(captions, (policy.seed, step), numbers, first, last)  # 5-10
     differentiable, weights = first is not None, list(policy.reward.weights.values())
     with torch.set_grad_enabled(differentiable):
         scores = policy.reward.scores(policy.decode(path[-1][1]), captions, with_grad=differentiable)  # 11, (B, R)
-        policy.moments.update(scores, ranks)
+        policy.moments.update(scores, policy.ranks)
         reward = policy.moments.standardise(scores) if len(weights) > 1 else weights[0] * scores[:, 0]  # (B,)
     return Clips(numbers, captions, text, path, reward)
 
 
-def policy_step(policy, ranks, optimizer, clips, weight, beta_kl, clip):
-    """Lines 12-14: a descent on -sum over moves of log p times weight (n,), a move at a time.
-
-    weight None: a reward is not finite, and nothing is learned. Returns the numbers of the log, and whether the descent
-    was made.
-    """
-    parts = []
-    for part in clips if weight is not None else []:
+def policy_step(policy, optimizer, step, advantage):
+    """Lines 4-14: descent on -sum over moves of log p times the clip's weight, a move at a time. As `descend`."""
+    clips = [sample_clips(policy, step, micro) for micro in range(policy.accumulate)]  # 4-11
+    reward, parts = of_all_ranks([part.reward for part in clips], policy.ranks), []
+    weight = advantages(advantage, reward)
+    for part in clips if reward.isfinite().all() else []:
         for i in policy.moves:
             (x_t, _), (x_next, _) = part.path[i : i + 2]
             x0 = policy.denoiser(policy.student, part.text)(x_t, policy.steps[i])
-            move = policy.steps[i], policy.steps[i + 1], policy.transition
-            log_p = log_probability(policy.schedule, x_t, x0, x_next, *move)  # 9
+            log_p = log_probability(policy.schedule, x_t, x0, x_next, *policy.steps[i : i + 2], policy.transition)  # 9
             loss = policy_loss(log_p, weight[part.numbers].to(log_p))  # 13
-            parts.append(backward(policy, loss, part.text, [(policy.steps[i], x_t, x0)], beta_kl, len(clips)))
-    norm = distributed.gradient_descent(policy.student, optimizer, clip, ranks, weight is not None)  # 14
-    return summed(parts, len(clips)) | {"grad_norm": norm}, math.isfinite(norm)
+            parts.append(backward(policy, loss, part.text, [(policy.steps[i], x_t, x0)]))
+    return descend(policy, optimizer, reward, parts)  # 14
 
 
-def direct_step(policy, ranks, optimizer, step, accumulate, method, seed, batch, beta_kl, clip):
+def direct_step(policy, optimizer, step, method):
     """ReFL: up the reward of the x_0 predicted at one of the last steps. DRaFT: of the sample, through the last steps.
 
-    Returns the rewards of all clips (n,), the numbers of the log, and whether the descent was made.
+    As `descend`.
     """
-    parts, clips, moves = [], [], policy.moves
-    for micro in range(accumulate):
-        k = moves[distributed.randint(len(moves), (seed, step, "k", micro))]  # alike on all ranks
+    parts, reward, moves = [], [], policy.moves
+    for micro in range(policy.accumulate):
+        k = moves[distributed.randint(len(moves), (policy.seed, step, "k", micro))]  # alike on all ranks
         first, last = (k, k) if method == "refl" else (moves[0], moves[-1])
-        part = sample_clips(policy, ranks, step, micro, seed, batch, first, last)
-        visited = [(policy.steps[i], *part.path[i]) for i in range(first, last + 1)]
-        parts.append(backward(policy, -part.reward.mean(), part.text, visited, beta_kl, accumulate))
-        clips.append(replace(part, path=[], reward=part.reward.detach()))  # without the graph
-    reward = of_all_ranks(clips, ranks)
-    finite = reward.isfinite().all().item()
-    norm = distributed.gradient_descent(policy.student, optimizer, clip, ranks, finite)
-    return reward, summed(parts, accumulate) | {"grad_norm": norm}, math.isfinite(norm)
+        clips = sample_clips(policy, step, micro, first, last)
+        visited = [(policy.steps[i], *clips.path[i]) for i in range(first, last + 1)]
+        parts.append(backward(policy, -clips.reward.mean(), clips.text, visited))
+        reward.append(clips.reward.detach())
+    return descend(policy, optimizer, of_all_ranks(reward, policy.ranks), parts)
 
 
-def backward(policy, loss, text, visited, beta_kl, accumulate):
-    """Backward of one of `accumulate` parts of the loss, with the distance to the distilled student at `visited`.
+def backward(policy, loss, text, visited):
+    """Backward of a part of the loss, with the distance to the distilled student at `visited`.
 
     visited: [(t, x_t, x_0)]. Returns {"loss", with --beta-kl "kl"}, tensors without dimensions.
     """
@@ -232,22 +210,28 @@ def backward(policy, loss, text, visited, beta_kl, accumulate):
         with torch.no_grad():
             before = policy.denoiser(policy.frozen, text)(x_t, t)
         info["kl"] = info.get("kl", 0.0) + (x0 - before).square().mean()
-    total = loss + beta_kl * info.get("kl", 0.0)
-    (total / accumulate).backward()
+    total = loss + policy.beta_kl * info.get("kl", 0.0)
+    (total / policy.accumulate).backward()
     return {"loss": total, **info}
 
 
-def summed(parts, accumulate):
-    """[{name: tensor}], a part each -> {name: the mean over `accumulate` of the sum over moves}."""
+def descend(policy, optimizer, reward, parts):
+    """Line 14, left out where a reward or the gradient is not finite.
+
+    Returns the rewards of all clips (n,), the numbers of the log (of `parts` the mean over forwards of the sum over
+    moves), and whether the descent was made.
+    """
+    finite = reward.isfinite().all().item()
+    norm = distributed.gradient_descent(policy.student, optimizer, policy.clip, policy.ranks, finite)
     names = parts[0] if parts else ()
-    return {name: sum(part[name].item() / accumulate for part in parts) for name in names}
+    numbers = {name: sum(part[name].item() / policy.accumulate for part in parts) for name in names}
+    return reward, numbers | {"grad_norm": norm}, math.isfinite(norm)
 
 
-def of_all_ranks(clips, ranks):
-    """The rewards (n,) float64 of all clips of an iteration, by number, alike on all ranks."""
-    mine = [pair for part in clips for pair in zip(part.numbers, part.reward.tolist())]
-    pairs = sorted(pair for part in distributed.every(mine, ranks) for pair in part)
-    return torch.tensor([reward for _, reward in pairs], dtype=torch.float64)
+def of_all_ranks(parts, ranks):
+    """The rewards of an iteration's clips in the order of their numbers, (n,) float64; parts: this rank's (B,) each."""
+    everyone = distributed.every(torch.stack(parts).tolist(), ranks)
+    return torch.tensor(everyone, dtype=torch.float64).transpose(0, 1).flatten()  # by forward, rank and clip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -289,21 +273,18 @@ def walk(predict, schedule, x, steps, noise, how, first=None, last=None):
 
 
 def log_probability(schedule, x_t, x0, x_next, t, t_next, how):
-    """log p(x_next | x_t), Eq. 28, mean over the elements: (B,) float64. ValueError where the move has std 0."""
+    """log p(x_next | x_t) (B,), Eq. 28, the mean over elements, float64. ValueError where the std is 0."""
     mean, std = transition(schedule, x_t.double(), x0.double(), t, t_next, how)
     return log_prob(x_next.detach().double(), mean, std).flatten(1).mean(1)
 
 
 def policy_loss(log_p, advantage):
-    """Algorithm 2, line 13, of one move: -A log p, mean over the batch; log_p with gradient, advantage: (B,) each."""
+    """Algorithm 2, line 13, for one move: the mean over the batch of -A log p, (B,) each."""
     return -(advantage * log_p).mean()
 
 
 def advantages(how, reward):
-    """What each clip's log p is weighted with: reward (n,) float64 of a whole iteration -> (n,) float64.
-
-    raw: the reward. batch: less its mean, divided by its std.
-    """
+    """What each clip's log p is weighted with: the reward (n,) of an iteration, or less its mean, over its std."""
     if how == "raw":
         return reward
     return ((reward - reward.mean()) / (reward.std(correction=0) + 1e-8)).clamp(-LARGEST, LARGEST)
@@ -314,7 +295,7 @@ def advantages(how, reward):
 
 
 def load(cfg, ranks):
-    """-> student, the same frozen (None without --beta-kl), VAE, text encoder, the student's metadata.
+    """-> a Generator of the student, and the same student frozen (None without --beta-kl).
 
     With --rank what learns is adapters on the student, which is itself what is held on to.
     """
@@ -323,9 +304,10 @@ def load(cfg, ranks):
         raise UserError(f"{cfg.weights} is no few-step student (its kind: {about.get('kind')}): make one with train.py")
     config = DiT.Config(**about["config"])
     half = ranks.device.type == "cuda" and uses_bfloat16(cfg.precision, ranks.device)
-    dtype = torch.bfloat16 if half else None
 
-    place = lambda model, trainable: distributed.shard(model, ranks, cfg.shard, dtype, cfg.cpu_offload, trainable)
+    def place(model, trainable):
+        dtype = torch.bfloat16 if half else None
+        return distributed.shard(model, ranks, cfg.shard, dtype, cfg.cpu_offload, trainable)
 
     def network(trainable):
         with torch.device("meta"):
@@ -333,8 +315,7 @@ def load(cfg, ranks):
         model.checkpoint_activations = cfg.checkpoint_activations and (trainable or cfg.rank > 0)
         return distributed.load_sharded(place(model, trainable), cfg.weights)
 
-    student = network(cfg.rank == 0)
-    frozen = None
+    student, frozen = network(cfg.rank == 0), None
     if cfg.beta_kl:
         frozen = student if cfg.rank else network(False)
     if cfg.rank:
@@ -349,57 +330,52 @@ def load(cfg, ranks):
     encoder = load_encoder(cfg.text, config.text_dim, config.text_length, ranks.device, cfg.precision)
     if about.get("text_fingerprint", encoder.fingerprint) != encoder.fingerprint:
         raise UserError(f"{cfg.weights} was trained with another text encoder: name it with --text FOLDER")
-    return student, frozen, vae, encoder, about
+    return Generator(student, vae, about, encoder, ranks.device, cfg.precision), frozen
 
 
-def captions(cfg):
+def captions(prompts, seed):
     """D of Algorithm 2: a list of prompts. Raises UserError where there is none."""
-    if cfg.prompts == "shapes":  # of the clips that data.py renders
-        words = lambda i: random.Random(f"caption {cfg.seed} {i}")
-        return [shapes.caption(shapes.Clip.make(cfg.seed, i), "train", words(i))[0] for i in range(4096)]
-    return read_prompts(cfg.prompts)
+    if prompts != "shapes":
+        return read_prompts(prompts)
+    clips = [shapes.Clip.make(seed, i) for i in range(4096)]  # those that data.py renders
+    return [shapes.caption(clip, "train", random.Random(f"caption {seed} {i}"))[0] for i, clip in enumerate(clips)]
 
 
-def build(cfg, ranks, clips):
-    """-> a Policy. clips: of an iteration. Raises UserError for what is missing or does not fit."""
+def build(cfg, ranks):
+    """-> a Policy. Raises UserError for what is missing or does not fit."""
     common.check_flags(cfg)
-    ddpo = cfg.method == "ddpo"
-    for wrong, what in (
-        (cfg.reward_every < 1, "--reward-every: at least 1"),
-        (
-            cfg.global_batch not in (0, clips),
-            f"--global-batch is no multiple of {cfg.batch * ranks.size}, --batch times the ranks",
-        ),
-        (ddpo and cfg.advantage == "batch" and clips < 2, "--advantage batch needs a --global-batch of 2 or more"),
-        (cfg.reward == "none", f"--reward is needed, one of {', '.join(rewards.REWARDS)}"),
-    ):
-        if wrong:
-            raise UserError(what)
-    prompts, reward = captions(cfg), rewards.make(cfg.reward, cfg.reward_weights, cfg.reward_frames, ranks.device)
+    ddpo, forward = cfg.method == "ddpo", cfg.batch * ranks.size  # clips
+    if cfg.global_batch % forward:
+        raise UserError(f"--global-batch is no multiple of {forward}, --batch times the ranks")
+    if cfg.reward == "none":
+        raise UserError(f"--reward is needed, one of {', '.join(rewards.REWARDS)}")
+    accumulate = cfg.global_batch // forward or (7 if forward < 16 else 1)
+    if ddpo and cfg.advantage == "batch" and forward * accumulate < 2:
+        raise UserError("--advantage batch needs a --global-batch of 2 or more")
+    prompts = captions(cfg.prompts, cfg.seed)
+    reward = rewards.make(cfg.reward, cfg.reward_weights, cfg.reward_frames, ranks.device)
     if not (ddpo or reward.differentiable):
         raise UserError(f"{cfg.reward} has no gradient, which --method {cfg.method} needs: --method ddpo needs none")
-    student, frozen, vae, encoder, about = load(cfg, ranks)
-    for prompt in prompts if isinstance(encoder, WordTable) else []:
-        encoder.encode([prompt])  # an unknown word is found now, not in the middle
+    generator, frozen = load(cfg, ranks)
+    about = generator.about
+    for prompt in prompts if isinstance(generator.encoder, WordTable) else []:
+        generator.encoder.encode([prompt])  # an unknown word is found now, not in the middle
     steps, how = about.get("timesteps") or timesteps(4), cfg.transition or about.get("transition", "renoise")
     if ddpo and how == "ddim" and not cfg.transition:
         how = "posterior"  # the same way with noise on it: a policy needs moves with a density
-    schedule = Schedule(student.config.schedule, student.config.snr_shift)
-    moves = graded(schedule, steps, how, cfg.truncate) if ddpo else [*range(len(steps))][-cfg.truncate :]
+    moves = graded(generator.schedule, steps, how, cfg.truncate) if ddpo else [*range(len(steps))][-cfg.truncate :]
     if not moves:
         raise UserError(f"no move of {steps} by {how} has a density: DDPO needs two steps, and renoise or posterior")
-    moments = rewards.Moments(reward.weights)
-    given = student, frozen, vae, encoder, about, prompts, reward, moments, steps, how, moves
-    return Policy(*given, ranks.device, cfg.precision)
+    return Policy(
+        generator, frozen, prompts, reward, rewards.Moments(reward.weights), steps, how, moves,
+        ranks, cfg.seed, cfg.batch, accumulate, cfg.beta_kl, cfg.clip,
+    )  # fmt: skip
 
 
 def tune(cfg: Config, ranks) -> None:
-    """What stands around Algorithm 2: resuming, the log, measurements, pictures, checkpoints, and an end in order."""
-    out, forward = Path(cfg.out), cfg.batch * ranks.size  # clips
-    accumulate = cfg.global_batch // forward if cfg.global_batch else 7 if forward < 16 else 1
-    total = forward * accumulate
-    policy = build(cfg, ranks, total)
-    student, encoder, about = policy.student, policy.encoder, policy.about
+    """Algorithm 2, line 3: the loop, and around it resuming, the log, measurements, pictures and checkpoints."""
+    out, policy = Path(cfg.out), build(cfg, ranks)
+    student = policy.student
     adam = torch.optim.AdamW(student.parameters(), cfg.lr, fused=True)
     saved = {"student": student}, {"adam": adam}
     going_on = cfg.resume or distributed.restarted(ranks)
@@ -409,11 +385,9 @@ def tune(cfg: Config, ranks) -> None:
     state = {"step": 0, "trained_s": 0.0, "reward_evaluations": 0, "skipped": 0}
     if going_on and (newest := checkpoints.newest()):
         state = checkpoints.load(newest, *saved)
-        if not state.keys() >= {"moments", "reward_evaluations"}:
-            raise UserError(f"{newest} is not of ddpo.py: take another --out")
         policy.moments = rewards.Moments(**state["moments"])
         if ranks.main:
-            common.warn_of_precision(state.get("precision"), cfg.precision)
+            common.warn_of_precision(state["precision"], cfg.precision)
     elif cfg.resume:
         raise UserError(f"{out} holds no checkpoint: leave out --resume to start")
 
@@ -425,32 +399,35 @@ def tune(cfg: Config, ranks) -> None:
         if ranks.main:
             write_grid(out / f"step{step:06d}.png", list(videos), shown)
 
-    unseen = shapes.held_out_prompts(cfg.reward_samples) if isinstance(encoder, WordTable) else policy.prompts
-    sampler = Generator(student, policy.vae, about, encoder, ranks.device, cfg.precision)
+    words = isinstance(policy.generator.encoder, WordTable)
+    unseen = shapes.held_out_prompts(cfg.reward_samples) if words else policy.prompts
     first, in_a_row = state["step"], 0
     if first % cfg.save_every == 0:
         picture(first)
-    iterations = algorithm_2(cfg, ranks, policy, adam, accumulate, first)
-    bar = tqdm(iterations, initial=first, total=cfg.iterations, disable=not ranks.main)
+    bar = tqdm(range(first, cfg.iterations), initial=first, total=cfg.iterations, disable=not ranks.main)
     log = open_log(out / "log.jsonl", first) if ranks.main else None
-    begun = time.time()
-    for step, numbers, reward, made in bar:
+    for step in bar:  # 3
+        begun = time.time()
+        if cfg.method == "ddpo":
+            reward, numbers, made = policy_step(policy, adam, step, cfg.advantage)
+        else:
+            reward, numbers, made = direct_step(policy, adam, step, cfg.method)
         in_a_row = 0 if made else in_a_row + 1
-        trained, evaluated = state["trained_s"] + time.time() - begun, state["reward_evaluations"] + total
+        trained, evaluated = state["trained_s"] + time.time() - begun, state["reward_evaluations"] + len(reward)
         counts = {"trained_s": round(trained, 3), "reward_evaluations": evaluated}
         state |= {"step": step + 1, "skipped": state["skipped"] + (not made), **counts}
         state |= {"moments": asdict(policy.moments), "precision": cfg.precision}
         final = step + 1 == cfg.iterations
-        if step % cfg.reward_every == 0 or final:
+        if final or (cfg.reward_every and step % cfg.reward_every == 0):
             how = len(policy.steps), cfg.reward_samples, cfg.batch
-            numbers |= watch.measure(sampler, policy.reward, unseen, *how, ranks, moments=policy.moments)
+            numbers |= watch.measure(policy.generator, policy.reward, unseen, *how, ranks, moments=policy.moments)
         if ranks.main:
             numbers |= {"reward_mean": reward.mean().item(), "reward_std": reward.std(correction=0).item()}
             bar.set_postfix({name: f"{value:.3g}" for name, value in numbers.items()})
             line = {"step": step, **counts, **numbers, "skipped": state["skipped"]}
             print(json.dumps(line), file=log, flush=True)
-        stuck, ending = in_a_row >= PATIENCE, stopper()
-        if (step + 1) % cfg.save_every == 0 or final or stuck or ending:
+        stuck, ending, saving = in_a_row >= PATIENCE, stopper(), final or (step + 1) % cfg.save_every == 0
+        if saving or stuck or ending:
             checkpoints.save(step + 1, *saved, state, wait=stuck or ending or final)
         if stuck:  # none of the skipped updates has touched the weights
             raise UserError(f"{in_a_row} iterations in a row were not finite: stopped, and saved the state in {out}")
@@ -458,22 +435,26 @@ def tune(cfg: Config, ranks) -> None:
             if ranks.main:
                 print(f"stopped after step {step + 1}, saved: go on with --resume --out {out}")
             return
-        if (step + 1) % cfg.save_every == 0 and not final:
+        if saving:
             picture(step + 1)
-        begun = time.time()
-    picture(state["step"])
-    weights = distributed.gather(student)
+    write_student(policy, out / "student.safetensors", cfg, state["reward_evaluations"])
+
+
+def write_student(policy, file, cfg, evaluations):
+    """Write the tuned student, adapters merged into it; its metadata say how it was tuned."""
+    weights = distributed.gather(policy.student)
     if cfg.rank:
-        weights = merge(distributed.gather(student.base), weights)
-    if ranks.main:
-        file = out / "student.safetensors"
-        with torch.device("meta"):
-            model = DiT(policy.config)
-        model.load_state_dict(weights, assign=True)
-        made = {"command": " ".join(["python", *sys.argv]), "date": time.strftime("%Y-%m-%d"), "settings": asdict(cfg)}
-        made |= {"reward_evaluations": state["reward_evaluations"]}
-        common.save_model(file, model, torch.float16, **about | {"tuned": [*about.get("tuned", []), made]})
-        print(f"wrote {file}: python sample.py --weights {file}")
+        weights = merge(distributed.gather(policy.student.base), weights)
+    if not policy.ranks.main:
+        return
+    with torch.device("meta"):
+        model = DiT(policy.generator.config)
+    model.load_state_dict(weights, assign=True)
+    made = {"command": " ".join(["python", *sys.argv]), "date": time.strftime("%Y-%m-%d"), "settings": asdict(cfg)}
+    about = policy.generator.about
+    tuned = [*about.get("tuned", []), made | {"reward_evaluations": evaluations}]
+    common.save_model(file, model, torch.float16, **about | {"tuned": tuned})
+    print(f"wrote {file}: python sample.py --weights {file}")
 
 
 def main():

@@ -296,17 +296,15 @@ def diversity_of_files(cfg):
 
 @dataclass
 class PeopleConfig(Config):
-    a: str = opt("", "folder of videos")
+    a: str = opt("", "folder of videos; its name stands in the votes")
     b: str = opt("", "folder of videos of the same names")
-    label_a: str = opt("", "name of a in the votes (default: the folder's)")
-    label_b: str = opt("", "name of b")
     pairs: int = opt(50, "pairs at most, drawn at random")
 
 
 def people_(cfg):
     """One page on which a person compares the videos of two folders, pair by pair."""
     out = Path(cfg.out or "people.html")
-    n, left_out = people.make_page(cfg.a, cfg.b, out, cfg.label_a, cfg.label_b, cfg.pairs, cfg.seed)
+    n, left_out = people.make_page(cfg.a, cfg.b, out, cfg.pairs, cfg.seed)
     for why in left_out[:20]:
         print(f"left out: {why}", file=sys.stderr)
     print(
@@ -322,10 +320,7 @@ class VotesConfig(Config):
 
 def votes(cfg):
     """Win rates without ties, per question and rater."""
-    kept, complaints = people.read_votes(cfg.files)
-    for complaint in complaints:
-        print(complaint, file=sys.stderr)
-    return tables.show(cfg, "votes", rows=people.count(kept))
+    return tables.show(cfg, "votes", rows=people.count(people.read_votes(cfg.files)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

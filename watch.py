@@ -17,8 +17,8 @@ samples all alike, and follows noise.
 import math
 
 import torch
-import torch.distributed as dist
 
+import distributed
 from common import UserError
 
 SEED = 77_000_000  # of the samples' noise, far from those of pictures and evaluation
@@ -63,9 +63,7 @@ def measure(generator, reward, prompts, n, samples, batch, ranks, estimate=None,
         scores = reward.scores(generator.decode(x), captions).double().cpu()  # (B, R)
         estimates = estimate(x, text, captions).double().cpu() if estimate else scores.new_zeros(len(x))
         rows += torch.cat([estimates[:, None], scores], 1).tolist()
-    if ranks.size > 1:
-        dist.all_gather_object(parts := [None] * ranks.size, rows)
-        rows = [row for part in parts for row in part]
+    rows = [row for part in distributed.every(rows, ranks) for row in part]
     table = torch.tensor(rows[:samples], dtype=torch.float64)  # (n, 1 + R)
     estimates, scores = table[:, 0], table[:, 1:]
     if moments and moments.count:
@@ -78,8 +76,8 @@ def measure(generator, reward, prompts, n, samples, batch, ranks, estimate=None,
     if estimate:
         found |= {"lrm_estimate": estimates.mean().item(), "rank_correlation": spearman(estimates, true)}
     if estimate and repeats > 1:
-        less_the_prompt = lambda x: (x.view(-1, repeats) - x.view(-1, repeats).mean(1, keepdim=True)).flatten()
-        found["rank_correlation_within"] = spearman(less_the_prompt(estimates), less_the_prompt(true))
+        by_prompt = torch.stack([estimates, true]).unflatten(1, (-1, repeats))
+        found["rank_correlation_within"] = spearman(*(by_prompt - by_prompt.mean(2, keepdim=True)).flatten(1))
     return found
 
 
@@ -91,15 +89,19 @@ def overoptimised(history, window=WINDOW):
     """
     if len(history) < 2 * window:
         return ""
+
+    def mean(name, part):
+        return sum(found[name] for found in part) / window
+
+    def correlation(part):
+        # samples of one and the same reward have no order (NaN): the LRM tells none of them from the others
+        return sum(r for found in part if math.isfinite(r := found["rank_correlation"])) / window
+
     before, after = history[-2 * window : -window], history[-window:]
-    mean = lambda name, part: sum(found[name] for found in part) / window
     rise = mean("lrm_estimate", after) - mean("lrm_estimate", before)
     fall = mean("true_reward", before) - mean("true_reward", after)
     if rise > 0 and fall > mean("true_error", after):
         return "the LRM's estimate rises while the true reward falls"
-    # samples of one and the same reward have no order (NaN): the LRM tells none of them from the others
-    ordered = lambda found: found["rank_correlation"] if math.isfinite(found["rank_correlation"]) else 0.0
-    correlation = lambda part: sum(map(ordered, part)) / window
     if correlation(before) > BLIND > correlation(after):
         return "the LRM no longer tells better samples from worse"
     return ""

@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 
 from captions import list_clips
-from common import UserError, atomic
-from video import fit, is_image, read_video, write_video
+from common import UserError, atomic, read_text
+from video import VIDEOS, fit, read_video, write_video
 
 QUESTIONS = {  # the paper's four, with what they ask for
     "visual quality": "sharp, clean, well lit, pleasant to look at",
@@ -38,13 +38,13 @@ def prompts_of(folder):
     caption (captions.py), or the name without VBench's -0 .. -4. Raises UserError as `list_clips`.
     """
     captions, skipped = list_clips(folder)
-    silent = [name for name, why in skipped.items() if why == "it has no caption"]
     found = {}
-    for name in sorted([*captions, *silent]):
+    for name in sorted([*captions, *skipped]):
+        if Path(name).suffix.lower() not in VIDEOS:
+            continue
         key, ours = re.subn(r"^(student|teacher)\d+-seed\d+-(\d+-)?", r"\2", str(Path(name).with_suffix("")))
         words = re.sub(r"^\d+-", "", key).replace("-", " ") if ours else re.sub(r"-\d+$", "", Path(key).name)
-        if not is_image(name):
-            found[key] = Path(folder, name), captions.get(name, words)
+        found[key] = Path(folder, name), captions.get(name, words)
     return found
 
 
@@ -54,16 +54,16 @@ def alike(a, b):
     The larger is scaled to cover the smaller and cut to it around the centre. Tensors (3, F, H, W) in [-1, 1].
     """
     fps = min(a[1], b[1])
-    n = max(1, round(min(len(v) / rate for v, rate in (a, b)) * fps))
-    height, width = min((v.shape[1:3] for v, _ in (a, b)), key=math.prod)
+    n = max(1, round(min(len(frames) / rate for frames, rate in (a, b)) * fps))
+    height, width = min((frames.shape[1:3] for frames, _ in (a, b)), key=math.prod)
     out = []
-    for pictures, rate in (a, b):
-        when = [min(round(i * rate / fps), len(pictures) - 1) for i in range(n)]
-        out.append(fit(torch.from_numpy(pictures[when]).permute(3, 0, 1, 2), height, width) / 127.5 - 1)
+    for frames, rate in (a, b):
+        when = [min(round(i * rate / fps), len(frames) - 1) for i in range(n)]
+        out.append(fit(torch.from_numpy(frames[when]).permute(3, 0, 1, 2), height, width) / 127.5 - 1)
     return *out, fps
 
 
-def make_page(a, b, out, label_a="", label_b="", pairs=50, seed=0):
+def make_page(a, b, out, pairs=50, seed=0):
     """Write the page that compares the videos of folders a and b. -> (number of pairs, [files left out and why])
 
     pairs: at most so many, drawn at random by seed. Raises UserError where the folders have no readable pair.
@@ -88,7 +88,7 @@ def make_page(a, b, out, label_a="", label_b="", pairs=50, seed=0):
             made.append(pair)
     if not made:
         raise UserError(f"{a} and {b} have no readable pair of videos of the same name")
-    data = {"a": label_a or Path(a).name, "b": label_b or Path(b).name, "questions": QUESTIONS, "pairs": made}
+    data = {"a": Path(a).name, "b": Path(b).name, "questions": QUESTIONS, "pairs": made}
     data["page"] = hashlib.sha256(json.dumps(data).encode()).hexdigest()[:12]
     with atomic(out) as part:
         page = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
@@ -101,30 +101,24 @@ def make_page(a, b, out, label_a="", label_b="", pairs=50, seed=0):
 
 
 def read_votes(files):
-    """Votes of files that the page saved, each rater's last on each pair. -> (votes, complaints)
+    """The votes in files that the page saved, each rater's last on each pair; UserError for any other file.
 
-    A vote is {"page", "rater", "pair", "a", "b", "answers": {question: "a" | "b" | "equal"}}.
+    A vote is {"page", "rater", "a", "b", "pair", "time", "answers": {question: "a" | "b" | "equal"}, ...}.
     """
-    votes, complaints, seen = {}, [], 0
+    votes = {}
     for file in files:
         try:
-            saved = json.loads(Path(file).read_text(encoding="utf-8"))
+            saved = json.loads(read_text(file))
+            about = {key: saved[key] for key in ("page", "rater", "a", "b")}
             for vote in saved["votes"]:
-                answers = {question: vote["answers"][question] for question in QUESTIONS}
-                if not set(answers.values()) <= {"a", "b", "equal"}:
-                    raise ValueError(f"an answer is none of a, b, equal: {answers}")
-                who = saved["page"], saved["rater"].strip().lower(), vote["pair"]
-                seen += 1
-                if who not in votes or votes[who]["time"] <= vote["time"]:
-                    about = {key: saved[key] for key in ("page", "rater", "a", "b")}
-                    votes[who] = about | {"pair": vote["pair"], "answers": answers, "time": vote["time"]}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-            complaints.append(f"{file} is no file of votes and is left out: {e!r}")
-    if seen > len(votes):
-        complaints.append(f"{seen - len(votes)} votes were there twice and count once")
+                key = saved["page"], saved["rater"].strip().lower(), vote["pair"]
+                if key not in votes or votes[key]["time"] <= vote["time"]:
+                    votes[key] = about | vote
+        except (ValueError, KeyError, TypeError) as e:
+            raise UserError(f"{file} is no file of votes: {e!r}") from e
     if not votes:
-        raise UserError("no votes: " + ("; ".join(complaints) or "name the files that the page saved"))
-    return list(votes.values()), complaints
+        raise UserError("no votes: name the files that the page saved")
+    return list(votes.values())
 
 
 def wilson(wins, n, z=1.959964):

@@ -1,4 +1,4 @@
-"""watch.py: rank correlation against SciPy's definition, measuring against closed forms, the verdict, the drawing."""
+"""watch.py: rank correlation against SciPy's definition, measuring against closed forms, the verdict."""
 
 import math
 from types import SimpleNamespace
