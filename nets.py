@@ -86,8 +86,6 @@ class CachedText:
 def check(cfg, ranks):
     """What can be wrong with a command before anything is read. cfg: train.py's Config."""
     common.check_flags(cfg)
-    if cfg.fake_warmup is None:
-        cfg.fake_warmup = 20 if cfg.student else 0
     least, largest = cfg.t_range if len(cfg.t_range) == 2 else (0, -1)
     learns = cfg.beta_vsd or cfg.beta_cd or cfg.reward != "none"
     for wrong, what in (

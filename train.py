@@ -82,7 +82,8 @@ class Config(Machine):
     t_range: tuple[int, ...] = opt((20, 980), "The least and the largest noise step of VSD.")
     fake_updates: int = opt(5, "The number of fake-score updates a generator update.")
     fake_warmup: int | None = opt(
-        None, "The iterations in which the fake score learns alone. None: 20 with --student, which it does not know."
+        None,
+        "The iterations in which the fake score learns alone. None: 20 with --student, which it does not know.",
     )
     # CD
     w_cd: float = opt(7.5, "The guidance of CD's teacher steps (Eq. 9).")
@@ -135,10 +136,10 @@ def algorithm_1(cfg, ranks, nets, optimizers, accumulate=1, first=0):
     the weighted sum does both (Eq. 16), at half the forwards. It stands where the first of the two stands, so the
     student follows the LRM as the iteration before has left it, and the LRM's own update, lines 15-17, comes after.
     """
-    flags = lambda function: {name: v for name, v in vars(cfg).items() if name in signature(function).parameters}
-    of_batch, of_generator, of_fake, of_lrm = map(flags, (sample_batch, generator_step, fake_score_step, lrm_step))
+    of_batch, of_generator = flags_of(cfg, sample_batch), flags_of(cfg, generator_step)
+    of_fake, of_lrm = flags_of(cfg, fake_score_step), flags_of(cfg, lrm_step)
     updates = range(cfg.fake_updates if nets.fake else 0)
-    nets.clips = read_ahead(nets, ranks, accumulate, **flags(read_ahead))
+    nets.clips = read_ahead(nets, ranks, accumulate, **flags_of(cfg, read_ahead))
     for step in range(first, cfg.iterations):  # 5
         batches = [sample_batch(nets, ranks, step, i, accumulate, **of_batch) for i in range(accumulate)]  # 6
         x_hats, numbers = generator_step(nets, ranks, optimizers, batches, step, **of_generator)  # 7-11, 18-19
@@ -272,6 +273,11 @@ def label(nets, ranks, batch, x):
 # what its lines call
 
 
+def flags_of(cfg, function):
+    """The flags that are called like arguments of a function."""
+    return {name: value for name, value in vars(cfg).items() if name in signature(function).parameters}
+
+
 @dataclass
 class Batch:
     """This rank's part of a batch, and the random numbers that belong to it.
@@ -375,6 +381,8 @@ def finite(numbers):
 
 def train(cfg: Config, ranks) -> None:
     """What stands around Algorithm 1: resuming, the log, measurements, pictures, checkpoints, and an end in order."""
+    if cfg.fake_warmup is None:
+        cfg = replace(cfg, fake_warmup=20 if cfg.student else 0)
     nets, out = build(cfg, ranks), Path(cfg.out)
     optimizers = adam(nets, cfg.lr, cfg.fake_lr, cfg.lrm_lr, cfg.betas)
     forward = cfg.batch * ranks.size  # clips

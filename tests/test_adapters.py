@@ -176,7 +176,7 @@ def test_a_student_goes_on_from_its_adapters(tiny, tmp_path):
 
 
 def test_adapters_alone_and_merged_draw_the_same(tiny, tmp_path, monkeypatch):
-    fit(config(tiny, tmp_path / "a", rank=4, lr=1e-2))
+    fit(config(tiny, tmp_path / "a", rank=4, lr=5e-2, ema=0.0))
     vae, base = f"{tiny}/vae.safetensors", f"{tiny}/teacher.safetensors"
     file = str(tmp_path / "a/adapter.safetensors")
     merged = Generator.load(tmp_path / "a/student.safetensors", vae)
@@ -184,9 +184,7 @@ def test_adapters_alone_and_merged_draw_the_same(tiny, tmp_path, monkeypatch):
     assert alone.student and alone.about["timesteps"] == merged.about["timesteps"]
     draw = lambda generator: generator.latents(generator.encoder.encode(["a red star"]), [0], 4)
     torch.testing.assert_close(draw(alone), draw(merged), rtol=0.02, atol=0.02)  # each was rounded to half precision
-    assert (
-        draw(merged) - Generator.load(base, vae).latents(merged.encoder.encode(["a red star"]), [0], 4)
-    ).abs().max() > 0.05
+    assert (draw(merged) - draw(Generator.load(base, vae))).abs().max() > 0.05
     sample.main(["--weights", base, "--vae", vae, "--adapter", file, "--steps", "4", "--out", f"{tmp_path}/s.gif"])
     assert (tmp_path / "s.gif").stat().st_size
     model, about = common.load_model(base, dit.DiT)

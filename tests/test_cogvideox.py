@@ -158,7 +158,9 @@ def test_from_a_pipelines_folder_and_films_to_a_pipeline_again(cogvideox, cache,
 
 
 def test_a_cache_spares_vae_and_text_encoder_and_a_student_may_predict_otherwise(cogvideox, cache, tmp_path):
-    words = settings(cogvideox, cache, tmp_path / "run", "--prediction", "conjugate", "--vae", cogvideox)
+    words = settings(
+        cogvideox, cache, tmp_path / "run", "--prediction", "conjugate", "--vae", cogvideox, "--fake-warmup", 0
+    )
     cfg = common.parse(train.Config, list(map(str, words)), "", train.PRESETS)
     held = nets.build(cfg, WORLD)
     assert held.vae is None and isinstance(held.encoder, nets.CachedText)

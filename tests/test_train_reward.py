@@ -127,10 +127,10 @@ def test_what_does_not_fit_is_refused(tiny, distilled, tmp_path):
 
 
 def test_a_fake_score_that_has_never_met_the_student_learns_first(tiny, distilled, tmp_path):
-    for student, warmup in (("", 0), (str(distilled / "student.safetensors"), 20)):
-        cfg = config(tiny, tmp_path, **JPEG, student=student)
-        nets.build(cfg, ALONE)
-        assert cfg.fake_warmup == warmup
+    flags = JPEG | {"iterations": 21, "beta_cd": 0.0, "fake_updates": 1, "reward_every": 0}
+    *_, lines = fit(config(tiny, tmp_path, **flags, student=str(distilled / "student.safetensors")))
+    assert ["vsd" in line for line in lines] == [False] * 20 + [True]
+    assert all("fake" in line for line in lines)
 
 
 # Parts

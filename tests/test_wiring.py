@@ -23,7 +23,15 @@ from schedule import guide, timesteps
 ALONE = Ranks(0, 1, torch.device("cpu"))
 CHANGES = {"batch": 2, "global_batch": 4, "iterations": 8, "fake_updates": 3, "m": 2, "w_vsd": 2.0, "w_cd": 5.0}
 CHANGES |= {"beta_vsd": 0.5, "beta_cd": 0.25, "beta_ft": 2.0, "ema": 0.9, "clip": 1e9, "t_range": (30, 700)}
-CHANGES |= {"ft_share": 0.0, "lrm_warmup": 0, "lrm_updates": 1, "lr": 1e-3, "fake_lr": 2e-3, "lrm_lr": 4e-3}
+CHANGES |= {
+    "ft_share": 0.0,
+    "fake_warmup": 0,
+    "lrm_warmup": 0,
+    "lrm_updates": 1,
+    "lr": 1e-3,
+    "fake_lr": 2e-3,
+    "lrm_lr": 4e-3,
+}
 KEYS = ((0, 1), (1, 0))  # another step, another seed
 SLOPES = {"vsd": 1.0, "cd": 16.0, "ft": 256.0, "fake": 1.0, "lrm": 1.0}  # of the losses, in a parameter of a network
 
@@ -243,7 +251,9 @@ def test_the_rewards_pull_is_a_share_of_vsds(tiny, tmp_path, monkeypatch):
     """On each sample by itself, so that it does not depend on who else is in the batch."""
     entry = (light, True, True, True, "")
     monkeypatch.setitem(rewards.REWARDS, "light", entry)
-    cfg = config(tiny, tmp_path / "run", reward="light", lrm_warmup=0, ft_share=0.25, beta_vsd=0.5, iterations=1)
+    cfg = config(
+        tiny, tmp_path / "run", reward="light", fake_warmup=0, lrm_warmup=0, ft_share=0.25, beta_vsd=0.5, iterations=1
+    )
     made, seen, grad = nets.build(cfg, ALONE), {}, torch.autograd.grad
 
     def sample(*given):
