@@ -228,7 +228,6 @@ def scores_of(row, training, motion):
     """What a table shows of one run: {header: (number or None, digits)}."""
     log, sizes = training.get("log", {}), training.get("bytes", {})
     learned = sizes.get("adapter.safetensors", sizes.get("student.safetensors"))
-    seconds = log.get("trained_s")
     return {
         "right, mean of 7 factors, %": (100 * row["main"]["mean"], 1),
         "Frechet distance": (row["frechet"]["mean"], 2),
@@ -237,7 +236,6 @@ def scores_of(row, training, motion):
         "motion, % of the teacher's": (100 * row["motion"]["mean"] / motion if motion else None, 0),
         "reward": (log.get("true_reward"), 3),
         "rewarded clips": (log.get("reward_evaluations"), 0),
-        "minutes": (seconds and seconds / 60, 1),
         "MB": (learned and learned / 1e6, 1),
         "GiB": (log.get("peak_gib"), 2),
         "score gap": (log.get("score_gap"), 2),
