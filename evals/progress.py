@@ -56,7 +56,7 @@ def check_resumed(newest, settings, nets, ranks):
     if config != nets.student.config or kind(said["about"]) != kind(nets.about):
         same = "--steps, --prediction, --transition and --rank"
         raise UserError(f"{newest} is of another student: repeat its {same}, or leave out --resume")
-    old = said["config"]
+    old, settings = said["config"], json.loads(json.dumps(settings))  # a checkpoint's lists were tuples
     other = [
         f"--{flag.replace('_', '-')} {value} (was {old.get(flag)})"
         for flag, value in settings.items()

@@ -97,7 +97,7 @@ def test_every_script_computes_as_the_cpu_can(able, tiny, tmp_path, monkeypatch,
         (evaluation, ["world", *student, *of_world, "--batch", "20"]),
         (pretrain, ["vae", *few, "--images", "1", "--held-out", "8", "--out", str(tmp_path / "vae")]),
         (pretrain, ["teacher", *few, *vae, "--clips", "2", "--stills", "2", "--out", str(tmp_path / "teacher")]),
-        (pretrain, ["judge", *few, "--held-out", "32", "--width", "8", "--out", str(tmp_path / "judge")]),
+        (pretrain, ["judge", *few, "--held-out", "32", "--out", str(tmp_path / "judge")]),
     ):
         entered.clear()
         monkeypatch.setattr(sys, "argv", [module.__name__, *words])

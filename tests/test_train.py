@@ -129,12 +129,12 @@ def test_resume_continues_to_the_bit(tiny, tmp_path, reward):
 
 def test_resume_refuses_another_student_and_names_other_flags(tiny, tmp_path, capsys):
     fit(config(tiny, tmp_path, iterations=1, beta_vsd=0.0))
-    for other in ({"steps": 2}, {"prediction": "sample"}, {"transition": "ddim"}):
+    for other in ({"steps": 2}, {"prediction": "sample"}, {"transition": "renoise"}):
         with pytest.raises(UserError, match="another student"):
             fit(config(tiny, tmp_path, iterations=2, beta_vsd=0.0, resume=True, **other))
     (tmp_path / "log.jsonl").write_text('{"step": 0, "cd": 1.0}\n{"step": 1, "c')  # killed while it wrote
     *_, lines = fit(config(tiny, tmp_path, iterations=2, beta_vsd=0.0, lr=1e-5, resume=True))
-    assert "not as before: --iterations 2 (was 1), --lr 1e-05 (was 0.0001)" in capsys.readouterr().out
+    assert "not as before: --iterations 2 (was 1), --lr 1e-05 (was 0.0001)\n" in capsys.readouterr().out
     assert [line["step"] for line in lines] == [0, 1] and lines[0]["cd"] == 1.0
 
 
