@@ -16,7 +16,7 @@
     python eval.py table NAME ...                            # results/*.json as Markdown
     python eval.py tables                                    # the same into README.md and docs/
 
---out NAME.json keeps a measurement (results.py); every score has its sampling error beside it. Each command has --help.
+--out NAME.json keeps a measurement (evals/tables.py), every score with its sampling error. Each command has --help.
 """
 
 import json

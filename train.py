@@ -112,7 +112,9 @@ class Config(Machine):
     sample_every: int = opt(500, "The iterations between pictures. 0: none, and no comparison at the end.")
 
 
-PRESETS = {  # the field defaults are the paper's (section 4.1); the small world's were measured in its first edition
+# The field defaults are the paper's (section 4.1). The small world's were measured in its first edition, but for
+# `transition` (docs/WORLD.md).
+PRESETS = {
     "shapes": {
         "iterations": 130, "batch": 16, "lr": 1e-4, "fake_lr": 2e-4, "betas": (0.0, 0.99), "ema": 0.95,
         "fake_updates": 2, "transition": "ddim", "w_vsd": 2.0, "w_cd": 2.0, "checkpoint_activations": False,

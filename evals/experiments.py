@@ -1,11 +1,11 @@
 """The paper's tables asked again in the small world: named runs, and one command that makes them.
 
     python eval.py experiments                            # the names, and which of their seeds have run
-    python eval.py experiments ablation                   # all rows of a table; ablation/vsd is one of them
+    python eval.py experiments ablation                   # all rows of a table; "ablation/VSD" is one of them
     python eval.py experiments all --budget 8             # what is missing, for 8 hours; begun again it goes on
 
-A row is a label and the flags that make it; everything else is SHORT or TUNE below and the default of train.py. Each
-runs with SEEDS, for the same number of updates, its last weights are measured on the same prompts and the same noise,
+A row is a label and the flags that make it; everything else is SHORT below and the default of train.py. Each runs with
+SEEDS, for the same number of updates, its last weights are measured on the same prompts and the same noise,
 and results/ keeps one small file a run. Rows of the same flags share their runs. All compute in float32 on one thread,
 so that a machine with instructions for bfloat16 repeats what one without them has found, and two tables can be made
 side by side on two cores. A stopped training goes on where it was. `eval.py tables` then writes docs/RESULTS.md.
@@ -31,7 +31,6 @@ TEACHER = "eval.py --weights weights/teacher.safetensors --steps 50"  # measured
 STUDENT = "eval.py --weights weights/student.safetensors --steps 4"
 POLICY = "ddpo.py --beta-kl 10 --reward object_kept"
 
-
 # table -> {label: flags of train.py, or a script and its flags}
 TABLES = {
     "ablation": {  # Table 3, and who gives CD's target (Eq. 6)
@@ -54,10 +53,10 @@ TABLES = {
         "KL + ReFL": f"{POLICY} --method refl",
         "KL + DRaFT-1": f"{POLICY} --method draft --truncate 1",
     },
-    "agreement": {  # a reward that reads the prompt, where something is left to gain: the student's single step
-        "VSD + CD": f"{TUNE} --steps 1",
-        "VSD + CD + LRM, scalar": f"{TUNE} --steps 1 --reward agreement --lrm-labels scalar",
-        "VSD + CD + LRM, parts": f"{TUNE} --steps 1 --reward agreement --lrm-labels parts",
+    "agreement": {  # a reward that reads the prompt, where something is left to gain: in a single step
+        "VSD + CD": "--steps 1",
+        "VSD + CD + LRM, scalar": "--steps 1 --reward agreement --lrm-labels scalar",
+        "VSD + CD + LRM, parts": "--steps 1 --reward agreement --lrm-labels parts",
     },
     "steps": {  # Table 6
         "4 steps, VSD + CD": "",
@@ -244,13 +243,17 @@ def scores_of(row, training, motion):
 
 
 def rows_of(name, folder="results"):
-    """Header and lines of the table of an experiment: means over the seeds that have run, and their standard errors."""
+    """Header and lines of the table of an experiment: means over the seeds that have run, and their standard errors.
+
+    A run is measured in fewer steps as well where the first table asks for it; only there are they shown.
+    """
     teacher = [row for result in read("ablation", "teacher", folder) for row in result["rows"] if row["steps"] == 50]
     motion = mean_error([row["motion"]["mean"] for row in teacher])["mean"] if teacher else None
     found, columns = {}, {}  # (label, steps): a list of scores_of; the headers of which some row has something to say
     for label in TABLES[name]:
         for result in read(name, label, folder):
-            for row in result["rows"]:
+            most = max(row["steps"] for row in result["rows"])
+            for row in [row for row in result["rows"] if name == "ablation" or row["steps"] == most]:
                 scores = scores_of(row, result.get("training", {}), motion)
                 found.setdefault((label, row["steps"]), []).append(scores)
                 known = {header: digits for header, (value, digits) in scores.items() if value is not None}

@@ -8,13 +8,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from matplotlib.axes import Axes
 
 import common
 import ddpo
 import eval as evaluation
+import nets
 import train
 from common import UserError
+from distributed import Ranks
 from evals import experiments, pictures, tables
 from evals.experiments import SEEDS, TABLES, chosen, commands, file_of
 
@@ -41,6 +44,17 @@ def test_every_row_is_a_command_of_its_script(tmp_path):
     files, flags = zip(*runs)
     assert len(set(files)) == len(files)  # a file is of one run
     assert len(set(flags)) * len(SEEDS) == len(runs)  # and no two rows make the same run twice
+
+
+def test_what_begins_with_the_bundled_student_fits_it(tmp_path):
+    alone, seen = Ranks(0, 1, torch.device("cpu")), 0
+    for table, label, _ in chosen(["all"])[: sum(map(len, TABLES.values()))]:
+        made = commands(table, label, 0, tmp_path)[0]
+        if made[1] == "train.py" and "--student" in made:
+            cfg = common.parse(train.Config, made[2:], "", train.PRESETS)
+            assert nets.build(cfg, alone).student.config.prediction == "conjugate"
+            seen += 1
+    assert seen >= 7
 
 
 def test_a_stopped_run_goes_on(tmp_path):
