@@ -302,6 +302,33 @@ def test_world_table_keeps_a_models_rows_together_most_steps_first():
     assert first == [("world", ""), ("teacher", "50"), ("teacher", "25"), ("teacher", "4"), ("student", "4")]
 
 
+def test_a_row_is_of_each_prompts_own_noise_and_identity_of_single_objects(tiny, monkeypatch):
+    """With a generator that draws its seed, and a judge to whom every object of an even prompt has changed."""
+    named = [{"relation": "left"} if i < 4 else {"object": "ring"} for i in range(20)]
+    seeds, judge = [], reading.Evaluator(tiny / "judge.safetensors", batch=64)
+
+    def latents(text, some, steps, w):
+        seeds.append(some)
+        return torch.tensor([float(seed) for seed in some])
+
+    def decode(z):
+        return z.view(-1, 1, 1, 1, 1).remainder(7).sub(3).div(3).expand(-1, 3, 16, 64, 64)
+
+    generator = types.SimpleNamespace(
+        encoder=types.SimpleNamespace(encode=lambda prompts: torch.zeros(len(prompts), 1, 1)),
+        latents=latents, decode=decode, evaluations=lambda n, w: n,
+    )  # fmt: skip
+    monkeypatch.setattr(judge, "keeps_its_object", lambda video: torch.arange(len(video)).ge(6).float())
+    cfg = evaluation.WorldConfig(prompts=20, vendi_prompts=2, steps=(4, 2), seed=3)
+    reference = torch.randn(20, 128, generator=torch.Generator().manual_seed(0))
+    reference = reference[:, : judge.judge.place.shape[-1]]
+    rows = reading.model_rows(cfg, "x", judge, reference, generator, [""] * 20, named)
+    first = [3 * 8 * 10_000_000 + i for i in range(20)]
+    more = [(3 * 8 + copy) * 10_000_000 + i for i in range(2) for copy in range(1, 5)]
+    assert seeds == [first, more] * 2  # the same noise for both numbers of steps, and no two videos alike
+    assert rows[0]["identity"]["n"] == 16 and rows[0]["identity"]["mean"] == pytest.approx(14 / 16)
+
+
 def test_world_repeats_itself_and_makes_its_table(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = flags(tiny, "--steps", 4, 1, "--prompts", 20, "--vendi-prompts", 2)
@@ -527,7 +554,7 @@ def test_temporal_flickering_is_filtered_before_it_is_scored(tmp_path, package, 
         parser.add_argument("--result_path")
         parser.set_defaults(func=filter_static)
 
-    module = types.SimpleNamespace(DEVICE="cuda", register_subparsers=register_subparsers)
+    module = types.types.SimpleNamespace(DEVICE="cuda", register_subparsers=register_subparsers)
     monkeypatch.setitem(sys.modules, "vbench.common.static_filter", module)
     (tmp_path / "info.json").write_text("[]")
     run = lambda: vbench.run_package(
@@ -597,7 +624,7 @@ def package(monkeypatch):
             score = sum(v["video_results"] for v in per) / len(per)
             (self.out / f"{name}_eval_results.json").write_text(json.dumps({name: [score, per]}))
 
-    monkeypatch.setitem(sys.modules, "vbench", types.SimpleNamespace(VBench=VBench))
+    monkeypatch.setitem(sys.modules, "vbench", types.types.SimpleNamespace(VBench=VBench))
     return calls
 
 

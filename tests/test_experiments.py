@@ -130,6 +130,11 @@ def test_a_table_has_means_over_seeds_and_says_what_has_not_run(tmp_path):
     assert "| Vendi - 1 | object kept, % | MB |" in text  # no column of motion without the teacher's
     assert text.count("not run") == len(TABLES["rank"]) - 1
     assert text.endswith("    python eval.py experiments rank")
+    row = json.loads((tmp_path / file_of("rank", "rank 8", 0).name).read_text())["rows"][0]
+    both = json.dumps({"rows": [row, row | {"steps": 2}]})
+    (tmp_path / file_of("rank", "full", 0).name).write_text(both)  # the run of ablation's first row
+    assert "| full | 2 |" not in tables.block("experiments/rank", tmp_path)
+    assert "| VSD + CD | 2 |" in tables.block("experiments/ablation", tmp_path)
     write("ablation", "teacher", 0, 1.2, steps=50)
     assert "| 100.0±0.0 | 50±8 | 2.0±0.0 |" in tables.block("experiments/rank", tmp_path)
 

@@ -166,3 +166,12 @@ def test_it_learns_a_reward(name):
         losses[-1].backward()
         optimizer.step()
     assert losses[-1] < losses[0] / 10
+
+
+def test_frames_apart_are_told_apart():
+    """A mean over the frames cannot see their order; the head that has them side by side does."""
+    x = normal(2, 4, 5, 8, 8)
+    for apart, alike in ((0, True), (5, False)):
+        lrm = VideoLRM(channels=4, outputs=3, stride=1, apart=apart)
+        assert lrm(x).shape == (2, 3)
+        assert torch.allclose(lrm(x), lrm(x.flip(2)), atol=1e-6) is alike
