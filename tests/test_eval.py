@@ -554,7 +554,7 @@ def test_temporal_flickering_is_filtered_before_it_is_scored(tmp_path, package, 
         parser.add_argument("--result_path")
         parser.set_defaults(func=filter_static)
 
-    module = types.types.SimpleNamespace(DEVICE="cuda", register_subparsers=register_subparsers)
+    module = types.SimpleNamespace(DEVICE="cuda", register_subparsers=register_subparsers)
     monkeypatch.setitem(sys.modules, "vbench.common.static_filter", module)
     (tmp_path / "info.json").write_text("[]")
     run = lambda: vbench.run_package(
@@ -624,7 +624,7 @@ def package(monkeypatch):
             score = sum(v["video_results"] for v in per) / len(per)
             (self.out / f"{name}_eval_results.json").write_text(json.dumps({name: [score, per]}))
 
-    monkeypatch.setitem(sys.modules, "vbench", types.types.SimpleNamespace(VBench=VBench))
+    monkeypatch.setitem(sys.modules, "vbench", types.SimpleNamespace(VBench=VBench))
     return calls
 
 
