@@ -27,6 +27,7 @@ import common
 import dit
 import vae3d
 from common import Machine, UserError, autocast, opt, parse, run
+from data import Ahead
 from generate import Generator
 from losses import conjugate_velocity_loss
 from schedule import Schedule
@@ -271,7 +272,7 @@ def latent_mask(mask):
 def encode_world(cfg, vae, n, frame):
     """What the teacher learns from: of the clips 0..n-1, or of one frame of each, the latents (n, C, T, h, w) and the
     masks of their objects (n, 1, T, h, w), in bfloat16. A resumed run encodes them again, to the same bits."""
-    latents, masks, batch = [], [], 128 if frame else 16
+    latents, masks, batch = [], [], 512 if frame else 64
     for i in tqdm(range(0, n, batch), desc="encoding stills" if frame else "encoding clips", dynamic_ncols=True):
         some = [shapes.Clip.make(cfg.seed, j) for j in range(i, min(i + batch, n))]
         video, mask = shapes.render(some, frame, cfg.device)
@@ -308,23 +309,28 @@ def train_teacher(cfg):
     schedule = Schedule(model.config.schedule, model.config.snr_shift)
     about = {"kind": "teacher", "w": GUIDANCE, "fps": shapes.FPS, "latents": list(world_clips[0].shape[2:])}
 
-    def loss_of(step):
+    def batch_of(step):
         rng, noise = random.Random(f"caption {cfg.seed} {step}"), noise_of(cfg.seed, step)
         still = step < cfg.images or step % 8 == 0  # pictures stay in the mixture to the end
-        (latents, masks), batch = (world_stills, 2 * cfg.batch) if still else (world_clips, cfg.batch)
-        index = torch.randint(len(latents), (batch,), generator=noise)
-        prompts = [shapes.caption(truth[i], "train", rng, still)[0] for i in index]
+        (latents, masks), n = (world_stills, 2 * cfg.batch) if still else (world_clips, cfg.batch)
+        index = torch.randint(len(latents), (n,), generator=noise)
+        prompts = [shapes.caption(truth[i], "train", rng, still)[0] for i in index.tolist()]
         prompts = ["" if rng.random() < DROP_TEXT else prompt for prompt in prompts]
-        text = words.encode(prompts).to(cfg.device)
-        index = index.to(cfg.device)
-        x0 = latents[index].float()
-        t = noise_steps(batch, noise).to(cfg.device)
-        eps = torch.randn(x0.shape, generator=noise).to(cfg.device)
+        t, eps = noise_steps(n, noise), torch.randn(n, *latents.shape[1:], generator=noise)
+        return latents, masks, index, words.encode(prompts), t, eps
+
+    # a GPU has done a step's work before Python has said it: what can be said beforehand is said in other threads
+    batches = Ahead(batch_of, 0 if torch.device(cfg.device).type == "cpu" else 2, cfg.iterations)
+
+    def loss_of(step):
+        latents, masks, *rest = batches(step)
+        index, text, t, eps = (part.to(cfg.device) for part in rest)
 
         def predict(x_t, t):
             return model(x_t, t, text)
 
         weight = object_weight(cfg, step, masks[index].float())
+        x0 = latents[index].float()
         return {"loss": conjugate_velocity_loss(predict, schedule, x0, t, eps, model.config.prediction, weight)}
 
     def pictures():

@@ -5,6 +5,7 @@
     python train.py --resume --out runs/train                          # go on, to the bit
     python train.py export --out runs/train                            # the newest checkpoint's student as a file
     python train.py memory --preset dollar                             # what 1, 2, 4, 8 GPUs would hold
+    python train.py trial --preset cogvideox-2b --rank 64 --iterations 20    # what it takes here, on random weights
     python train.py --rank 16 --lr 1e-3 --fake-lr 2e-3                 # student and fake score as adapters: one network
     python train.py --student weights/student.safetensors --reward jpeg_compressibility     # tune it to a reward
 
@@ -35,6 +36,7 @@ from distributed import gradient_descent
 from dit import Prediction
 from evals.cost import so_far
 from evals.progress import PATIENCE, check_resumed, export, finish, sampler, set_aside, show_progress, tensorboard
+from evals.trial import trial
 from losses import GRID, conjugate_velocity_loss, consistency_loss, lrm_loss, reward_loss, vsd_loss
 from nets import build, memory_table
 from rewards import Moments
@@ -488,13 +490,15 @@ def measure_reward(nets, ranks, watched, step, steps, samples, repeats, batch, l
 
 
 def main():
-    word = sys.argv[1] if sys.argv[1:2] in (["export"], ["memory"]) else ""
+    word = sys.argv[1] if sys.argv[1:2] in (["export"], ["memory"], ["trial"]) else ""
     cfg = parse(Config, sys.argv[1 + bool(word) :], __doc__.splitlines()[0], PRESETS)
-    if word:
-        return export(Path(cfg.out)) if word == "export" else print(memory_table(cfg))
+    if word == "export":
+        return export(Path(cfg.out))
+    if word == "memory":
+        return print(memory_table(cfg))
     common.start(cfg)
     ranks = distributed.start(cfg.device)
-    train(cfg, ranks)
+    trial(cfg, ranks) if word == "trial" else train(cfg, ranks)
     distributed.stop(ranks)
 
 

@@ -192,7 +192,7 @@ def signed_distance(name, x, y):
 
 
 def draw_scene(name, x, y):
-    """Colours (3, F, H, W) in [0, 1] of a scene at its own coordinates x, y (F, H, W), in pixels.
+    """Colours (B, 3, F, H, W) in [0, 1] of a scene at its own coordinates x, y (B, 1, F, H, W), in pixels.
 
     Soft and of period 32 in x, so that it can be compressed and a movement of the camera can be seen.
     """
@@ -216,75 +216,102 @@ def draw_scene(name, x, y):
     elif name == "checkerboard":
         check = torch.tanh(3 * torch.sin(math.pi * x / 16) * torch.sin(math.pi * y / 16))
         low, high, amount = (0.34, 0.34, 0.37), (0.58, 0.58, 0.60), 0.5 + 0.5 * check
-    image = mix(rgb(low, x), rgb(high, x), amount)
-    return mix(image, rgb((0.98, 0.95, 0.70), x), spots(x, y, 3.0)) if name == "meadow" else image
+    image = mix(rgb([low], x), rgb([high], x), amount)
+    return mix(image, rgb([(0.98, 0.95, 0.70)], x), spots(x, y, 3.0)) if name == "meadow" else image
 
 
-def rgb(colour, like):
-    return torch.tensor(colour, device=like.device).view(3, 1, 1, 1)
+def rgb(colours, like):
+    """B colours -> (B, 3, 1, 1, 1) on the device of `like`."""
+    return torch.tensor(colours, device=like.device).view(-1, 3, 1, 1, 1)
 
 
 def mix(low, high, amount):
     return low + (high - low) * amount
 
 
-def path(clip, time):
-    """Place x, y from where it stands in the middle of the clip, and radius, at times -0.5..0.5: three like time."""
-    x, y = torch.zeros_like(time), torch.zeros_like(time)
-    radius = x + (PAIR if clip.relation else SIZES.get(clip.size, 14.0))
-    run = time * (16 if clip.relation else 24)
-    if clip.action in ("left", "right"):
-        x = run if clip.action == "right" else -run
-    elif clip.action in ("up", "down"):
-        y = run if clip.action == "down" else -run
-    elif clip.action == "springs":
-        y = 2 * time * run  # the parabola of what is thrown
-    elif clip.action in ("grows", "shrinks"):
-        change = time * (9 if clip.relation else 12)
-        radius = radius + (change if clip.action == "grows" else -change) - (0.5 if clip.relation else 0)
-    return x, y, radius
+def path(clip):
+    """How an object moves from where it stands in the middle of the clip: five numbers for `render`.
+
+    At times -0.5..0.5 it is right * time pixels to the right of there and down * time + drop * time^2 below, and its
+    radius is radius + growth * time.
+    """
+    reach = 16.0 if clip.relation else 24.0
+    change = 9.0 if clip.relation else 12.0
+    right = {"right": reach, "left": -reach}.get(clip.action, 0.0)
+    down = {"down": reach, "up": -reach}.get(clip.action, 0.0)
+    drop = 2 * reach if clip.action == "springs" else 0.0  # the parabola of what is thrown
+    growth = {"grows": change, "shrinks": -change}.get(clip.action, 0.0)
+    radius = PAIR if clip.relation else SIZES.get(clip.size, 14.0)
+    if growth and clip.relation:
+        radius -= 0.5
+    return right, down, drop, radius, growth
 
 
-def render_one(clip, time):
-    """Pixels (3, F, SIZE, SIZE) in [-1, 1] of a clip at times (F,), and the mask of its objects (1, F, SIZE, SIZE)."""
-    time = time[:, None, None]  # (F, 1, 1)
-    axis = torch.arange(SIZE, device=time.device) - (SIZE - 1) / 2
-    y, x = axis[:, None], axis  # on the screen, in pixels from its centre
-    scale = 1 - (0.6 if clip.camera == "zoom in" else 0.0) * time
-    shift = (-PAN if clip.camera == "pan left" else 0.0) * time + clip.offset
-    image = draw_scene(clip.scene, *torch.broadcast_tensors(x * scale + shift, y * scale))  # (3, F, H, W)
-    if clip.look == "neon":
-        image = image * (1 - torch.tensor(0.65))
-
-    mask = torch.zeros_like(image[:1])
-    move_x, move_y, radius = path(clip, time)
-    for object, colour, side in ((clip.object, clip.colour, -16), (clip.object2, clip.colour2, 16)):
-        if object is None:
-            continue
-        place_x = move_x + (side if clip.relation == "left" else 0.0)
-        place_y = move_y + (side if clip.relation == "above" else 0.0)
-        own_x, own_y = torch.broadcast_tensors((x - place_x) / radius, (y - place_y) / radius)
-        distance = radius * signed_distance(object, own_x, own_y)  # in pixels, (F, H, W)
-        paint = rgb(COLOURS[colour], image)
-        if clip.look == "neon":  # a glow that falls off outside the outline
-            image = mix(image, paint, 0.7 * torch.exp(-distance.clamp(min=0) / 3.5))
-        cover = (0.5 - distance / 2).clamp(0, 1)  # two pixels from outside to inside
-        image, mask = mix(image, paint, cover), torch.maximum(mask, cover)
-    if clip.look == "monochrome":
-        grey = (image * rgb((0.299, 0.587, 0.114), image)).sum(0, keepdim=True)
-        image = mix(image, grey, 1.0)
-    return (image * 2 - 1).clamp(-1, 1), mask
+def by_name(names, draw, *coordinates):
+    """draw(name, x, y) of B clips, each with a name of its own in `names`; x and y: (B, 1, F, H, W)."""
+    drawn = None
+    for name in sorted(set(names)):
+        index = torch.tensor([i for i, other in enumerate(names) if other == name], device=coordinates[0].device)
+        some = draw(name, *(x[index] for x in coordinates))
+        if drawn is None:
+            drawn = some.new_empty(len(names), *some.shape[1:])
+        drawn[index] = some
+    return drawn
 
 
 def render(clips, frame=None, device="cpu"):
     """The clips' pixels (B, 3, F, SIZE, SIZE) in [-1, 1], and masks of their objects (B, 1, F, SIZE, SIZE) in [0, 1].
 
-    F is FRAMES, or 1 for the one frame asked for.
+    F is FRAMES, or 1 for the one frame asked for. Clips are drawn together, for a GPU a thousand at once; a CPU is
+    faster with a few, which its caches hold.
     """
-    times = torch.linspace(-0.5, 0.5, FRAMES)
-    times = times if frame is None else times[frame : frame + 1]
-    videos, masks = zip(*[render_one(clip, times.to(device)) for clip in clips])
-    return torch.stack(videos), torch.stack(masks)
+    together = 8 if torch.device(device).type == "cpu" else 1024
+    parts = [render_together(clips[i : i + together], frame, device) for i in range(0, len(clips), together)]
+    videos, masks = zip(*parts)
+    return torch.cat(videos), torch.cat(masks)
+
+
+def render_together(clips, frame, device):
+    """As `render`, in one go."""
+
+    def column(values):
+        """One number a clip -> (B, 1, 1, 1, 1)."""
+        return torch.tensor(values, device=device).view(-1, 1, 1, 1, 1)
+
+    time = torch.linspace(-0.5, 0.5, FRAMES)
+    time = (time if frame is None else time[frame : frame + 1]).to(device)[:, None, None]  # (F, 1, 1)
+    x = torch.arange(SIZE, device=device) - (SIZE - 1) / 2  # on the screen, in pixels from its centre
+    y = x[:, None]
+
+    scale = 1 - column([0.6 if clip.camera == "zoom in" else 0.0 for clip in clips]) * time
+    shift = column([-PAN if clip.camera == "pan left" else 0.0 for clip in clips]) * time
+    shift = shift + column([clip.offset for clip in clips])
+    on_scene = torch.broadcast_tensors(x * scale + shift, y * scale)  # two of (B, 1, F, H, W)
+    image = by_name([clip.scene for clip in clips], draw_scene, *on_scene)  # (B, 3, F, H, W)
+    neon = column([float(clip.look == "neon") for clip in clips])
+    image = image * (1 - 0.65 * neon)
+
+    right, down, drop, radius, growth = (column(values) for values in zip(*map(path, clips)))
+    move_x, move_y, radius = right * time, down * time + drop * time**2, radius + growth * time
+    mask = torch.zeros_like(image[:, :1])
+    firsts = [(i, clip.object, clip.colour, -16.0) for i, clip in enumerate(clips)]
+    seconds = [(i, clip.object2, clip.colour2, 16.0) for i, clip in enumerate(clips) if clip.relation]
+    for objects in filter(None, (firsts, seconds)):
+        index, names, colours, sides = zip(*objects)
+        side_x = column([side if clips[i].relation == "left" else 0.0 for i, side in zip(index, sides)])
+        side_y = column([side if clips[i].relation == "above" else 0.0 for i, side in zip(index, sides)])
+        index = torch.tensor(index, device=device)
+        r = radius[index]
+        own = torch.broadcast_tensors((x - move_x[index] - side_x) / r, (y - move_y[index] - side_y) / r)
+        distance = r * by_name(names, signed_distance, *own)  # in pixels, (n, 1, F, H, W)
+        paint = rgb([COLOURS[colour] for colour in colours], image)
+        glow = 0.7 * torch.exp(-distance.clamp(min=0) / 3.5) * neon[index]  # falls off outside the outline
+        cover = (0.5 - distance / 2).clamp(0, 1)  # two pixels from outside to inside
+        image[index] = mix(mix(image[index], paint, glow), paint, cover)
+        mask[index] = torch.maximum(mask[index], cover)
+    grey = (image * rgb([(0.299, 0.587, 0.114)], image)).sum(1, keepdim=True)
+    image = mix(image, grey, column([float(clip.look == "monochrome") for clip in clips]))
+    return (image * 2 - 1).clamp(-1, 1), mask
 
 
 def render_batch(clips):

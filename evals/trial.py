@@ -1,0 +1,75 @@
+"""Does it fit, and how long will it take? Updates of Algorithm 1 at a preset's full size, with random weights.
+
+    python train.py trial --preset cogvideox-2b --rank 64 --iterations 20 --out results/trial-cogvideox-2b-rank64.json
+
+The teacher's weights, the latents and the text are random numbers of the right shapes, so nobody's file is needed; all
+else is what `train.py` does with the same flags. Under torchrun the ranks share the work as they would in training.
+"""
+
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import common
+import distributed
+from data import PRESETS as CLIPS
+from dit import PRESETS, DiT
+from evals import tables
+from evals.cost import so_far
+from nets import build
+
+CLIPS_IN_CACHE = 4  # all alike
+
+
+def write_inputs(preset, folder, device):
+    """A teacher's file and a cache of clips in `folder`, of random numbers. -> their paths."""
+    config, generator = PRESETS[preset], torch.Generator().manual_seed(0)
+    with torch.device(device):
+        model = DiT(config)
+    common.save_model(folder / "teacher.safetensors", model, torch.bfloat16, kind="teacher")
+    latents = torch.randn(config.channels, *config.latents, generator=generator).half()
+    text = torch.randn(1, config.text_length, config.text_dim, generator=generator).bfloat16()
+    cache = folder / "cache"
+    names = [f"{i}.mp4" for i in range(CLIPS_IN_CACHE)]
+    for i, name in enumerate(names):
+        about = {"class": "clip", "name": name, "caption": name, "shape": list(latents.shape)}
+        common.save_tensors(cache / f"clip-{i:06d}.safetensors", {"latents": latents, "text": text[0]}, about)
+    common.save_tensors(cache / "null.safetensors", {"text": text})
+    made = {"frames": CLIPS[preset]["frames"], "fps": CLIPS[preset]["fps"], "text": "random", "vae": "random"}
+    common.write_json(cache / "index.json", {"made": made | {"reward": None}, "names": names})
+    return folder / "teacher.safetensors", cache
+
+
+def trial(cfg, ranks):
+    """Make cfg.iterations updates as `train` would. cfg: train.py's Config; an --out of .json keeps the result.
+
+    One row: the most memory in use, in bytes of the first rank, and the median seconds of an update, without the first.
+    """
+    from train import adam, algorithm_1  # here: train.py calls this
+
+    with tempfile.TemporaryDirectory() as folder:
+        place = [folder if ranks.main else None]
+        if ranks.size > 1:
+            torch.distributed.broadcast_object_list(place)
+        if ranks.main:
+            write_inputs(cfg.preset, Path(place[0]), ranks.device)
+        distributed.any_rank(False, ranks)  # wait for it
+        files = {"teacher": str(Path(place[0]) / "teacher.safetensors"), "data": str(Path(place[0]) / "cache")}
+        run = replace(cfg, vae="", text="", sample_every=0, fake_warmup=0, **files)
+        nets = build(run, ranks)
+        optimizers = adam(nets, run.lr, run.fake_lr, run.lrm_lr, run.betas)
+        accumulate = max(1, run.global_batch // (run.batch * ranks.size))
+        seconds, begun = [], time.perf_counter()
+        for step, *_ in algorithm_1(run, ranks, nets, optimizers, accumulate):
+            seconds.append(time.perf_counter() - begun)
+            print(f"update {step + 1}: {seconds[-1]:.2f} s, at most {so_far(ranks.device) / 2**30:.2f} GiB", flush=True)
+            begun = time.perf_counter()
+    cuda = ranks.device.type == "cuda"
+    row = {"preset": cfg.preset, "rank": cfg.rank, "ranks": ranks.size, "updates": len(seconds)}
+    row |= {"device": torch.cuda.get_device_name() if cuda else "CPU", "peak": so_far(ranks.device)}
+    row |= {"seconds": statistics.median(seconds[1:] or seconds), "all_seconds": seconds}
+    return tables.save(cfg, "trial", rows=[row]) if ranks.main else None
