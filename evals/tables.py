@@ -144,6 +144,16 @@ def _sharding(results):
     return header, lines
 
 
+def _trial(results):
+    """Peak memory and time of an update, on random weights."""
+    lines = []
+    for row in _rows(results):
+        label = row["preset"] + (f", rank {row['rank']}" if row["rank"] else "")
+        peak, seconds = f"{row['peak'] / 2**30:.2f}", f"{row['seconds']:.1f}"
+        lines.append([label, f"{row['ranks']} x {row['device']}", row["updates"], peak, seconds])
+    return ["", "on", "updates", "peak, GiB", "seconds an update (median)"], lines
+
+
 PAPER = {  # Tables 1 and 10: forward at 128 frames, backward at so many; in bytes
     "image LRM": (8.998e6, {128: 17.772e6}),
     "text-image LRM": (15.5e6, {128: 26.277e6}),
@@ -194,7 +204,7 @@ def _vbench(results):
 TABLES = {
     "world": _world, "main": _main, "compared": _compared, "dimensions": _dimensions,
     "time": _time, "memory": _memory, "reward_memory": _reward_memory,
-    "sharding": _sharding, "vendi": _vendi, "votes": _votes, "vbench": _vbench,
+    "sharding": _sharding, "trial": _trial, "vendi": _vendi, "votes": _votes, "vbench": _vbench,
 }  # fmt: skip
 
 
