@@ -75,7 +75,7 @@ def test_springing_goes_up_to_the_centre_and_falls_back():
     """As what is thrown: one height at either end, the velocity changed by the same amount in every frame."""
     right, down, drop, _, growth = shapes.path(plain(action="springs", object="star"))
     time = torch.linspace(-0.5, 0.5, 16)
-    y = down * time + drop * time**2
+    y = down * time + 2 * drop * time**2
     torch.testing.assert_close(y, y.flip(0))
     torch.testing.assert_close(y.diff().diff(), torch.full((14,), 2 * 48 / 15**2), atol=1e-4, rtol=0)
     assert y[0] == 12 and y.min() > 0 and right == growth == 0

@@ -232,14 +232,14 @@ def mix(low, high, amount):
 def path(clip):
     """How an object moves from where it stands in the middle of the clip: five numbers for `render`.
 
-    At times -0.5..0.5 it is right * time pixels to the right of there and down * time + drop * time^2 below, and its
+    At times -0.5..0.5 it is right * time pixels to the right of there and down * time + 2 drop * time^2 below, and its
     radius is radius + growth * time.
     """
     reach = 16.0 if clip.relation else 24.0
     change = 9.0 if clip.relation else 12.0
     right = {"right": reach, "left": -reach}.get(clip.action, 0.0)
     down = {"down": reach, "up": -reach}.get(clip.action, 0.0)
-    drop = 2 * reach if clip.action == "springs" else 0.0  # the parabola of what is thrown
+    drop = reach if clip.action == "springs" else 0.0  # the parabola of what is thrown
     growth = {"grows": change, "shrinks": -change}.get(clip.action, 0.0)
     radius = PAIR if clip.relation else SIZES.get(clip.size, 14.0)
     if growth and clip.relation:
@@ -292,7 +292,7 @@ def render_together(clips, frame, device):
     image = image * (1 - 0.65 * neon)
 
     right, down, drop, radius, growth = (column(values) for values in zip(*map(path, clips)))
-    move_x, move_y, radius = right * time, down * time + drop * time**2, radius + growth * time
+    move_x, move_y, radius = right * time, down * time + 2 * time * (drop * time), radius + growth * time
     mask = torch.zeros_like(image[:, :1])
     firsts = [(i, clip.object, clip.colour, -16.0) for i, clip in enumerate(clips)]
     seconds = [(i, clip.object2, clip.colour2, 16.0) for i, clip in enumerate(clips) if clip.relation]
