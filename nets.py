@@ -7,6 +7,7 @@ the teacher. What all this will hold in memory is said before it is held, so tha
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -83,14 +84,22 @@ class CachedText:
         return torch.stack([self.known[prompt] for prompt in prompts])
 
 
+@dataclass
+class Source:
+    """Where a network's weights come from: a file of ours, or a CogVideoX folder."""
+
+    name: str  # as the user named it
+    config: DiT.Config
+    tensors: Callable  # () -> a file, or pairs (name, tensor), for distributed.load_sharded; read anew by each network
+    about: dict  # what it says of itself
+
+
 def check(cfg, ranks):
     """What can be wrong with a command before anything is read. cfg: train.py's Config."""
     common.check_flags(cfg)
-    least, largest = cfg.t_range if len(cfg.t_range) == 2 else (0, -1)
     learns = cfg.beta_vsd or cfg.beta_cd or cfg.reward != "none"
     for wrong, what in (
         (cfg.m >= len(GRID), f"--m: at most {len(GRID) - 1}, the steps of CD's grid"),
-        (not 0 <= least <= largest <= 999, "--t-range: two steps, 0 <= least <= largest <= 999"),
         (len(cfg.betas) != 2, "--betas: two numbers"),
         (cfg.global_batch % (cfg.batch * ranks.size), "--global-batch is no multiple of --batch times the ranks"),
         (cfg.reward_samples % cfg.reward_repeats, "--reward-samples: a multiple of --reward-repeats"),
@@ -98,6 +107,16 @@ def check(cfg, ranks):
     ):
         if wrong:
             raise UserError(what)
+    needed = ["data", "teacher"]
+    needed += [] if is_cache(cfg.data) else ["vae", "text"]
+    needed += ["vae"] if cfg.reward != "none" else []
+    for name in needed:
+        if not getattr(cfg, name):
+            raise UserError(f"--{name} is needed: the preset {cfg.preset} has no {name} of its own")
+
+
+def is_cache(data):
+    return (Path(data) / "index.json").exists()
 
 
 def build(cfg, ranks) -> Nets:
@@ -107,154 +126,194 @@ def build(cfg, ranks) -> Nets:
     compared with the cache's own. Raises UserError for what is missing or does not fit.
     """
     check(cfg, ranks)
-    cached = (Path(cfg.data) / "index.json").exists()
-    for name in ("data", "teacher", *(() if cached else ("vae", "text")), *(("vae",) if cfg.reward != "none" else ())):
-        if not getattr(cfg, name):
-            raise UserError(f"--{name} is needed: the preset {cfg.preset} has no {name} of its own")
-    if folder := Path(cfg.teacher).is_dir():
-        place = below(cfg.teacher, "transformer")  # read anew by each network: no rank holds a whole one
-        config, texts, said = read_dit_config(place), {}, read_dit_about(place)
-        w = 5.0  # published weights are made for a guidance scale of 6
-        weights = lambda: read_dit_weights(place, config)
+    teacher = read_teacher(cfg)
+    student = read_student(cfg, teacher)
+    vae = load_vae(cfg.vae) if cfg.vae else None
+    if vae and vae.config.latent_channels != teacher.config.channels:
+        there = vae.config.latent_channels
+        raise UserError(f"{cfg.vae} makes {there} latent channels, {cfg.teacher} takes {teacher.config.channels}")
+    data, encoder = read_data(cfg, ranks, teacher.config, vae)
+    check_text(cfg, encoder, teacher, student)
+    cached = isinstance(data, LatentCache)
+    latents = max(data.shapes, key=math.prod)[1:] if cached else SIZES[cfg.preset].latents  # (T, h, w)
+    if ranks.main:
+        print(memory(cfg, student.config, ranks, latents))
+
+    teacher_net, student_net, ema, fake, frozen = networks(cfg, ranks, teacher, student)
+    about = {"kind": "student", "w": teacher.about["w"], "timesteps": timesteps(cfg.steps)}
+    about |= {"fps": data.made["fps"] if cached else CLIPS[cfg.preset]["fps"], "transition": cfg.transition}
+    about |= {"latents": list(latents), "text_fingerprint": encoder.fingerprint}
+    about |= {"rank": cfg.rank} if cfg.rank else {}
+    if "weights_dtype" in teacher.about:
+        about["weights_dtype"] = teacher.about["weights_dtype"]
+    if vae and cached and not cfg.sample_every and cfg.reward == "none":
+        vae = None  # nothing is decoded
+    if vae:
+        vae = vae.to(ranks.device, memory_format=torch.channels_last_3d).eval().requires_grad_(False)
+    latent_reward = buffer = judge = None
+    if cfg.reward != "none":
+        latent_reward, buffer = make_latent_reward(cfg, ranks, data, encoder, teacher.config, latents)
+    if cfg.data == "shapes" and (file := Path(cfg.vae).parent / "judge.safetensors").exists():
+        judge = common.load_model(file, Judge, ranks.device)[0]
+    if cached:
+        prompts = [prompt for prompt in encoder.known if prompt]
     else:
-        said = common.read_metadata(cfg.teacher, "DiT")
-        config, w, weights = DiT.Config(**said["config"]), said.get("w", 2.0), lambda: cfg.teacher
-        texts = {cfg.teacher: said.get("text_fingerprint")}
-    if said.get("kind", "teacher") != "teacher":
-        raise UserError(f"--teacher {cfg.teacher} says that it is a {said['kind']}: name the teacher it was made from")
+        prompts = held_out_prompts(max(JUDGED, cfg.reward_samples)) if cfg.text == "words" else PROMPTS
+    return Nets(
+        teacher_net, student_net, fake, ema, vae, encoder, data, about, ranks.device, prompts, judge,
+        latent_reward and latent_reward.lrm, latent_reward, buffer, frozen, cfg.precision,
+    )  # fmt: skip
+
+
+def read_teacher(cfg) -> Source:
+    """What --teacher names; `about` has the w of its guidance. Raises UserError for what does not fit the preset."""
+    if Path(cfg.teacher).is_dir():
+        place = below(cfg.teacher, "transformer")
+        config, about = read_dit_config(place), read_dit_about(place)
+
+        def tensors():
+            return read_dit_weights(place, config)
+
+        # published weights are made for a guidance scale of 6
+        about |= {"w": 5.0, "weights_dtype": str(next(tensors())[1].dtype)}
+    else:
+        about = common.read_metadata(cfg.teacher, "DiT")
+        config, about["w"] = DiT.Config(**about["config"]), about.get("w", 2.0)
+
+        def tensors():
+            return cfg.teacher
+
+    if about.get("kind", "teacher") != "teacher":
+        raise UserError(f"--teacher {cfg.teacher} says that it is a {about['kind']}: name the teacher it was made from")
     for name in ("channels", "rotary"):
         there, here = getattr(config, name), getattr(SIZES[cfg.preset], name)
         if there != here:
             raise UserError(f"{cfg.teacher} has {name} = {there}, --preset {cfg.preset} {here}: choose its own preset")
-    own, begin = replace(config, prediction=cfg.prediction or config.prediction), weights
-    if cfg.student:
-        said, begin = common.read_metadata(cfg.student, "Adapted" if cfg.rank else "DiT"), lambda: cfg.student
-        own, texts[cfg.student] = DiT.Config(**said["config"]), said.get("text_fingerprint")
-        if replace(own, prediction=config.prediction) != config:
-            raise UserError(f"{cfg.student} is of another size or schedule than its teacher {cfg.teacher}")
-        if said.get("kind") != "student":
-            raise UserError(f"--student {cfg.student} is no student's file but a {said.get('kind', 'unknown')}'s")
-        if said.get("rank", 0) != cfg.rank and own == config:
-            raise UserError(f"{cfg.student} has adapters of rank {said.get('rank')}: say --rank {said.get('rank')}")
-        if (said.get("timesteps"), own.prediction) != (timesteps(cfg.steps), cfg.prediction or own.prediction):
-            want = f"--steps {len(said.get('timesteps') or [])} --prediction {own.prediction}"
-            raise UserError(f"{cfg.student} was made with {want}: say so")
-    if cfg.rank and own.prediction != config.prediction:
-        raise UserError("--rank keeps the teacher's last layer, hence its prediction: leave out --prediction")
-    if own.prediction == "epsilon" and Schedule(config.schedule, config.snr_shift).a[-1] == 0:
-        raise UserError("--prediction epsilon cannot start from pure noise, where this teacher's schedule starts")
+    return Source(cfg.teacher, config, tensors, about)
 
-    vae = load_vae(cfg.vae) if cfg.vae else None
-    if vae and vae.config.latent_channels != config.channels:
-        there = vae.config.latent_channels
-        raise UserError(f"{cfg.vae} makes {there} latent channels, {cfg.teacher} takes {config.channels}")
-    encoder = None
+
+def read_student(cfg, teacher) -> Source:
+    """What the student begins as: the teacher, or what --student names. Raises UserError for what does not fit."""
+    config = replace(teacher.config, prediction=cfg.prediction or teacher.config.prediction)
+    if cfg.student:
+        about = common.read_metadata(cfg.student, "Adapted" if cfg.rank else "DiT")
+        config = DiT.Config(**about["config"])
+        if replace(config, prediction=teacher.config.prediction) != teacher.config:
+            raise UserError(f"{cfg.student} is of another size or schedule than its teacher {cfg.teacher}")
+        if about.get("kind") != "student":
+            raise UserError(f"--student {cfg.student} is no student's file but a {about.get('kind', 'unknown')}'s")
+        if about.get("rank", 0) != cfg.rank and config == teacher.config:
+            raise UserError(f"{cfg.student} has adapters of rank {about.get('rank')}: say --rank {about.get('rank')}")
+        if (about.get("timesteps"), config.prediction) != (timesteps(cfg.steps), cfg.prediction or config.prediction):
+            want = f"--steps {len(about.get('timesteps') or [])} --prediction {config.prediction}"
+            raise UserError(f"{cfg.student} was made with {want}: say so")
+    if cfg.rank and config.prediction != teacher.config.prediction:
+        raise UserError("--rank keeps the teacher's last layer, hence its prediction: leave out --prediction")
+    if config.prediction == "epsilon" and Schedule(config.schedule, config.snr_shift).a[-1] == 0:
+        raise UserError("--prediction epsilon cannot start from pure noise, where this teacher's schedule starts")
+    return Source(cfg.student, config, lambda: cfg.student, about) if cfg.student else replace(teacher, config=config)
+
+
+def read_data(cfg, ranks, config, vae):
+    """D of Algorithm 1, and the text encoder. config: the teacher's. Raises UserError for what does not fit it."""
+    cached, encoder = is_cache(cfg.data), None
     if cfg.text == "words" or (cfg.text and (ranks.main or not cached)):
         where = "cpu" if cached else ranks.device
         encoder = load_encoder(cfg.text, config.text_dim, config.text_length, where, cfg.precision)
-    latents, fps = SIZES[cfg.preset].latents, CLIPS[cfg.preset]["fps"]
-    prompts = held_out_prompts(max(JUDGED, cfg.reward_samples)) if cfg.text == "words" else PROMPTS
     if cached:
         used = {"vae": vae and fingerprint(vae), "text": encoder and encoder.fingerprint}
         data = LatentCache(cfg.data, **{name: value for name, value in used.items() if value})
-        if any(s[0] != config.channels or s[2] % config.patch or s[3] % config.patch for s in data.shapes):
-            raise UserError(f"{cfg.data} holds latents {data.shapes[0]} (C, T, H, W) that {cfg.teacher} does not take")
+        check_cache(cfg, data, config)
         if ranks.main:
             report(cfg.data, data.sizes, data.left_out)
-        here = {"reward_frames": cfg.reward_frames, "reward_weights": Path(cfg.reward_weights or "").name}
-        for key, value in ({"reward": cfg.reward} | here).items() if cfg.reward != "none" else ():
-            if data.made["reward"] and (there := data.made.get(key)) != value:
-                raise UserError(f"{cfg.data} keeps the {key.replace('_', ' ')} {there}, not {value}: make a new cache")
-        vae = vae if cfg.sample_every or cfg.reward != "none" else None
-        encoder, latents, fps = CachedText(data), max(data.shapes, key=math.prod)[1:], data.made["fps"]
-        prompts = [prompt for prompt in encoder.known if prompt]
-    elif cfg.data == "shapes":
-        data = Shapes(cfg.seed)
-    else:
-        size = CLIPS[cfg.preset]
-        size, share = [size[key] for key in ("frames", "height", "width", "fps")], lambda mine: every(mine, ranks)
-        data = Folder(cfg.data, *size, cfg.seed, cfg.caption_column, READERS, ranks.rank, ranks.size, share)
-    if (width := encoder.encode([""]).shape[2]) != config.text_dim:
-        raise UserError(f"the text of {cfg.text or cfg.data} is {width} wide, {cfg.teacher} takes {config.text_dim}")
-    for file, known in texts.items():
-        if known not in (None, encoder.fingerprint):
-            raise UserError(f"{file} was trained with another text encoder than {cfg.text or cfg.data}")
-    if ranks.main:
-        print(memory(cfg, own, ranks, latents))
-
-    teacher, student, ema, fake, frozen = networks(cfg, ranks, config, weights, own, begin)
-    about = {"kind": "student", "w": w, "fps": fps, "timesteps": timesteps(cfg.steps), "transition": cfg.transition}
-    about |= {"latents": list(latents), "text_fingerprint": encoder.fingerprint}
-    about |= {"rank": cfg.rank} if cfg.rank else {}
-    if folder:
-        about["weights_dtype"] = str(next(weights())[1].dtype)
-    if vae:
-        vae = vae.to(ranks.device, memory_format=torch.channels_last_3d).eval().requires_grad_(False)
-    lrm = latent_reward = buffer = judge = None
-    if cfg.reward != "none":
-        reward = rewards.make(cfg.reward, cfg.reward_weights, cfg.reward_frames, ranks.device)
-        reward.check(data.sizes)
-        parts = reward.has_parts if cfg.lrm_labels is None else cfg.lrm_labels == "parts"
-        if parts and not reward.has_parts:
-            raise UserError(f"{cfg.reward} is not made of parts: --lrm-labels scalar")
-        make = lrms.TextVideoLRM if reward.text and not parts else lrms.VideoLRM
-        sizes = {"channels": config.channels, "backbone": cfg.lrm_backbone}
-        if parts:
-            moves = any(part.size for part in reward.each_reward)  # it sees motion, in clips of one length
-            sizes |= {"outputs": reward.size_of_parts, "stride": 1 if min(latents[1:]) < 24 else 4}
-            sizes |= {"apart": latents[0] if moves and cfg.lrm_backbone == "frames" else 0}
-        elif reward.text:
-            sizes["text_dim"] = config.text_dim
-        lrm, moments = make(seed=cfg.seed, **sizes).to(ranks.device), rewards.Moments(reward.weights)
-        latent_reward = lrms.LatentReward(lrm, reward, moments, parts)
-        text = tuple(encoder.encode([""]).shape[1:]) if latent_reward.reads_text else (0, 0)
-        kept = min(KEPT, KEPT_BYTES // (2 * config.channels * math.prod(latents)))
-        labels = reward.size_of_parts if parts else len(reward.weights)
-        buffer = lrms.Buffer(kept, (config.channels, *latents), labels, text)
-    if cfg.data == "shapes" and (file := Path(cfg.vae).parent / "judge.safetensors").exists():
-        judge = common.load_model(file, Judge, ranks.device)[0]
-    rest = {"judge": judge, "lrm": lrm, "latent_reward": latent_reward, "buffer": buffer, "frozen": frozen}
-    rest["precision"] = cfg.precision
-    return Nets(teacher, student, fake, ema, vae, encoder, data, about, ranks.device, prompts, **rest)
+        return data, CachedText(data)
+    if cfg.data == "shapes":
+        return Shapes(cfg.seed), encoder
+    size = [CLIPS[cfg.preset][key] for key in ("frames", "height", "width", "fps")]
+    share = lambda mine: every(mine, ranks)
+    return Folder(cfg.data, *size, cfg.seed, "text", READERS, ranks.rank, ranks.size, share), encoder
 
 
-def networks(cfg, ranks, config, weights, own, begin):
+def check_cache(cfg, data, config):
+    """UserError for a cache of latents that the network does not take, or of rewards other than --reward's."""
+    if any(s[0] != config.channels or s[2] % config.patch or s[3] % config.patch for s in data.shapes):
+        raise UserError(f"{cfg.data} holds latents {data.shapes[0]} (C, T, H, W) that {cfg.teacher} does not take")
+    if cfg.reward == "none" or not data.made["reward"]:
+        return
+    here = {"reward": cfg.reward, "reward_frames": cfg.reward_frames}
+    for key, value in (here | {"reward_weights": Path(cfg.reward_weights or "").name}).items():
+        if (there := data.made.get(key)) != value:
+            raise UserError(f"{cfg.data} keeps the {key.replace('_', ' ')} {there}, not {value}: make a new cache")
+
+
+def check_text(cfg, encoder, *sources):
+    """UserError for another text encoder than the weights were trained with."""
+    for source in sources:
+        if (width := encoder.encode([""]).shape[2]) != source.config.text_dim:
+            there = f"{source.name} takes {source.config.text_dim}"
+            raise UserError(f"the text of {cfg.text or cfg.data} is {width} wide, {there}")
+        if source.about.get("text_fingerprint", encoder.fingerprint) != encoder.fingerprint:
+            raise UserError(f"{source.name} was trained with another text encoder than {cfg.text or cfg.data}")
+
+
+def make_latent_reward(cfg, ranks, data, encoder, config, latents):
+    """The LRM of --reward, and the buffer of what it learns from. config: the teacher's; latents: (T, h, w)."""
+    reward = rewards.make(cfg.reward, cfg.reward_weights, cfg.reward_frames, ranks.device)
+    reward.check(data.sizes)
+    parts = reward.has_parts if cfg.lrm_labels is None else cfg.lrm_labels == "parts"
+    if parts and not reward.has_parts:
+        raise UserError(f"{cfg.reward} is not made of parts: --lrm-labels scalar")
+    kind, sizes = lrms.VideoLRM, {"channels": config.channels, "backbone": cfg.lrm_backbone}
+    if parts:
+        moves = any(part.size for part in reward.each_reward)  # it sees motion, in clips of one length
+        sizes |= {"outputs": reward.size_of_parts, "stride": 1 if min(latents[1:]) < 24 else 4}
+        sizes |= {"apart": latents[0] if moves and cfg.lrm_backbone == "frames" else 0}
+    elif reward.text:
+        kind, sizes = lrms.TextVideoLRM, sizes | {"text_dim": config.text_dim}
+    lrm = kind(seed=cfg.seed, **sizes).to(ranks.device)
+    latent_reward = lrms.LatentReward(lrm, reward, rewards.Moments(reward.weights), parts)
+    text = tuple(encoder.encode([""]).shape[1:]) if latent_reward.reads_text else (0, 0)
+    kept = min(KEPT, KEPT_BYTES // (2 * config.channels * math.prod(latents)))
+    labels = reward.size_of_parts if parts else len(reward.weights)
+    return latent_reward, lrms.Buffer(kept, (config.channels, *latents), labels, text)
+
+
+def networks(cfg, ranks, teacher, student):
     """Teacher, student, its average, fake score (None without VSD), and the student as it begins (None without KL).
 
-    config, weights: the teacher's DiTConfig and what gives its tensors; own, begin: those of the student as it begins.
-    With --rank all but the teacher are adapters on the teacher's weights, of which there is one copy.
+    teacher, student: their Sources. With --rank all but the teacher are adapters on the teacher's weights, of which
+    there is one copy.
     """
     half = ranks.device.type == "cuda" and common.uses_bfloat16(cfg.precision, ranks.device)
     dtype = torch.bfloat16 if half else None
 
-    def full(trainable, config=config, weights=weights):
+    def full(trainable, source):
         with torch.device("meta"):
-            model = DiT(config)
+            model = DiT(source.config)
         model.checkpoint_activations = cfg.checkpoint_activations and (trainable or cfg.rank > 0)
         model = distributed.shard(model, ranks, cfg.shard, dtype, cfg.cpu_offload, trainable)
-        return distributed.load_sharded(model, weights())
+        return distributed.load_sharded(model, source.tensors())
 
-    def adapted(trainable, begin=None):
+    def adapted(trainable, source):
         with torch.device("meta"):
-            model = Adapted(teacher, cfg.rank)
+            model = Adapted(base, cfg.rank)
         model = distributed.shard(model, ranks, cfg.shard, dtype, cfg.cpu_offload, trainable)
-        return distributed.load_sharded(model, begin()) if begin else distributed.materialise(model, ranks, cfg.seed)
+        if source.name == cfg.student:
+            return distributed.load_sharded(model, source.tensors())
+        return distributed.materialise(model, ranks, cfg.seed)
 
-    teacher = full(False)
-    if cfg.rank:
-        students = lambda trainable: adapted(trainable, begin if cfg.student else None)
-        fakes = adapted
-    else:
-        students, fakes = lambda trainable: full(trainable, own, begin), full
-    student, ema = students(True), students(True).requires_grad_(False)
-    if not cfg.student and {own.prediction, config.prediction} == {"conjugate", "velocity"}:
-        for p in (*student.out.parameters(), *ema.out.parameters()):  # x_0 - eps and a eps - b x_0: nearly opposites
+    base = full(False, teacher)
+    network = adapted if cfg.rank else full
+    own, average = network(True, student), network(True, student).requires_grad_(False)
+    if not cfg.student and {student.config.prediction, teacher.config.prediction} == {"conjugate", "velocity"}:
+        for p in (*own.out.parameters(), *average.out.parameters()):  # x_0 - eps and a eps - b x_0: nearly opposites
             distributed.local(p).data.neg_()
-    fake = fakes(True) if cfg.beta_vsd else None  # a diffusion model of the teacher's kind, whatever ours predicts
+    # a diffusion model of the teacher's kind, whatever the student predicts
+    fake = network(True, teacher) if cfg.beta_vsd else None
     frozen = None
     if cfg.beta_kl:
-        frozen = students(False) if cfg.student else teacher
-    return teacher, student, ema, fake, frozen
+        frozen = network(False, student) if cfg.student else base
+    return base, own, average, fake, frozen
 
 
 def held(cfg, config, shards, latents, half=True):

@@ -42,12 +42,15 @@ from nets import build, memory_table
 from rewards import Moments
 from schedule import denoise, simulate, timesteps
 
+T_RANGE = (20, 980)  # the noise steps of VSD: 0.02 T to 0.98 T (section 3.3)
+CLIP = 1.0  # the largest gradient norm; a larger gradient is scaled down to it
+LRM_LR = 1e-3  # the learning rate of the latent reward model
+
 
 @dataclass
 class Config(Machine):
     preset: str = opt("shapes", "The ranks whose values are the defaults.")
     data: str = opt("shapes", "The clips: shapes (rendered), a folder of captioned films, or a cache made by data.py.")
-    caption_column: str = opt("text", "The column of captions in a folder's metadata.jsonl, .csv or .parquet.")
     teacher: str = opt("weights/teacher.safetensors", "The teacher: a .safetensors file or a CogVideoX folder.")
     vae: str = opt(
         "weights/vae.safetensors", "Its VAE: a file or a CogVideoX folder. A cache asks for it with a reward."
@@ -75,13 +78,10 @@ class Config(Machine):
     ema: float = opt(0.999, "The decay of the student's average, which is what is exported. 0: the student itself.")
     lr: float = opt(2e-5, "The learning rate of the student (AdamW).")
     fake_lr: float = opt(2e-5, "The learning rate of the fake score.")
-    lrm_lr: float = opt(1e-3, "The learning rate of the latent reward model.")
     betas: tuple[float, ...] = opt((0.9, 0.999), "AdamW's two betas, for student and fake score.")
-    clip: float = opt(1.0, "The largest gradient norm. A larger gradient is scaled down to it.")
     # VSD
     w_vsd: float = opt(3.5, "The guidance of the real score (Eq. 9). Elsewhere guidance_scale = 1 + w.")
     vsd_weight: Literal["dmd", "score"] = opt("dmd", "The gradient's weight: normalised by sample, or the KL's own.")
-    t_range: tuple[int, ...] = opt((20, 980), "The least and the largest noise step of VSD.")
     fake_updates: int = opt(5, "The number of fake-score updates a generator update.")
     fake_warmup: int | None = opt(
         None,
@@ -156,7 +156,7 @@ def algorithm_1(cfg, ranks, nets, optimizers, accumulate=1, first=0):
 
 def generator_step(
     nets, ranks, optimizers, batches, step, *, steps, generator_input, transition, beta_vsd, beta_cd, beta_ft, beta_kl,
-    ft_share, w_vsd, vsd_weight, t_range, fake_warmup, w_cd, m, cd_target, cd_loss, lrm_warmup, clip, ema,
+    ft_share, w_vsd, vsd_weight, fake_warmup, w_cd, m, cd_target, cd_loss, lrm_warmup, ema,
 ):  # fmt: skip
     """Lines 7-11 and 18-19: one descent of theta on beta_vsd VSD + beta_cd CD + beta_ft FT (Eq. 16), and its average.
 
@@ -177,7 +177,7 @@ def generator_step(
             if beta_vsd and step >= fake_warmup:  # 10: Eq. 10-13
                 real = denoiser(nets.teacher, schedule, text, w_vsd, nets.null)
                 fake = denoiser(nets.fake, schedule, text)
-                t_vsd = batch.integers(*t_range, "t")
+                t_vsd = batch.integers(*T_RANGE, "t")
                 vsd, info = vsd_loss(x_hat, real, fake, schedule, t_vsd, batch.noise("vsd"), vsd_weight)
                 losses["vsd"] = beta_vsd * vsd
             if beta_cd:  # 9-10: Eq. 6-7
@@ -198,13 +198,13 @@ def generator_step(
             info["dropped"] = info["dropped"] / len(x)  # the share of samples left out
         parts.append({name: value.item() for name, value in (losses | info).items()})
     numbers = mean_of(parts)
-    norm = gradient_descent(nets.student, optimizers["student"], clip, ranks, finite(numbers))  # 11, 19
+    norm = gradient_descent(nets.student, optimizers["student"], CLIP, ranks, finite(numbers))  # 11, 19
     if math.isfinite(norm):
         average(nets.ema, nets.student, ema)
     return x_hats, numbers | {"grad_norm": norm}
 
 
-def fake_score_step(nets, ranks, optimizers, batches, x_hats, j, *, steps, generator_input, transition, clip):
+def fake_score_step(nets, ranks, optimizers, batches, x_hats, j, *, steps, generator_input, transition):
     """Lines 12-14: the fake score learns to denoise what the student makes, from every step and without guidance.
 
     Section 4.1 has five of these for one of the student's. The first (j = 0) takes the generator's own samples x_hats,
@@ -223,10 +223,10 @@ def fake_score_step(nets, ranks, optimizers, batches, x_hats, j, *, steps, gener
         (loss / len(batches)).backward()
         parts.append({"fake": loss.item()})
     numbers = mean_of(parts)
-    return numbers | {"fake_norm": gradient_descent(nets.fake, optimizers["fake"], clip, ranks, finite(numbers))}  # 14
+    return numbers | {"fake_norm": gradient_descent(nets.fake, optimizers["fake"], CLIP, ranks, finite(numbers))}  # 14
 
 
-def lrm_step(nets, ranks, optimizers, batches, x_hats, *, lrm_updates, clip):
+def lrm_step(nets, ranks, optimizers, batches, x_hats, *, lrm_updates):
     """Lines 15-17: the latent reward model learns the true reward of decoded latents, real and generated (Eq. 14).
 
     Labels cost a decoding, so each is used again: of `lrm_updates` descents the first takes the fresh samples, the
@@ -250,7 +250,7 @@ def lrm_step(nets, ranks, optimizers, batches, x_hats, *, lrm_updates, clip):
             (loss / len(batches)).backward()
             parts.append({"lrm": loss.item()})
         parts = mean_of(parts)
-        norm = gradient_descent(nets.lrm, optimizers["lrm"], clip, ranks, finite(parts))  # 17
+        norm = gradient_descent(nets.lrm, optimizers["lrm"], CLIP, ranks, finite(parts))  # 17
         numbers.append(parts | {"lrm_norm": norm})
     return numbers[0] | mean_of(rewards), scored
 
@@ -388,7 +388,7 @@ def train(cfg: Config, ranks) -> None:
     if cfg.fake_warmup is None:
         cfg = replace(cfg, fake_warmup=20 if cfg.student else 0)
     nets, out = build(cfg, ranks), Path(cfg.out)
-    optimizers = adam(nets, cfg.lr, cfg.fake_lr, cfg.lrm_lr, cfg.betas)
+    optimizers = adam(nets, cfg.lr, cfg.fake_lr, cfg.betas)
     forward = cfg.batch * ranks.size  # clips
     accumulate = cfg.global_batch // forward if cfg.global_batch else 7 if nets.lrm and forward < 16 else 1
     going_on = cfg.resume or distributed.restarted(ranks)
@@ -463,11 +463,11 @@ def train(cfg: Config, ranks) -> None:
         tables.save(replace(cfg, out=str(out / "compare.json")), "compared", rows=rows)
 
 
-def adam(nets, lr, fake_lr, lrm_lr, betas):
+def adam(nets, lr, fake_lr, betas):
     """An optimizer for each network that learns; fused where it can be: for sharded parameters all else is slow."""
     fused = nets.device.type in ("cpu", "cuda")
     make = lambda name, lr, *betas: torch.optim.AdamW(nets.modules[name].parameters(), lr, *betas, fused=fused)
-    flags = {"student": (lr, betas), "fake": (fake_lr, betas), "lrm": (lrm_lr,)}
+    flags = {"student": (lr, betas), "fake": (fake_lr, betas), "lrm": (LRM_LR,)}
     return {name: make(name, *values) for name, values in flags.items() if name in nets.modules}
 
 

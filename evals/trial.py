@@ -61,7 +61,7 @@ def trial(cfg, ranks):
         files = {"teacher": str(Path(place[0]) / "teacher.safetensors"), "data": str(Path(place[0]) / "cache")}
         run = replace(cfg, vae="", text="", sample_every=0, fake_warmup=0, **files)
         nets = build(run, ranks)
-        optimizers = adam(nets, run.lr, run.fake_lr, run.lrm_lr, run.betas)
+        optimizers = adam(nets, run.lr, run.fake_lr, run.betas)
         accumulate = max(1, run.global_batch // (run.batch * ranks.size))
         seconds, begun = [], time.perf_counter()
         for step, *_ in algorithm_1(run, ranks, nets, optimizers, accumulate):

@@ -92,7 +92,7 @@ def test_a_run_has_one_base_and_adapters_for_every_role(tiny, tmp_path):
     assert all(count(getattr(made, name)) == depth * 4 * 18 * width for name in ROLES)  # 4 of 2 width, 2 of 5
     held = {p.data_ptr() for name in ROLES for p in getattr(made, name).parameters()}
     assert len(held) == 3 * depth * 2 * len(MAPS)  # no tensor serves two roles
-    learning = train.adam(made, 1e-3, 1e-3, 1e-3, cfg.betas)
+    learning = train.adam(made, 1e-3, 1e-3, cfg.betas)
     assert learning.keys() == {"student", "fake"}
     ours = {name: {id(p) for group in o.param_groups for p in group["params"]} for name, o in learning.items()}
     assert ours["student"].isdisjoint(ours["fake"]) and len(ours["fake"]) == depth * 2 * len(MAPS)

@@ -168,7 +168,7 @@ def test_a_cache_spares_vae_and_text_encoder_and_a_student_may_predict_otherwise
     assert held.student.config.prediction == held.ema.config.prediction == "conjugate"
     assert held.schedule.a[-1] == 0 and held.prompts and "a grey square" not in held.prompts  # the image's caption
     torch.testing.assert_close(held.null, data.LatentCache(cache).null)
-    optimizers = train.adam(held, 1e-4, 1e-4, 1e-3, (0.9, 0.999))
+    optimizers = train.adam(held, 1e-4, 1e-4, (0.9, 0.999))
     _, numbers, made, _ = next(train.algorithm_1(cfg, WORLD, held, optimizers))
     assert made and all(math.isfinite(x) for x in numbers.values())
 
@@ -270,7 +270,7 @@ def test_an_iteration_at_full_scale(preset, monkeypatch):
     networks, stub = [network(name) for name in ("teacher", "student", "fake", "ema")], Stub(config)
     held = nets.Nets(*networks, None, stub, stub, {}, META.device, [])
     held.teacher.requires_grad_(False), held.ema.requires_grad_(False)
-    optimizers = train.adam(held, 1e-4, 1e-4, 1e-3, (0.9, 0.999))
+    optimizers = train.adam(held, 1e-4, 1e-4, (0.9, 0.999))
     _, numbers, made, _ = next(train.algorithm_1(cfg, META, held, optimizers))
     assert made and numbers.keys() == {"score_gap", "dropped", "vsd", "cd", "grad_norm", "fake", "fake_norm"}
     assert calls["teacher"] == 1 + 1 and calls["ema"] == 1 and calls["student"] >= 1 + 1 + 1 and calls["fake"] == 1 + 2

@@ -22,7 +22,7 @@ from schedule import guide, timesteps
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 CHANGES = {"batch": 2, "global_batch": 4, "iterations": 8, "fake_updates": 3, "m": 2, "w_vsd": 2.0, "w_cd": 5.0}
-CHANGES |= {"beta_vsd": 0.5, "beta_cd": 0.25, "beta_ft": 2.0, "ema": 0.9, "clip": 1e9, "t_range": (30, 700)}
+CHANGES |= {"beta_vsd": 0.5, "beta_cd": 0.25, "beta_ft": 2.0, "ema": 0.9}
 CHANGES |= {
     "ft_share": 0.0,
     "fake_warmup": 0,
@@ -30,7 +30,6 @@ CHANGES |= {
     "lrm_updates": 1,
     "lr": 1e-3,
     "fake_lr": 2e-3,
-    "lrm_lr": 4e-3,
 }
 KEYS = ((0, 1), (1, 0))  # another step, another seed
 SLOPES = {"vsd": 1.0, "cd": 16.0, "ft": 256.0, "fake": 1.0, "lrm": 1.0}  # of the losses, in a parameter of a network
@@ -119,10 +118,11 @@ def record(tiny, tmp_path, monkeypatch):
             return seen.integers[name][-1]
 
         places = spies | {"sample_batch": batch, "generate": sample, "gradient_descent": step}
-        for name, function in places.items():
-            monkeypatch.setattr(train, name, function)
+        places |= {"CLIP": 1e9, "T_RANGE": (30, 700), "LRM_LR": 4e-3}
+        for name, value in places.items():
+            monkeypatch.setattr(train, name, value)
         monkeypatch.setattr(train.Batch, "integers", draw)
-        optimizers = train.adam(made, cfg.lr, cfg.fake_lr, cfg.lrm_lr, (0.9, 0.999))
+        optimizers = train.adam(made, cfg.lr, cfg.fake_lr, (0.9, 0.999))
         seen.step, seen.numbers, seen.made, seen.scored = next(train.algorithm_1(cfg, ALONE, made, optimizers, 2, 7))
         seen.of = lambda name: [given for call, given in seen.calls if call == name]
         return seen
@@ -268,7 +268,7 @@ def test_the_rewards_pull_is_a_share_of_vsds(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "generate", sample)
     spy("vsd_loss"), spy("reward_loss")
     monkeypatch.setattr(train, "fake_score_step", lambda *_, **__: {"fake_norm": 0.0})
-    optimizers = train.adam(made, 1e-4, 1e-4, 1e-3, (0.0, 0.99))
+    optimizers = train.adam(made, 1e-4, 1e-4, (0.0, 0.99))
     kept = lambda *args, **more: grad(*args, **more | {"retain_graph": True})
     monkeypatch.setattr(torch.autograd, "grad", kept)
     backward = torch.Tensor.backward
@@ -343,12 +343,13 @@ def test_random_numbers_follow_from_seed_step_name_and_sample():
         assert ask(batch, "a").unique().numel() > 200
 
 
-def test_a_step_along_the_reward_raises_what_the_lrm_says(tiny, tmp_path):
+def test_a_step_along_the_reward_raises_what_the_lrm_says(tiny, tmp_path, monkeypatch):
     """With the true losses: of the very samples it was taken on, and the average goes where the student goes."""
     alone = {"beta_vsd": 0.0, "beta_cd": 0.0, "reward": "jpeg_compressibility", "batch": 4, "iterations": 1}
-    cfg = config(tiny, tmp_path, **alone, lrm_warmup=0, lr=1e-3, clip=1e9)
+    cfg = config(tiny, tmp_path, **alone, lrm_warmup=0, lr=1e-3)
+    monkeypatch.setattr(train, "CLIP", 1e9)
     made = nets.build(cfg, ALONE)
-    optimizers = train.adam(made, cfg.lr, cfg.fake_lr, cfg.lrm_lr, (0.9, 0.999))
+    optimizers = train.adam(made, cfg.lr, cfg.fake_lr, (0.9, 0.999))
     made.clips = train.read_ahead(made, ALONE, 1, seed=cfg.seed, batch=4, data="shapes", iterations=1)
     (batch,) = [train.sample_batch(made, ALONE, 0, 0, 1, seed=cfg.seed, batch=4)]
     says = lambda: made.lrm(train.generate(made, batch, 0, 4, "simulate", "renoise")[0]).mean().item()
