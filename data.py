@@ -319,7 +319,7 @@ class LatentCache(Samples):
 
     def batch(self, indices, step=0):
         """Samples of one shape -> dict: latents (B, C, T, h, w), text (B, L, D), float32; captions; reward (B,) if one
-        was cached, or None. A weighted sum of rewards was cached as its R parts: (B, R).
+        was cached, or None.
         """
         clips = [common.load_tensors(self.files[i])[0] for i in indices]
         tensors = {key: torch.stack([clip[key].float() for clip in clips]) for key in clips[0]}
@@ -388,7 +388,7 @@ def main():
     if cfg.reward:
         reward = rewards.make(cfg.reward, cfg.reward_weights, cfg.reward_frames, device)
         reward.check(sizes_of(list_clips(cfg.data, cfg.caption_column)[0], *size))
-        score = reward.scores if len(reward.weights) > 1 else reward  # of a sum, each by itself
+        score = reward
     made = {k: getattr(cfg, k) for k in ("frames", "height", "width", "fps", "seed", "reward", "reward_frames")}
     made |= {"vae": fingerprint(vae), "reward_weights": Path(cfg.reward_weights or "").name}
     vae, how = vae.eval().to(device), (cfg.caption_column, cfg.workers)

@@ -22,7 +22,7 @@ By default it is standardised over the iteration (--advantage).
 ReFL (arXiv:2304.05977) takes the gradient of reward, decoder and the x_0 predicted at one of the last N steps, DRaFT-K
 (arXiv:2309.17400) that of the sample through its last K = N steps. --beta-kl adds the mean squared distance to the
 distilled student's x_0 at the same x_t, summed over the steps with gradient: for "renoise" it is, up to a factor a
-step, the KL divergence of the moves. Several rewards are each standardised by their running moments (rewards.py).
+step, the KL divergence of the moves.
 """
 
 import json
@@ -67,8 +67,8 @@ class Config(Machine):
     global_batch: int = opt(0, "The clips of an iteration, over all ranks. 0: batch x ranks, 7 times that below 16.")
     seed: int = opt(0, "The seed of prompts and noise.")
     resume: bool = opt(False, "The run goes on from the newest checkpoint in --out.")
-    reward: str = opt("none", "The reward, one of rewards.py or a weighted sum: hpsv2=1,agreement=2.")
-    reward_weights: str | None = opt(None, "The reward's file or folder of weights. Of a sum: NAME=PATH,NAME=PATH.")
+    reward: str = opt("none", "The reward, one of rewards.py.")
+    reward_weights: str | None = opt(None, "The reward's file or folder of weights.")
     reward_frames: int | None = opt(None, "The number of frames an image reward looks at. None: all.")
     reward_every: int = opt(50, "The iterations between measurements of the reward (watch.py). 0: one, at the end.")
     reward_samples: int = opt(64, "The number of samples in a measurement.")
@@ -100,7 +100,6 @@ class Policy:
     frozen: DiT | None  # a copy of the student, where --beta-kl holds on to it
     prompts: list[str]
     reward: rewards.Reward
-    moments: rewards.Moments
     steps: list[int]
     transition: str
     moves: list[int]  # indices of the steps that get gradient
@@ -161,11 +160,9 @@ def sample_clips(policy, step, micro, first=None, last=None):
     keys = [(policy.seed, step, "prompt", number) for number in numbers]
     captions = [policy.prompts[distributed.randint(len(policy.prompts), key)] for key in keys]
     text, path = policy.sample(captions, (policy.seed, step), numbers, first, last)  # 5-10
-    differentiable, weights = first is not None, list(policy.reward.weights.values())
+    differentiable = first is not None
     with torch.set_grad_enabled(differentiable):
-        scores = policy.reward.scores(policy.decode(path[-1][1]), captions, with_grad=differentiable)  # 11, (B, R)
-        policy.moments.update(scores, policy.ranks)
-        reward = policy.moments.standardise(scores) if len(weights) > 1 else weights[0] * scores[:, 0]  # (B,)
+        reward = policy.reward(policy.decode(path[-1][1]), captions, with_grad=differentiable)  # 11, (B,)
     return Clips(numbers, captions, text, path, reward)
 
 
@@ -367,7 +364,7 @@ def build(cfg, ranks):
     if not moves:
         raise UserError(f"no move of {steps} by {how} has a density: DDPO needs two steps, and renoise or posterior")
     return Policy(
-        generator, frozen, prompts, reward, rewards.Moments(reward.weights), steps, how, moves,
+        generator, frozen, prompts, reward, steps, how, moves,
         ranks, cfg.seed, cfg.batch, accumulate, cfg.beta_kl, cfg.clip,
     )  # fmt: skip
 
@@ -385,7 +382,6 @@ def tune(cfg: Config, ranks) -> None:
     state = {"step": 0, "trained_s": 0.0, "reward_evaluations": 0, "skipped": 0}
     if going_on and (newest := checkpoints.newest()):
         state = checkpoints.load(newest, *saved)
-        policy.moments = rewards.Moments(**state["moments"])
         if ranks.main:
             common.warn_of_precision(state["precision"], cfg.precision)
     elif cfg.resume:
@@ -416,11 +412,11 @@ def tune(cfg: Config, ranks) -> None:
         trained, evaluated = state["trained_s"] + time.time() - begun, state["reward_evaluations"] + len(reward)
         counts = {"trained_s": round(trained, 3), "reward_evaluations": evaluated}
         state |= {"step": step + 1, "skipped": state["skipped"] + (not made), **counts}
-        state |= {"moments": asdict(policy.moments), "precision": cfg.precision}
+        state["precision"] = cfg.precision
         final = step + 1 == cfg.iterations
         if final or (cfg.reward_every and step % cfg.reward_every == 0):
             how = len(policy.steps), cfg.reward_samples, cfg.batch
-            numbers |= watch.measure(policy.generator, policy.reward, unseen, *how, ranks, moments=policy.moments)
+            numbers |= watch.measure(policy.generator, policy.reward, unseen, *how, ranks)
         if ranks.main:
             numbers |= {"reward_mean": reward.mean().item(), "reward_std": reward.std(correction=0).item()}
             bar.set_postfix({name: f"{value:.3g}" for name, value in numbers.items()})

@@ -164,16 +164,16 @@ class LatentReward:
         self.reads_text = reward.text and not parts
 
     def labels(self, video, captions):
-        """What the pixel reward says of decoded clips (B, 3, F, H, W): its R numbers (B, R), or its P parts (B, P)."""
-        return self.reward.parts(video) if self.parts else self.reward.scores(video, captions)
+        """What the pixel reward says of decoded clips (B, 3, F, H, W): its number (B, 1), or its P parts (B, P)."""
+        return self.reward.parts(video) if self.parts else self.reward(video, captions)[:, None]
 
     def scores(self, labels, captions):
-        """Labels, or parts as the LRM predicts them -> the R numbers of the reward (B, R)."""
-        return self.reward.from_parts(labels, captions) if self.parts else labels
+        """The reward (B,) that the labels say."""
+        return self.reward.from_parts(labels, captions) if self.parts else labels[:, 0]
 
     def target(self, labels):
         """What the LRM shall say (Eq. 14): the parts (B, P), or the standardised reward (B,)."""
-        return labels if self.parts else self.moments.standardise(labels)
+        return labels if self.parts else self.moments.standardise(labels[:, 0])
 
     def estimate(self, x, text, captions):
         """The standardised reward (B,) that the LRM sees in latents x, with gradient with respect to x (Eq. 15)."""

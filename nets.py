@@ -265,16 +265,16 @@ def make_latent_reward(cfg, ranks, data, encoder, config, latents):
         raise UserError(f"{cfg.reward} is not made of parts: --lrm-labels scalar")
     kind, sizes = lrms.VideoLRM, {"channels": config.channels, "backbone": cfg.lrm_backbone}
     if parts:
-        moves = any(part.size for part in reward.each_reward)  # it sees motion, in clips of one length
         sizes |= {"outputs": reward.size_of_parts, "stride": 1 if min(latents[1:]) < 24 else 4}
+        moves = reward.size is not None  # it sees motion, in clips of one length
         sizes |= {"apart": latents[0] if moves and cfg.lrm_backbone == "frames" else 0}
     elif reward.text:
         kind, sizes = lrms.TextVideoLRM, sizes | {"text_dim": config.text_dim}
     lrm = kind(seed=cfg.seed, **sizes).to(ranks.device)
-    latent_reward = lrms.LatentReward(lrm, reward, rewards.Moments(reward.weights), parts)
+    latent_reward = lrms.LatentReward(lrm, reward, rewards.Moments(), parts)
     text = tuple(encoder.encode([""]).shape[1:]) if latent_reward.reads_text else (0, 0)
     kept = min(KEPT, KEPT_BYTES // (2 * config.channels * math.prod(latents)))
-    labels = reward.size_of_parts if parts else len(reward.weights)
+    labels = reward.size_of_parts if parts else 1
     return latent_reward, lrms.Buffer(kept, (config.channels, *latents), labels, text)
 
 

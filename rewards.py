@@ -12,7 +12,7 @@ PickScore, ImageReward and LAION's aesthetic score, are in preference.py. The ta
 import io
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -43,7 +43,6 @@ class Reward:
     frames: int | None  # how many evenly spaced frames are scored; None: all
     device: str | torch.device
     size: tuple | None = None  # the only (frames, height, width) that it reads; None: any
-    terms: list = field(default_factory=list)  # of a weighted sum: (weight, Reward) each
 
     def __call__(self, video: torch.Tensor, prompts: list[str] | None = None, with_grad: bool = False) -> torch.Tensor:
         """video (B, 3, F, H, W) in [-1, 1] -> (B,) float32 on the video's device; NaN for a clip that is not finite.
@@ -54,12 +53,10 @@ class Reward:
             raise ValueError(f"{self.name} needs one prompt a clip: {len(video)} clips, {len(prompts or [])} prompts")
         if with_grad and not self.differentiable:
             raise ValueError(f"{self.name} has no gradient")
-        if self.terms:
-            return sum(weight * reward(video, prompts, with_grad) for weight, reward in self.terms)
-        if self.has_parts:
-            parts, direction = self.score
-            return self._of(video, lambda x: (parts(x) * direction(prompts)).sum(1), with_grad)
-        return self._of(video, lambda x: self.score(x, prompts), with_grad)
+        if not self.has_parts:
+            return self._of(video, lambda x: self.score(x, prompts), with_grad)
+        parts, direction = self.score
+        return self._of(video, lambda x: (parts(x) * direction(prompts)).sum(1), with_grad)
 
     def _of(self, video, function, with_grad=False):
         """function(the frames that are scored, in float32) -> (B, ...); NaN for a clip that is not finite."""
@@ -77,130 +74,82 @@ class Reward:
 
     def check(self, sizes):
         """UserError if clips of these sizes, (frames, height, width) each, have some that the reward cannot read."""
-        for reward in self.each_reward:
-            if reward.size and (others := [size for size in sizes if tuple(size) != reward.size]):
-                (f, h, w), (frames, height, width) = reward.size, others[0]
-                others = f"{len(others)} of {len(sizes)} clips have others, e.g. {frames} of {height}x{width}"
-                raise UserError(f"the reward {reward.name} reads {f} frames of {h}x{w}; {others}")
-
-    @property
-    def weights(self):
-        return {r.name: w for w, r in self.terms} or {self.name: 1.0}
-
-    def scores(self, video, prompts=None, with_grad=False):
-        """The R rewards of a weighted sum one by one, without their weights: (B, R), for Moments; else (B, 1)."""
-        return torch.stack([reward(video, prompts, with_grad) for reward in self.each_reward], 1)
-
-    @property
-    def each_reward(self):
-        """The rewards of a weighted sum, or the reward itself."""
-        return [reward for _, reward in self.terms] or [self]
+        if self.size and (others := [size for size in sizes if tuple(size) != self.size]):
+            (f, h, w), (frames, height, width) = self.size, others[0]
+            others = f"{len(others)} of {len(sizes)} clips have others, e.g. {frames} of {height}x{width}"
+            raise UserError(f"the reward {self.name} reads {f} frames of {h}x{w}; {others}")
 
     @property
     def has_parts(self):
-        return all(isinstance(reward.score, tuple) for reward in self.each_reward)
+        return isinstance(self.score, tuple)
 
     @property
     def size_of_parts(self):
-        return sum(reward.score[1]([""]).shape[1] for reward in self.each_reward)
+        return self.score[1]([""]).shape[1]
 
     def parts(self, video):
-        """What the rewards are made of, one after the other: video (B, 3, F, H, W) -> (B, P)."""
-        return torch.cat([reward._of(video, reward.score[0]) for reward in self.each_reward], 1)
+        """What the reward is made of: video (B, 3, F, H, W) -> (B, P)."""
+        return self._of(video, self.score[0])
 
     def from_parts(self, parts, prompts):
-        """The R rewards (B, R) of parts (B, P), with gradient with respect to them."""
+        """The reward (B,) of parts (B, P), with gradient with respect to them."""
         with torch.no_grad():
-            directions = [reward.score[1](prompts).to(parts) for reward in self.each_reward]
-        pieces = parts.split([d.shape[1] for d in directions], 1)
-        return torch.stack([(piece * d).sum(1) for piece, d in zip(pieces, directions)], 1)
+            direction = self.score[1](prompts).to(parts)
+        return (parts * direction).sum(1)
 
 
 @dataclass
 class Moments:
-    """Running mean and deviation of each of several rewards, by which they are standardised before they are weighted.
+    """Running mean and deviation of a reward, by which it is standardised.
 
-    HPSv2 moves by hundredths where a file size moves by kilobytes: only so do weights, and --beta-ft, mean the same for
-    every reward. What is NaN on one rank is left out on all. Plain numbers, so that a checkpoint can keep them.
+    HPSv2 moves by hundredths where a file size moves by kilobytes: only so does --beta-ft mean the same for every
+    reward. What is NaN on one rank is left out on all. Plain numbers, so that a checkpoint can keep them.
     """
 
-    weights: dict[str, float]
     count: float = 0.0
-    mean: list[float] = field(default_factory=list)
-    square: list[float] = field(default_factory=list)  # sum of squared deviations
-
-    def __post_init__(self):
-        self.mean, self.square = (x or [0.0] * len(self.weights) for x in (self.mean, self.square))
+    mean: float = 0.0
+    square: float = 0.0  # sum of squared deviations
 
     def update(self, scores: torch.Tensor, ranks) -> None:
-        """scores (B, R), the rewards in the order of `weights`; ranks: see distributed.py, B is alike on all ranks."""
+        """scores (B,); ranks: see distributed.py, B is alike on all ranks."""
         scores, n = scores.detach().double(), len(scores) * ranks.size  # of all ranks: another number may resume
-        mean = [distributed.mean(column.mean(), ranks) for column in scores.T]
-        spread = [n * distributed.mean((c - m).square().mean(), ranks) for c, m in zip(scores.T, mean)]
-        if not all(map(math.isfinite, mean)):
+        mean = distributed.mean(scores.mean(), ranks)
+        spread = n * distributed.mean((scores - mean).square().mean(), ranks)
+        if not math.isfinite(mean):
             return
-        total, shift = self.count + n, [m - old for m, old in zip(mean, self.mean)]
-        self.square = [q + s + d * d * self.count * n / total for q, s, d in zip(self.square, spread, shift)]
-        self.mean, self.count = [old + d * n / total for old, d in zip(self.mean, shift)], total
+        total, shift = self.count + n, mean - self.mean
+        self.square += spread + shift * shift * self.count * n / total
+        self.mean, self.count = self.mean + shift * n / total, total
 
     def standardise(self, scores: torch.Tensor) -> torch.Tensor:
-        """(B, R) -> (B,): sum of weight (score - mean) / deviation."""
-        mean, weight = scores.new_tensor(self.mean), scores.new_tensor(list(self.weights.values()))
-        return ((scores - mean) * (weight / scores.new_tensor(self.deviation()))).sum(1)
+        return (scores - self.mean) / self.deviation()
 
-    def natural(self, total: torch.Tensor) -> torch.Tensor:
-        """What `standardise` gives, back in the first reward's own units (of a single reward: the reward itself)."""
-        deviation, weights = self.deviation(), list(self.weights.values())
-        mean = sum(w * m / d for w, m, d in zip(weights, self.mean, deviation))
-        return (total + mean) * (deviation[0] / abs(weights[0]))
+    def natural(self, standardised: torch.Tensor) -> torch.Tensor:
+        """The inverse of `standardise`."""
+        return standardised * self.deviation() + self.mean
 
     def deviation(self):
-        return [max(math.sqrt(q / max(self.count, 1)), 1e-6) for q in self.square]
-
-
-def parse_spec(spec: str) -> dict[str, float]:
-    """The words hpsv2=1,agreement=2 -> {name: weight}; a bare name has weight 1. Raises UserError for others."""
-    found = {}
-    for part in spec.replace(" ", "").split(","):
-        name, _, number = part.partition("=")
-        if name not in REWARDS:
-            raise UserError(f"unknown reward {name!r}; there are: {', '.join(REWARDS)}")
-        try:
-            found[name] = float(number or 1)
-        except ValueError:
-            found[name] = math.nan
-        if not math.isfinite(found[name]) or found[name] == 0:
-            raise UserError(f"the weight of the reward {name} must be a number, and not 0; it is {number!r}")
-    return found
+        return max(math.sqrt(self.square / max(self.count, 1)), 1e-6)
 
 
 def make(name: str, weights: str | None = None, frames: int | None = None, device="cpu") -> Reward:
-    """The reward of that name, or the weighted sum of several ("hpsv2=1,agreement=2").
+    """The reward of that name. `weights` is its file or folder; `frames`: see Reward.
 
-    `weights` is its file or folder; of several rewards, "hpsv2=FILE,agreement=FILE". `frames`: see Reward.
     Raises UserError for an unknown name and for weights that are missing or of something else.
     """
-    spec, terms = parse_spec(name), []
-    files = dict(part.partition("=")[::2] for part in weights.split(",")) if weights else {}
-    if not set(files) <= set(spec):  # one path, then
-        if len(readers := [n for n in spec if REWARDS[n][4]]) != 1:
-            raise UserError(f"{len(readers)} of the rewards {', '.join(spec)} read weights: name them, NAME={weights}")
-        files = {readers[0]: weights}
-    for n, weight in spec.items():
-        score, differentiable, text, moving, needs = REWARDS[n]
-        if needs:
-            file = files.get(n, JUDGE if needs == JUDGE else "")
-            if not (file and Path(file).exists()):
-                missing = f"; there is nothing at {file}" if file else ""
-                raise UserError(f"the reward {n} needs weights, {needs}{missing}")
-            score = score(file, device)
-        size = (FRAMES, SIZE, SIZE) if needs == JUDGE else None
-        terms.append((weight, Reward(n, score, differentiable, text, None if moving else frames, device, size)))
-    if list(spec.values()) == [1.0]:
-        return terms[0][1]
-    differentiable = all(reward.differentiable for _, reward in terms)
-    text = any(reward.text for _, reward in terms)
-    return Reward(name, None, differentiable, text, None, device, terms=terms)
+    if name not in REWARDS:
+        raise UserError(f"unknown reward {name!r}; there are: {', '.join(REWARDS)}")
+    score, differentiable, text, moving, needs = REWARDS[name]
+    if weights and not needs:
+        raise UserError(f"the reward {name} reads no weights: leave out --reward-weights")
+    if needs:
+        file = weights or (JUDGE if needs == JUDGE else "")
+        if not (file and Path(file).exists()):
+            missing = f"; there is nothing at {file}" if file else ""
+            raise UserError(f"the reward {name} needs weights, {needs}{missing}")
+        score = score(file, device)
+    size = (FRAMES, SIZE, SIZE) if needs == JUDGE else None
+    return Reward(name, score, differentiable, text, None if moving else frames, device, size)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -93,8 +93,8 @@ class Config(Machine):
     cd_target: Literal["ema", "student", "teacher"] = opt("ema", "The network that gives CD's target, theta' of Eq. 6.")
     cd_loss: Literal["huber", "mse"] = opt("huber", "CD's distance.")
     # the reward
-    reward: str = opt("none", "The reward, one of rewards.py or a weighted sum: hpsv2=1,agreement=2.")
-    reward_weights: str | None = opt(None, "The reward's file or folder of weights. Of a sum: NAME=PATH,NAME=PATH.")
+    reward: str = opt("none", "The reward, one of rewards.py.")
+    reward_weights: str | None = opt(None, "The reward's file or folder of weights.")
     reward_frames: int | None = opt(None, "The number of frames an image reward looks at. None: all.")
     lrm_backbone: Literal["frames", "3d"] = opt("frames", "The backbone of a new LRM: a 2D CNN a frame, or a 3D CNN.")
     lrm_warmup: int = opt(25, "The iterations in which the LRM learns before the student listens to it.")
@@ -268,9 +268,9 @@ def label(nets, ranks, batch, x):
         pixels = [nets.vae.decode(z).float().clamp(-1, 1) for z in unknown.split(half)]  # what is large
     found = latent_reward.labels(torch.cat(pixels), captions)
     labels = torch.cat([batch.reward.to(found).view(half, -1), found]) if known else found  # (2B, n)
-    scores, moments = latent_reward.scores(labels, batch.captions * 2), latent_reward.moments
-    moments.update(scores, ranks)
-    return labels, moments.natural(moments.standardise(scores[half:])).mean().item(), len(found)
+    scores = latent_reward.scores(labels, batch.captions * 2)
+    latent_reward.moments.update(scores, ranks)
+    return labels, scores[half:].mean().item(), len(found)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -293,7 +293,7 @@ class Batch:
     x: torch.Tensor  # (B, C, T, h, w), the clips' latents in float32
     text: torch.Tensor  # (B, L, D)
     captions: list[str]
-    reward: torch.Tensor | None  # (B, R), where a cache keeps it
+    reward: torch.Tensor | None  # (B,), where a cache keeps it
     key: tuple[int, int]  # seed, step
     numbers: list[int]  # of the samples in the global batch
 
@@ -476,8 +476,7 @@ def measure_reward(nets, ranks, watched, step, steps, samples, repeats, batch, l
     generator, after_warmup = sampler(nets, "student"), lambda: [w for w in watched if w["step"] >= lrm_warmup]
     before = watch.overoptimised(after_warmup())
     how = nets.prompts, steps, samples, batch
-    latent = nets.latent_reward
-    found = watch.measure(generator, latent.reward, *how, ranks, latent.estimate, latent.moments, repeats)
+    found = watch.measure(generator, nets.latent_reward.reward, *how, ranks, nets.latent_reward, repeats)
     watched.append({"step": step} | found)
     sign = watch.overoptimised(after_warmup())
     best = max(watched, key=lambda w: w["true_reward"] if math.isfinite(w["true_reward"]) else -math.inf)

@@ -43,14 +43,13 @@ def spearman(a, b):
 
 
 @torch.no_grad()
-def measure(generator, reward, prompts, n, samples, batch, ranks, estimate=None, moments=None, repeats=1):
+def measure(generator, reward, prompts, n, samples, batch, ranks, latent=None, repeats=1):
     """The true reward of fresh samples in n steps, and what the LRM says of them, alike on all ranks.
 
-    generator: of generate.py; reward: of rewards.py; estimate(x, text, captions) -> (B,): what an LRM says.
+    generator: of generate.py; reward: of rewards.py; latent: the LatentReward of lrm.py that learns it, or None.
     Each prompt is drawn `repeats` times (after the last they begin anew), each sample from noise of its own.
-    -> {"true_reward", "true_error" (a standard error)}, in the reward's own units (of several, in those of the first;
-    without moments their plain weighted sum), each of several as "true_NAME";
-    with an LRM also "lrm_estimate" and "rank_correlation", with repeats "rank_correlation_within" prompts.
+    -> {"true_reward", "true_error" (a standard error)}, in the reward's own units; with an LRM also "lrm_estimate" and
+    "rank_correlation", with repeats "rank_correlation_within" prompts.
     """
     if samples < 2 or repeats < 1 or samples % repeats:
         raise UserError(f"--reward-samples: at least 2, and a multiple of --reward-repeats, not {samples}")
@@ -60,22 +59,16 @@ def measure(generator, reward, prompts, n, samples, batch, ranks, estimate=None,
         captions = [prompts[i // repeats % len(prompts)] for i in part]
         text = generator.encoder.encode(captions).to(generator.device)
         x = generator.latents(text, [SEED + i for i in part], n)
-        scores = reward.scores(generator.decode(x), captions).double().cpu()  # (B, R)
-        estimates = estimate(x, text, captions).double().cpu() if estimate else scores.new_zeros(len(x))
-        rows += torch.cat([estimates[:, None], scores], 1).tolist()
+        scores = reward(generator.decode(x), captions).double().cpu()  # (B,)
+        estimates = latent.estimate(x, text, captions).double().cpu() if latent else torch.zeros_like(scores)
+        rows += torch.stack([estimates, scores], 1).tolist()
     rows = [row for part in distributed.every(rows, ranks) for row in part]
-    table = torch.tensor(rows[:samples], dtype=torch.float64)  # (n, 1 + R)
-    estimates, scores = table[:, 0], table[:, 1:]
-    if moments and moments.count:
-        true, estimates = moments.natural(moments.standardise(scores)), moments.natural(estimates)
-    else:
-        true = scores @ scores.new_tensor(list(reward.weights.values()))
+    estimates, true = torch.tensor(rows[:samples], dtype=torch.float64).T  # (n,) each
     found = {"true_reward": true.mean().item(), "true_error": (true.std() / len(true) ** 0.5).item()}
-    if scores.shape[1] > 1:
-        found |= {f"true_{name}": value.item() for name, value in zip(reward.weights, scores.mean(0))}
-    if estimate:
-        found |= {"lrm_estimate": estimates.mean().item(), "rank_correlation": spearman(estimates, true)}
-    if estimate and repeats > 1:
+    if latent:
+        found["lrm_estimate"] = latent.moments.natural(estimates).mean().item()
+        found["rank_correlation"] = spearman(estimates, true)
+    if latent and repeats > 1:
         by_prompt = torch.stack([estimates, true]).unflatten(1, (-1, repeats))
         found["rank_correlation_within"] = spearman(*(by_prompt - by_prompt.mean(2, keepdim=True)).flatten(1))
     return found

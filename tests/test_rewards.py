@@ -75,47 +75,22 @@ def test_no_gradient_unless_asked():
         rewards.make("jpeg_compressibility")(video, with_grad=True)
 
 
-def test_sum_of_several():
-    video = torch.cat([still(smooth(48, 48, seed), 2) for seed in range(2)])
-    video = torch.cat([video, torch.roll(video, 1, -1)], 2)
-    jpeg, motion = rewards.make("jpeg_compressibility")(video), rewards.make("dynamic_degree")(video)
-    both = rewards.make("jpeg_compressibility=0.5, dynamic_degree=-2")
-    assert torch.allclose(both(video), 0.5 * jpeg - 2 * motion) and not both.differentiable
-    assert torch.allclose(rewards.make("dynamic_degree=3")(video), 3 * motion)
-    assert rewards.make("dynamic_degree=3")(video.requires_grad_(), with_grad=True).requires_grad
-
-
 def test_the_docs_say_of_each_reward_where_it_comes_from():
     text = (Path(__file__).parent.parent / "docs/REWARDS.md").read_text(encoding="utf-8")
     assert [name for name in rewards.REWARDS if f"| `{name}` |" not in text] == []
 
 
-def test_each_of_several_and_their_moments():
-    """Standardised one by one before they are weighted: their scales do not matter, their weights do."""
-    video = torch.cat([still(smooth(48, 48, seed), 2) for seed in range(4)])
-    both = rewards.make("jpeg_compressibility=0.5,dynamic_degree=-2")
-    jpeg, motion = rewards.make("jpeg_compressibility")(video), rewards.make("dynamic_degree")(video)
-    assert torch.equal(both.scores(video), torch.stack([jpeg, motion], 1))
-    assert torch.equal(both(video), 0.5 * jpeg - 2 * motion)
-    assert torch.equal(rewards.make("jpeg_compressibility").scores(video), jpeg[:, None])
-
-    scores = torch.randn(40, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    scores = scores * torch.tensor([3.0, 0.01]) + torch.tensor([5.0, -0.2])
-    moments, ranks = rewards.Moments(both.weights), Ranks(0, 1, torch.device("cpu"))
+def test_moments_are_those_of_all_that_came():
+    scores = 3 * torch.randn(40, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 5
+    moments, ranks = rewards.Moments(), Ranks(0, 1, torch.device("cpu"))
     for part in scores.split([3, 17, 20]):
         moments.update(part, ranks)
-    z = (scores - scores.mean(0)) / scores.std(0, correction=0)
-    torch.testing.assert_close(moments.standardise(scores), 0.5 * z[:, 0] - 2 * z[:, 1])
-    deviation = scores.std(0, correction=0)
-    natural = scores[:, 0] - 2 / 0.5 * deviation[0] / deviation[1] * scores[:, 1]  # in the first one's units
-    torch.testing.assert_close(moments.natural(moments.standardise(scores)), natural)
-
-    one = rewards.Moments({"a": 2.0})
-    one.update(scores[:, :1], ranks)
-    torch.testing.assert_close(one.natural(one.standardise(scores[:, :1])), scores[:, 0])
-    before = rewards.Moments(**json.loads(json.dumps(asdict(one))))
-    one.update(torch.tensor([[math.nan], [1.0]]), ranks)
-    assert one == before  # one broken clip does not spoil them for ever
+    z = (scores - scores.mean()) / scores.std(correction=0)
+    torch.testing.assert_close(moments.standardise(scores), z)
+    torch.testing.assert_close(moments.natural(z), scores)
+    before = rewards.Moments(**json.loads(json.dumps(asdict(moments))))
+    moments.update(torch.tensor([math.nan, 1.0]), ranks)
+    assert moments == before  # one broken clip does not spoil them for ever
 
 
 @pytest.mark.parametrize("name", ["jpeg_compressibility", "dynamic_degree"])
@@ -145,7 +120,7 @@ def test_bad_calls():
             text(torch.zeros(2, 3, 2, 8, 8), prompts)
 
 
-@pytest.mark.parametrize("spec", ["nonsense", "", "agreement,nonsense", "jpeg_compressibility=1,,"])
+@pytest.mark.parametrize("spec", ["nonsense", ""])
 def test_unknown_reward_lists_the_names(spec):
     with pytest.raises(UserError, match=r"jpeg_compressibility.*dynamic_degree.*aesthetic"):
         rewards.make(spec)
@@ -172,13 +147,8 @@ def test_bad_weights(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5"}))
     with pytest.raises(UserError, match="not that of a CLIP"):
         rewards.make("pickscore", str(tmp_path))
-    with pytest.raises(UserError, match="read weights"):
+    with pytest.raises(UserError, match="reads no weights"):
         rewards.make("jpeg_compressibility", str(junk))
-    with pytest.raises(UserError, match="2 of the rewards"):
-        rewards.make("hpsv2,pickscore", str(junk))
-    for word in ("much", "nan", "0", ""):
-        with pytest.raises(UserError, match="must be a number"):
-            rewards.make(f"dynamic_degree={word}" if word else "dynamic_degree=0.0")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -258,7 +228,7 @@ def test_the_judge_sees_an_object_change():
     torch.testing.assert_close(reward(middle), reward(video))  # its ends alone are looked at
     parts = reward.parts(video)
     assert parts.argmax(1).tolist() == list(range(len(kinds)))  # the parts say which it is
-    torch.testing.assert_close(reward.from_parts(parts, [""] * len(kinds))[:, 0], reward(video))
+    torch.testing.assert_close(reward.from_parts(parts, [""] * len(kinds)), reward(video))
 
 
 def test_flow_recovers_a_translation():
@@ -373,8 +343,8 @@ def test_hpsv2(tmp_path, monkeypatch):
     parts = reward.parts(torch.cat([still(i, 3) for i in images]))
     torch.testing.assert_close(parts, image, atol=1e-5, rtol=0)
     assert reward.has_parts and reward.size_of_parts == parts.shape[1]
-    assert torch.allclose(reward.from_parts(parts, PROMPTS)[:, 0], expected, atol=1e-5)
-    assert torch.allclose(reward.from_parts(image, PROMPTS)[:, 0], expected, atol=1e-5)
+    assert torch.allclose(reward.from_parts(parts, PROMPTS), expected, atol=1e-5)
+    assert torch.allclose(reward.from_parts(image, PROMPTS), expected, atol=1e-5)
     video = still(images[0], 2).clone().requires_grad_()
     assert torch.autograd.grad(reward(video, PROMPTS[:1], with_grad=True).sum(), video)[0].abs().sum() > 0
 

@@ -40,15 +40,15 @@ class Drawn:
         return x.expand(-1, 3, 2, 4, 4)
 
 
-def bright(name="bright", sign=1.0):
-    return rewards.Reward(name, lambda v, p: sign * v.mean((1, 2, 3, 4)), True, False, None, "cpu")
+def bright():
+    return rewards.Reward("bright", lambda v, p: v.mean((1, 2, 3, 4)), True, False, None, "cpu")
 
 
 def test_measure():
-    drawn, lrm = Drawn(), lambda x, *_: -(x[:, 0, 0, 0, 0] ** 3)
-    moments = rewards.Moments({"bright": 1.0})
-    moments.update(torch.tensor([[0.0], [4.0]]), ALONE)  # mean 2, deviation 2
-    found = watch.measure(drawn, bright(), ["a", "bbb"], 4, 5, 2, ALONE, lrm, moments)
+    moments = rewards.Moments()
+    moments.update(torch.tensor([0.0, 4.0]), ALONE)  # mean 2, deviation 2
+    drawn, latent = Drawn(), SimpleNamespace(estimate=lambda x, *_: -(x[:, 0, 0, 0, 0] ** 3), moments=moments)
+    found = watch.measure(drawn, bright(), ["a", "bbb"], 4, 5, 2, ALONE, latent)
     assert drawn.seen == [(watch.SEED + i, [1, 3][i % 2]) for i in range(5)]
     assert found["true_reward"] == pytest.approx(2) and found["true_error"] == pytest.approx((2.5 / 5) ** 0.5)
     assert found["lrm_estimate"] == pytest.approx(2 * -(0 + 1 + 8 + 27 + 64) / 5 + 2)
@@ -58,22 +58,16 @@ def test_measure():
 
 
 def test_an_lrm_that_knows_only_the_prompts_has_no_correlation_within_them():
-    moments = rewards.Moments({"bright": 1.0}, 2, [0.0], [2.0])
+    moments = rewards.Moments(2, 0.0, 2.0)
     for estimates, within in (([1.0, 0, 3, 2], -1), ([0.0, 1, 2, 3], 1), ([5.0, 5, 7, 7], math.nan)):
-        drawn, lrm = Drawn(), lambda *_, estimates=estimates: torch.tensor(estimates)
-        found = watch.measure(drawn, bright(), ["a", "bbb"], 4, 4, 4, ALONE, lrm, moments, repeats=2)
+        estimate = lambda *_, estimates=estimates: torch.tensor(estimates)
+        drawn, latent = Drawn(), SimpleNamespace(estimate=estimate, moments=moments)
+        found = watch.measure(drawn, bright(), ["a", "bbb"], 4, 4, 4, ALONE, latent, repeats=2)
         assert [n for _, n in drawn.seen] == [1, 1, 3, 3]
         assert found["rank_correlation"] > 0.5
         assert found["rank_correlation_within"] == pytest.approx(within, nan_ok=True)
     with pytest.raises(UserError, match="multiple of --reward-repeats"):
         watch.measure(Drawn(), bright(), ["a"], 4, 5, 2, ALONE, repeats=2)
-
-
-def test_measure_of_several_names_each():
-    parts = [(1.0, bright("up")), (-0.5, bright("down", -3))]
-    both = rewards.Reward("up,down=-0.5", lambda v, p: v.mean((1, 2, 3, 4)), True, False, None, "cpu", terms=parts)
-    found = watch.measure(Drawn(), both, ["a"], 4, 5, 5, ALONE)
-    assert (found["true_up"], found["true_down"]) == (2, -6) and found["true_reward"] == pytest.approx(2 + 3)
 
 
 def history(estimates, truths, error=0.01, correlations=None):
