@@ -162,27 +162,35 @@ def compare_with_teacher(nets, steps, batch):
     Both draw the same prompts from the same noise, so the errors of the gains are those of pairs: much of what makes a
     score uncertain, which prompts and which rendered clips, is common to both. A gain in Frechet distance is a fall.
     """
-    read = lambda videos: nets.judge.features(videos.to(nets.device)).float().cpu()
     parts = [range(i, min(i + READ_AT_ONCE, JUDGED)) for i in range(0, JUDGED, READ_AT_ONCE)]
-    rendered = torch.cat([read(render_batch([Clip.make(HELD_OUT, i) for i in part])) for part in parts])
-    fall = lambda teacher, student, rendered: frechet(teacher, rendered) - frechet(student, rendered)
+
+    def features_of(videos):
+        return nets.judge.features(videos.to(nets.device)).float().cpu()
+
+    def read(who, n):
+        """The share of right readings of each prompt (JUDGED,), and the judge's features (JUDGED, d)."""
+        shares, features = [], []
+        for part in parts:
+            prompts = [nets.prompts[i] for i in part]
+            videos = draw_videos(nets, who, prompts, 1 + part[0], n, batch)
+            shares.append(nets.judge.score(videos.to(nets.device), prompts))
+            features.append(features_of(videos))
+        return torch.cat(shares), torch.cat(features)
+
+    def row(label, n, shares, measure, *features):
+        distance = {"mean": measure(*features), "error": jackknife(measure, *features)}
+        return {"label": label, "steps": n, "named": mean_error(shares.tolist()), "frechet": distance}
+
+    def fall(teacher, student, rendered):
+        return frechet(teacher, rendered) - frechet(student, rendered)
+
+    rendered = torch.cat([features_of(render_batch([Clip.make(HELD_OUT, i) for i in part])) for part in parts])
     rows = []
     for n in steps:
-        named, features = {}, {}
-        for who in ("teacher", "student"):
-            shares, vectors = [], []
-            for part in parts:
-                prompts = [nets.prompts[i] for i in part]
-                videos = draw_videos(nets, who, prompts, 1 + part[0], n, batch)
-                shares.append(nets.judge.score(videos.to(nets.device), prompts))
-                vectors.append(read(videos))
-            named[who], features[who] = torch.cat(shares), torch.cat(vectors)
-            distance = {"mean": frechet(features[who], rendered), "error": jackknife(frechet, features[who], rendered)}
-            rows.append({"label": who, "steps": n, "named": mean_error(named[who].tolist()), "frechet": distance})
-        both = features["teacher"], features["student"], rendered
-        distance = {"mean": fall(*both), "error": jackknife(fall, *both)}
-        gain = mean_error((named["student"] - named["teacher"]).tolist())
-        rows.append({"label": "gain", "steps": n, "named": gain, "frechet": distance})
+        (theirs, of_teacher), (ours, of_student) = read("teacher", n), read("student", n)
+        rows.append(row("teacher", n, theirs, frechet, of_teacher, rendered))
+        rows.append(row("student", n, ours, frechet, of_student, rendered))
+        rows.append(row("gain", n, ours - theirs, fall, of_teacher, of_student, rendered))
     return rows
 
 
@@ -210,11 +218,16 @@ def finish(nets, ranks, out, settings, n, batch, pictures):
     write_grid(out / "compare.png", [video for row in rows for video in row], words)
     print(f"wrote {out}/compare.mp4 and compare.png: {'; '.join(titles)}")
     for teacher, student, gain in zip(compared[::3], compared[1::3], compared[2::3]):
-        sigmas = lambda what, gain=gain: f"{gain[what]['mean'] / max(gain[what]['error'], 1e-9):+.1f} standard errors"
-        print(
-            f"{student['steps']} step{'s' * (student['steps'] > 1)}: of what {student['named']['n']} prompts name, the "
-            f"student has {student['named']['mean']:.1%} right, the teacher {teacher['named']['mean']:.1%} "
-            f"({sigmas('named')}); Frechet distance from rendered clips {pm(student['frechet'], 1, 2)} and "
-            f"{pm(teacher['frechet'], 1, 2)} (nearer by {sigmas('frechet')})"
-        )
+        print(in_words(teacher, student, gain))
     return compared
+
+
+def in_words(teacher, student, gain):
+    """Three rows of `compare_with_teacher` as a sentence."""
+    sigmas = {what: f"{gain[what]['mean'] / max(gain[what]['error'], 1e-9):+.1f}" for what in ("named", "frechet")}
+    return (
+        f"{student['steps']} step{'s' * (student['steps'] > 1)}: of what {student['named']['n']} prompts name, the "
+        f"student has {student['named']['mean']:.1%} right, the teacher {teacher['named']['mean']:.1%} "
+        f"({sigmas['named']} standard errors); Frechet distance from rendered clips {pm(student['frechet'], 1, 2)} and "
+        f"{pm(teacher['frechet'], 1, 2)} (nearer by {sigmas['frechet']} standard errors)"
+    )
