@@ -11,16 +11,15 @@ anywhere downstream. The text encoder is part of what a model was trained with: 
 checkpoints refuse another. `null` is the embedding of the empty prompt, which guidance needs (Eq. 9).
 """
 
-import difflib
 import hashlib
 import json
 import math
 import re
 import warnings
-from pathlib import Path
 
 import torch
 
+from cogvideox import below
 from common import UserError, uses_bfloat16
 from world import shapes
 
@@ -31,51 +30,38 @@ class WordTable:
     A token is (its word dim/2 | the word before dim/4 | its position dim/4), each of about unit variance.
     """
 
-    def __init__(self, words, dim=128, length=20, seed=0, device="cpu"):
-        if dim % 8:
-            raise ValueError(f"dim must be a multiple of 8, got {dim}")
-        words = [w.lower() for w in words]
-        if len(set(words)) != len(words):
-            raise ValueError("a word stands twice in the vocabulary")
+    def __init__(self, words, dim=128, length=20, seed=0):
         self.dim, self.length, self.dtype = dim, length, torch.float32
         self.index = {word: i for i, word in enumerate(words)}
         self.fingerprint = _sha(["words", words, dim, length, seed])
         pad, random = len(words), torch.Generator().manual_seed(seed)
-        self.word = torch.randn(pad + 1, dim // 2, generator=random).to(device)  # the last row is the padding's
-        self.before = torch.randn(pad + 1, dim // 4, generator=random).to(device)
+        self.word = torch.randn(pad + 1, dim // 2, generator=random)  # the last row is the padding's
+        self.before = torch.randn(pad + 1, dim // 4, generator=random)
         self.before[pad] = 0.0  # nothing stands before the first word
         rate = length ** -(torch.arange(dim // 8) / (dim // 8))  # from one radian a word to about one a prompt
         angle = torch.arange(length + 1)[:, None] * rate  # (L + 1, D / 8); the last row is the padding's
-        self.position = (math.sqrt(2) * torch.cat([angle.sin(), angle.cos()], 1)).to(device)
-        self.device = self.word.device
+        self.position = math.sqrt(2) * torch.cat([angle.sin(), angle.cos()], 1)
         self.null = self.encode([""])  # (1, L, D)
 
     def encode(self, prompts):
         """list of B prompts -> float32 (B, L, D). Case and punctuation do not count.
 
-        Raises UserError for an unknown word, with the nearest known ones. Words beyond `length` are cut with a warning.
+        Raises UserError for an unknown word. Words beyond `length` are cut with a warning.
         """
         pad = len(self.index)
         tokens = torch.full((len(prompts), self.length), pad)
         for row, prompt in zip(tokens, prompts):
-            words = self._words(prompt)
-            row[: len(words)] = torch.tensor([self.index[w] for w in words])
-        tokens = tokens.to(self.device)
+            words = re.findall(r"\w+(?:['-]\w+)*", prompt.lower())
+            if len(words) > self.length:
+                warnings.warn(f"a prompt is longer than {self.length} words and was cut", stacklevel=2)
+            for i, word in enumerate(words[: self.length]):
+                if word not in self.index:
+                    raise UserError(f"unknown word {word!r} in {prompt!r}; known are {', '.join(self.index)}")
+                row[i] = self.index[word]
         before = torch.nn.functional.pad(tokens[:, :-1], (1, 0), value=pad)
         before = before.masked_fill(tokens == pad, pad)  # every padding token is the same
-        place = torch.arange(self.length, device=self.device).where(tokens != pad, self.length)
+        place = torch.arange(self.length).where(tokens != pad, self.length)
         return torch.cat([self.word[tokens], self.before[before], self.position[place]], dim=2)  # (B, L, D)
-
-    def _words(self, prompt):
-        words = re.findall(r"\w+(?:['-]\w+)*", prompt.lower())
-        for word in words:
-            if word not in self.index:
-                near = difflib.get_close_matches(word, self.index, n=3, cutoff=0.5)
-                hint = f"the nearest are {', '.join(near)}" if near else "try " + ", ".join(list(self.index)[:8])
-                raise UserError(f"unknown word {word!r} in the prompt {prompt!r}: {hint}")
-        if len(words) > self.length:
-            _warn(self.length, "words")
-        return words[: self.length]
 
 
 class T5:
@@ -89,15 +75,10 @@ class T5:
     def __init__(self, folder, length=226, dtype=torch.bfloat16, device="cpu"):
         from transformers import AutoTokenizer, T5EncoderModel  # takes seconds, and the small world does without
 
-        folder = Path(folder)
-        inside = (folder / "text_encoder").is_dir()
-        model, tokenizer = (folder / "text_encoder", folder / "tokenizer") if inside else (folder, folder)
-        if not (model / "config.json").is_file():
-            raise UserError(f"no T5 encoder in {folder}: {model / 'config.json'} is missing")
-        if (kind := json.loads((model / "config.json").read_text()).get("model_type")) != "t5":
-            raise UserError(f"{model} holds a {kind} model, not a T5 encoder")
-        if not any((tokenizer / name).is_file() for name in ("spiece.model", "tokenizer.json")):
-            raise UserError(f"no tokenizer in {tokenizer}: neither spiece.model nor tokenizer.json is there")
+        model, tokenizer = below(folder, "text_encoder"), below(folder, "tokenizer")
+        words = any((tokenizer / name).is_file() for name in ("spiece.model", "tokenizer.json"))
+        if not words or not (model / "config.json").is_file():
+            raise UserError(f"no T5 encoder in {folder}: want its config.json, and spiece.model or tokenizer.json")
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
             self.model, report = T5EncoderModel.from_pretrained(
@@ -105,35 +86,24 @@ class T5:
             )
         except Exception as e:  # transformers raises a dozen kinds for files that are missing, cut or foreign
             raise UserError(f"cannot load T5 from {folder}: {str(e).splitlines()[0]}") from e
-        if missing := sorted(report["missing_keys"]):
-            raise UserError(f"cannot load T5 from {model}: {len(missing)} weights are missing, first {missing[0]}")
+        if missing := report["missing_keys"]:  # they would be random
+            raise UserError(f"cannot load T5 from {model}: {len(missing)} weights are missing, first {min(missing)}")
         self.model = self.model.to(device).eval().requires_grad_(False)
-        self.dim, self.length, self.dtype, self.device = self.model.config.d_model, length, dtype, torch.device(device)
-        config = self.model.config.to_dict()
-        weights = list(self.model.parameters())
-        some = [p.flatten()[:16].bfloat16().tolist() for p in weights[:: 1 + len(weights) // 8]]  # in any precision
-        same = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads", "feed_forward_proj")
-        self.fingerprint = _sha(["t5", [config[k] for k in same], some, length])
+        config, self.device = self.model.config, torch.device(device)
+        self.dim, self.length, self.dtype = config.d_model, length, dtype
+        some = [p.flatten()[:16].bfloat16().tolist() for p in self.model.parameters()]  # alike in any precision
+        self.fingerprint = _sha(["t5", config.num_heads, config.feed_forward_proj, some, length])
         self.null = self.encode([""])  # (1, L, D)
 
     @torch.no_grad()
     def encode(self, prompts):
-        """list of B prompts -> float32 (B, L, D). Tokens beyond `length` are cut, with a warning."""
-        tokens = self.tokenizer(prompts, verbose=False).input_ids
-        if max(map(len, tokens), default=0) > self.length:
-            _warn(self.length, "tokens")
+        """list of B prompts -> float32 (B, L, D). Tokens beyond `length` are cut."""
         tokens = self.tokenizer(prompts, padding="max_length", max_length=self.length, truncation=True).input_ids
         return self.model(torch.tensor(tokens, device=self.device)).last_hidden_state.float()  # (B, L, D)
 
     def close(self):
         """Free the weights."""
         self.model = None
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-
-def _warn(length, unit):
-    warnings.warn(f"a prompt is longer than {length} {unit} and was cut", stacklevel=4)
 
 
 def _sha(identity):

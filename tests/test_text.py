@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import warnings
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ WORDS = ["a", "red", "blue", "circle", "star", "left", "of", "moves"]
 def test_word_table_is_made_of_word_word_before_and_position():
     table = WordTable(WORDS, dim=64, length=6, seed=3)
     x = table.encode(["A red, circle!", "circle red circle of"])
-    assert x.shape == (2, 6, 64) and x.dtype == torch.float32 and x.device == table.device
+    assert x.shape == (2, 6, 64) and x.dtype == torch.float32
     word, before, place = x.split([32, 16, 16], 2)
     assert torch.equal(word[0, 2], word[1, 0]) and torch.equal(word[0, 2], word[1, 2])  # circle is circle
     assert torch.equal(before[0, 2], before[1, 2])  # red stands before both
@@ -71,12 +70,10 @@ def test_fingerprints_differ_with_everything_that_counts():
     assert WordTable(WORDS).fingerprint == made[0].fingerprint
 
 
-def test_unknown_words_are_named_with_the_nearest():
+def test_unknown_words_are_named_with_the_known_ones():
     table = WordTable(WORDS)
-    with pytest.raises(UserError, match=r"'cirle' in the prompt 'a red cirle'.*nearest are circle"):
+    with pytest.raises(UserError, match="'cirle' in 'a red cirle'; known are a, red, blue, circle"):
         table.encode(["a red", "a red cirle"])
-    with pytest.raises(UserError, match=r"'zzz'.*try a, red"):
-        table.encode(["zzz"])
     with pytest.raises(UserError, match="café"):
         table.encode(["red café"])
 
@@ -91,13 +88,6 @@ def test_too_long_a_prompt_is_cut_with_a_warning():
     with pytest.warns(UserWarning, match="longer than 3 words"):
         x = table.encode(["a red star moves left", "a blue star moves left"])
     assert torch.equal(x[:1], table.encode(["a red star"]))
-
-
-def test_word_table_refuses_nonsense():
-    with pytest.raises(ValueError, match="multiple of 8"):
-        WordTable(WORDS, dim=12)
-    with pytest.raises(ValueError, match="twice"):
-        WordTable(["red", "Red"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -172,14 +162,14 @@ def test_t5_from_one_plain_folder_with_a_tokenizer_json(folder, tmp_path):
     assert torch.equal(ours.encode(["a red circle"]), want)
 
 
-def test_t5_cuts_long_prompts_with_a_warning(folder):
-    ours = T5(folder, length=8, dtype=torch.float32)
-    with pytest.warns(UserWarning, match="longer than 8 tokens and was cut"):
-        x = ours.encode(["a red circle moves left " * 9, "a", "a red circle moves left"])
-    assert x.shape == (3, 8, 32)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        T5(folder, length=30).encode(["a red"])
+def test_t5_cuts_long_prompts(folder):
+    ours, whole = T5(folder, length=8, dtype=torch.float32), T5(folder, length=60, dtype=torch.float32)
+    prompts = ["a red circle moves left " * 9, "a"]
+    tokens = [whole.tokenizer(prompt).input_ids for prompt in prompts]
+    assert len(tokens[0]) > 60 and ours.encode(prompts).shape == (2, 8, 32)
+    with torch.no_grad():
+        want = ours.model(torch.tensor([tokens[0][:7] + tokens[0][-1:]]))[0]
+    assert torch.allclose(ours.encode(prompts[:1]), want, atol=1e-5)
 
 
 def test_t5_close_frees_the_weights_and_keeps_the_rest(folder):
@@ -227,8 +217,8 @@ def spoil(root, how):
         ("cut", "cannot load T5"),
         ("a weight is gone", "1 weights are missing, first encoder.block.1.layer.0.SelfAttention.q.weight"),
         ("no weights", "cannot load T5"),
-        ("no tokenizer", "no tokenizer in"),
-        ("another model", "holds a bert model"),
+        ("no tokenizer", "no T5 encoder in"),
+        ("another model", "cannot load T5"),
         ("no folder", "no T5 encoder in"),
     ],
 )
