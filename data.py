@@ -1,6 +1,6 @@
 """Captioned clips from real files: a folder of videos and images, and a cache of their latents.
 
-    python data.py look CLIPS --preset cogvideox-2b                 # a sheet of what training will see
+    python data.py look --preset cogvideox-2b --data CLIPS --out look.png      # a sheet of what training will see
     python data.py cache --preset cogvideox-2b --data CLIPS --vae FOLDER --text FOLDER --out CACHE
 
 `Folder` reads files of any size, length and frame rate as clips of one size: `frames` frames at `fps` from a section
@@ -19,12 +19,12 @@ import json
 import math
 import os
 import random
-import re
 import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Literal
@@ -36,7 +36,8 @@ import common
 from captions import list_clips
 from cogvideox import load_vae
 from common import Machine, UserError, opt
-from video import fit, info, is_image, load_clip, section, write_grid
+from text import load_encoder
+from video import is_image, load_clip, section, write_grid
 from world import shapes
 
 PRESETS = {
@@ -52,28 +53,25 @@ class Samples:
     """Samples of several shapes, in an order without state. `shapes` has one hashable value a sample."""
 
     def __init__(self, shapes):
-        self.shapes, self._last = shapes, (None, None)
+        self.shapes, self.order = shapes, lru_cache(2)(self._order)
         self.groups = {one: [i for i, shape in enumerate(shapes) if shape == one] for one in dict.fromkeys(shapes)}
 
     def __len__(self):
         return len(self.shapes)
 
-    def order(self, seed, epoch, size=1):
+    def _order(self, seed, epoch, size=1):
         """The epoch's batches: lists of `size` indices of one shape; every sample is in at least one of them."""
-        known, batches = self._last
-        if known != (seed, epoch, size):
-            rng, batches = random.Random(f"{seed}/{epoch}"), []
-            for group in self.groups.values():
-                group = rng.sample(group, len(group))
-                full = group + group * math.ceil(size / len(group))
-                batches += [full[i : i + size] for i in range(0, len(group), size)]
-            rng.shuffle(batches)
-            self._last = (seed, epoch, size), batches  # at once, for several threads ask
+        rng, batches = random.Random(f"{seed}/{epoch}"), []
+        for group in self.groups.values():
+            group = rng.sample(group, len(group))
+            full = group + group * math.ceil(size / len(group))
+            batches += [full[i : i + size] for i in range(0, len(group), size)]
+        rng.shuffle(batches)
         return batches
 
     def at(self, seed, position, size):
         """Indices of the batch, over all ranks, at step `position` of training, counted from 0 over all epochs."""
-        epoch, step = divmod(position, sum(math.ceil(len(group) / size) for group in self.groups.values()))
+        epoch, step = divmod(position, len(self.order(seed, 0, size)))  # all epochs are as long
         return self.order(seed, epoch, size)[step]
 
 
@@ -99,31 +97,29 @@ class Shapes:
 class Folder(Samples):
     """Clips (F, H, W) = (n, height, width) at `fps` of a folder's videos and images, decoded when asked for.
 
-    What is used and what is left out is said in a few lines; raises UserError if no clip is left. column: the captions'
-    in tables. workers: files opened at a time. Of several ranks each opens its part of the files, and share(mine) gives
-    the list of what all ranks have found.
+    Attributes: `names`, `captions` and `sizes` (frames, height, width) of the clips, `left_out` {name: why}. Raises
+    UserError if no clip is left.
     """
 
-    def __init__(self, folder, n, height, width, fps, seed=0, column="text", workers=1, rank=0, ranks=1, share=None):
-        self.folder, self.how, self.seed, self.damaged = Path(folder), (n, height, width, fps), seed, set()
-        captions, skipped = list_clips(folder, column)
-        mine, self.known = probe(folder, list(captions)[rank::ranks], n, fps, workers), {}
-        for known, bad in share(mine) if share else [mine]:
-            self.known |= known
-            skipped |= bad
-        self.captions = {name: caption for name, caption in captions.items() if name in self.known}
-        self.names = list(self.captions)
-        self.sizes = sizes_of(self.names, n, height, width)
-        if rank == 0:
-            report(folder, self.sizes, skipped, self.known)
+    def __init__(self, folder, n, height, width, fps, seed=0):
+        self.folder, self.how, self.seed = Path(folder), (n, height, width, fps), seed
+        captions, self.left_out = list_clips(folder)
+        for name in tqdm(captions, "opening the files", leave=False):
+            try:
+                section(self.folder / name, n, fps)
+            except UserError as e:
+                self.left_out[name] = str(e).rpartition(": ")[2]  # without the file's name
+        self.names = [name for name in captions if name not in self.left_out]
+        self.captions = [captions[name] for name in self.names]
         if not self.names:
             raise UserError(f"no usable clip in {folder}: it needs videos or images with captions")
+        self.sizes = sizes_of(self.names, n, height, width)
         super().__init__(self.sizes)
 
     def batch(self, indices, step=0):
         """-> video (B, 3, F, H, W) in [-1, 1], list of B captions. Each step shows other sections of the files.
 
-        A file that turns out to be damaged further in is named once and gives way to the next of its shape.
+        A file that turns out to be damaged further in is named and gives way to the next of its shape.
         """
         loaded = [self._load(i, f"{self.seed}/{step}") for i in indices]
         return torch.stack([video for video, _ in loaded]), [caption for _, caption in loaded]
@@ -131,13 +127,11 @@ class Folder(Samples):
     def _load(self, index, seed):
         same = self.groups[self.shapes[index]]
         place = same.index(index)
-        for name in [self.names[i] for i in same[place:] + same[:place]]:
+        for i in same[place:] + same[:place]:
             try:
-                return load_clip(self.folder / name, *self.how, seed, self.known[name]), self.captions[name]
+                return load_clip(self.folder / self.names[i], *self.how, seed), self.captions[i]
             except UserError as e:
-                if name not in self.damaged:
-                    print(f"skipped: {e}", file=sys.stderr)
-                self.damaged.add(name)
+                print(f"skipped: {e}", file=sys.stderr)
         raise UserError(f"no usable clip in {self.folder}")
 
 
@@ -146,38 +140,13 @@ def sizes_of(names, n, height, width):
     return [(1 if is_image(name) else n, height, width) for name in names]
 
 
-def probe(folder, names, n, fps, workers=1):
-    """Open each file: is it long enough? -> {name: its VideoInfo}, {name: why it is not used}."""
-
-    def one(name):
-        path = Path(folder) / name
-        try:
-            section(path, known := info(path), n, fps)
-            return known
-        except UserError as e:
-            return str(e).removeprefix(f"cannot read {path}: ")
-
-    known, bad = {}, {}
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        opened = tqdm(pool.map(one, names), "opening the files", len(names), unit="file", leave=False)
-        for name, found in zip(names, opened):
-            (bad if isinstance(found, str) else known)[name] = found
-    return known, bad
-
-
-def report(folder, sizes, skipped, known=None):
-    """Say which sizes (frames, height, width) are used, which {name: VideoInfo} known and {name: why} skipped."""
-    count = lambda words: ", ".join(f"{word} ({k})" for word, k in Counter(words).most_common(5))
-    print(f"{folder}: {len(sizes)} clips of {len(sizes) + len(skipped)} files are used")
-    if sizes:
-        print(f"  as {count(f'{f} x {w}x{h}' for f, h, w in sizes)}")
-    if known:
-        print(f"  filmed in {count(f'{file.width}x{file.height}' for file in known.values())}")
-    reasons = {}
-    for name, why in skipped.items():
-        reasons.setdefault(re.split("[,:('\"]", why)[0].strip(), []).append(f"{name} ({why})")  # without its details
-    for names in sorted(reasons.values(), key=len, reverse=True):
-        print(f"  left out: {len(names)}, e.g. {names[0]}")
+def report(folder, sizes, left_out):
+    """Say in a line how many clips of `sizes` (frames, height, width) are used, and how many not for which reasons."""
+    images, example = sum(frames == 1 for frames, _, _ in sizes), {why: name for name, why in left_out.items()}
+    said = f"{folder}: {len(sizes)} clips of {len(sizes) + len(left_out)} files are used, {images} images"
+    for why, count in Counter(left_out.values()).most_common(5):
+        said += f"; {count} left out, {why} ({example[why]})"
+    print(said)
 
 
 class Ahead:
@@ -206,77 +175,56 @@ def fingerprint(model, dtype=torch.float64):
     return sha256(json.dumps([asdict(model.config), some], sort_keys=True).encode()).hexdigest()
 
 
-def cache(data, out, vae, text, made, reward=None, rank=0, ranks=1, device="cpu", column="text", workers=1):
+@torch.no_grad()
+def cache(data, out, vae, text, made, reward=None, rank=0, ranks=1, device="cpu"):
     """Encode every clip of the folder `data` once into the folder `out`; goes on where an earlier run stopped.
 
     vae and text as in vae3d.py and text.py; `reward(video (1, 3, F, H, W), [caption]) -> (1,)`, of the decoded latents.
     `made` says how, and must be the same each time: frames, height, width, fps, seed, vae (its fingerprint), reward
     (its name or None), reward_frames, reward_weights (the file's name). Files that are new in `data` are added. Of
-    `ranks` processes each makes its share, and the first says what all will use. column, workers: as in `Folder`.
-    Returns how many clips there are. Raises UserError for a cache that was made otherwise, and where none is usable.
+    `ranks` processes each makes its share. A file that cannot be used is named and left out for good.
+    Returns how many clips there are. Raises UserError for a cache that was made otherwise, and for an empty folder.
     """
     data, out, made = Path(data), Path(out), made | {"text": text.fingerprint}
-    captions, skipped = list_clips(data, column)
+    size = [made[key] for key in ("frames", "height", "width", "fps", "seed")]
+    captions, left_out = list_clips(data)
     names = _index(out, made)["names"] if (out / "index.json").exists() else []
     names += sorted(set(captions).difference(names))
-    todo = [i for i in range(len(names)) if not _file(out, i).exists()]
-    size, said = [made[key] for key in ("frames", "height", "width", "fps", "seed")], {}
-    if rank == 0:
-        print(f"{out}: {len(names) - len(todo)} files are done already")
-        known, said = probe(
-            data, [names[i] for i in todo if names[i] in captions], made["frames"], made["fps"], workers
-        )
-        report(data, sizes_of(known, *size[:3]), skipped | said, known)
-        if len(todo) == len(names) and not known:
-            raise UserError(f"no usable clip in {data}: it needs videos or images with captions")
+    if not names:
+        raise UserError(f"no usable clip in {data}: it needs videos or images with captions")
     common.save_tensors(out / "null.safetensors", {"text": text.null.to(text.dtype)})
     with common.atomic(out / "index.json") as part:  # every process writes the same
         part.write_text(json.dumps({"made": made, "names": names}))
+    if rank == 0:
+        report(data, sizes_of(captions, *size[:3]), left_out)
 
-    mine = [i for i in todo if i % ranks == rank]
-    clips = Ahead(lambda k: load_clip(data / names[mine[k]], *size), workers, len(mine))
+    mine = [i for i in range(rank, len(names), ranks) if not _file(out, i).exists()]
+    clips = Ahead(lambda k: load_clip(data / names[mine[k]], *size), READERS, len(mine))
     for k, i in enumerate(tqdm(mine, unit="clip", disable=rank > 0)):
-        name, tensors, about = names[i], {}, {"class": "clip", "name": names[i]}
+        about = {"class": "clip", "name": names[i], "caption": captions.get(names[i], "")}
         try:
-            video = clips(k)[None].to(device)  # (1, 3, F, H, W)
-            if name not in captions:
+            if names[i] not in captions:
                 raise UserError("its caption is gone")
-            embedding = text.encode([captions[name]])  # (1, L, D)
+            video = clips(k)[None].to(device)  # (1, 3, F, H, W)
+            tensors = {"text": text.encode([about["caption"]])[0].to(text.dtype)}  # (L, D)
         except UserError as e:
-            about["skipped"] = str(e).removeprefix(f"cannot read {data / name}: ")
-            if name not in said:
-                tqdm.write(f"skipped: {name} ({about['skipped']})", sys.stderr)
-        else:
-            tensors = _encode(video, captions[name], vae, reward) | {"text": embedding[0].to(text.dtype)}
-            about |= {"caption": captions[name], "shape": list(tensors["latents"].shape)}
-        common.save_tensors(_file(out, i), tensors, about)
-    return sum("shape" in _read_head(file) for file in out.glob("clip-*"))
-
-
-@torch.no_grad()
-def _encode(video, caption, vae, reward):
-    """One clip (1, 3, F, H, W) -> its latents (C, T, h, w) and reward, if one is asked for."""
-    try:
-        latents = vae.encode(video).half()
-    except ValueError as e:  # it knows which sizes it takes
-        raise UserError(f"the VAE does not take such clips: {e}") from e
-    if reward is None:
-        return {"latents": latents[0]}
-    # of what the latents hold, as training scores its samples (Eq. 14)
-    pixels = vae.decode(latents.float()).float().clamp(-1, 1)
-    return {"latents": latents[0], "reward": reward(pixels, [caption])[0].float()}
+            tqdm.write(f"skipped: {names[i]}: {e}", sys.stderr)
+            common.save_tensors(_file(out, i), {}, about)  # so that it is not tried again
+            continue
+        try:
+            latents = vae.encode(video).half()  # (1, C, T, h, w)
+        except ValueError as e:  # it knows which sizes it takes
+            raise UserError(f"the VAE does not take such clips: {e}") from e
+        if reward:  # of what the latents hold, as training scores its samples (Eq. 14)
+            pixels = vae.decode(latents.float()).float().clamp(-1, 1)
+            tensors["reward"] = reward(pixels, [about["caption"]])[0].float()
+        tensors["latents"] = latents[0]
+        common.save_tensors(_file(out, i), tensors, about | {"shape": list(latents[0].shape)})
+    return sum("shape" in common.read_metadata(file, "clip") for file in out.glob("clip-*"))
 
 
 def _file(folder, i):
     return Path(folder) / f"clip-{i:06d}.safetensors"
-
-
-def _read_head(file):
-    """What a clip's file says of itself: its name, its caption and shape, or why it was skipped."""
-    try:
-        return common.read_metadata(file, "clip")
-    except UserError as e:
-        raise UserError(f"{e}: delete it and run data.py cache again") from e
 
 
 def _index(folder, made):
@@ -284,12 +232,11 @@ def _index(folder, made):
     try:
         index = json.loads((Path(folder) / "index.json").read_text())
         found, _ = index["made"], index["names"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{folder} is not a cache (no index.json that can be read): make one, data.py cache") from None
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{folder} is not a cache that data.py made: {e!r}") from e
     for key, value in made.items():
         if found.get(key) != value:
-            there, here = str(found.get(key))[:12], str(value)[:12]
-            raise UserError(f"{folder} was made with another {key} ({there}, not {here}): make a new cache")
+            raise UserError(f"{folder} was made with another {key} ({found.get(key)}, not {value}): make a new cache")
     return index
 
 
@@ -297,21 +244,20 @@ class LatentCache(Samples):
     """What `cache` wrote: latents, text embeddings and rewards, read clip by clip from the disk.
 
     Keywords such as vae=FINGERPRINT are compared with how the cache was made. Attributes: `made`, `captions`, `sizes`
-    (frames, height, width) of the clips, `left_out` {name: why}, `null` (1, L, D). Raises UserError for another maker,
-    a cache that is unfinished, or a damaged file.
+    (frames, height, width) of the clips, `null` (1, L, D). Raises UserError for another maker, a cache that is
+    unfinished, or a damaged file.
     """
 
     def __init__(self, folder, **made):
-        index = _index(folder, made)
-        self.made, files = index["made"], [_file(folder, i) for i in range(len(index["names"]))]
-        if missing := sum(not file.exists() for file in files):
-            some = f"{missing} of {len(files)} clips are missing"
+        index, files = _index(folder, made), sorted(Path(folder).glob("clip-*"))
+        if len(files) < len(index["names"]):
+            some = f"{len(files)} of {len(index['names'])} clips are made"
             raise UserError(f"the cache {folder} is unfinished, {some}: run data.py cache again")
-        heads = [_read_head(file) for file in files]
-        self.left_out = {head["name"]: head["skipped"] for head in heads if "skipped" in head}
-        used = [(file, head) for file, head in zip(files, heads) if "shape" in head]
+        heads = [(file, common.read_metadata(file, "clip")) for file in files]
+        used = [(file, head) for file, head in heads if "shape" in head]  # the others could not be read
         if not used:
             raise UserError(f"the cache {folder} holds no clip")
+        self.made = index["made"]
         self.files, self.captions = [file for file, _ in used], [head["caption"] for _, head in used]
         self.null = common.load_tensors(Path(folder) / "null.safetensors")[0]["text"].float()
         super().__init__([tuple(head["shape"]) for _, head in used])
@@ -332,7 +278,7 @@ class Config(Machine):
     data: str = opt("", "The folder of videos and images with captions.")
     vae: str = opt("weights/vae.safetensors", "The VAE: a file of ours, or a pipeline's folder (or its vae/).")
     text: str = opt("words", "The text encoder: a T5 folder, or `words`, the small world's word table.")
-    out: str = opt("", "The folder of the cache, or the sheet's file (look.png).")
+    out: str = opt("", "The folder of the cache, or the file of the sheet (.png).")
     frames: int = opt(16, "The frames of a clip.")
     height: int = opt(64, "Its height in pixels.")
     width: int = opt(64, "Its width in pixels.")
@@ -342,58 +288,48 @@ class Config(Machine):
     reward_weights: str | None = opt(None, "The reward's weights, a file or folder.")
     reward_frames: int | None = opt(None, "The frames an image reward looks at (none: all).")
     seed: int = opt(0, "It chooses the section of a longer video, and the clips of the sheet.")
-    caption_column: str = opt("text", "The captions' column in metadata.jsonl, .csv or .parquet.")
-    workers: int = opt(READERS, "The threads that open files and decode clips ahead.")
 
 
-def look(folder, out="look.png", fps=8.0, seed=0):
-    """Draw a sheet of eight clips of a Folder as training sees them: the crop, the frames, their times, captions."""
-    clips, captions = [], []
-    for chosen in folder.order(seed, 0)[:8]:
-        video, (caption,) = folder.batch(chosen)
-        _, _, height, width = video[0].shape
-        shrink = max(1, max(height, width) / 256)
-        clips.append(fit(video[0], round(height / shrink), round(width / shrink)).clamp(-1, 1))
-        captions.append(caption)
-    write_grid(out, clips, captions, fps=fps)
-    print(f"wrote {out}: {len(clips)} clips, each as frames at the times above them")
+def look(cfg):
+    """Draw a sheet of eight clips as training sees them, at most 256 pixels wide and high: the crop, the frames."""
+    shrink = min(1, 256 / max(cfg.height, cfg.width))
+    folder = Folder(cfg.data, cfg.frames, round(cfg.height * shrink), round(cfg.width * shrink), cfg.fps, cfg.seed)
+    report(cfg.data, folder.sizes, folder.left_out)
+    videos, captions = zip(*[folder.batch(chosen) for chosen in folder.order(cfg.seed, 0)[:8]])
+    write_grid(cfg.out, [video[0] for video in videos], [caption for (caption,) in captions])
+    print(f"wrote {cfg.out}: {len(videos)} clips")
+
+
+def encode(cfg):
+    """Fill the cache cfg.out; torchrun's processes share the work."""
+    import rewards  # here, since whoever only reads a cache or a folder needs none
+
+    common.start(cfg)
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cfg.device == "cuda" else cfg.device
+    text = load_encoder(cfg.text, length=cfg.text_length, device=device, precision=cfg.precision)
+    vae = load_vae(cfg.vae)
+    vae = vae if common.uses_bfloat16(cfg.precision, device) else vae.float()  # published ones may be in half precision
+    reward = None
+    if cfg.reward:
+        reward = rewards.make(cfg.reward, cfg.reward_weights, cfg.reward_frames, device)
+        reward.check(sizes_of(list_clips(cfg.data)[0], cfg.frames, cfg.height, cfg.width))
+    made = {k: getattr(cfg, k) for k in ("frames", "height", "width", "fps", "seed", "reward", "reward_frames")}
+    made |= {"vae": fingerprint(vae), "reward_weights": Path(cfg.reward_weights or "").name}
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    n = cache(cfg.data, cfg.out, vae.eval().to(device), text, made, reward, rank, ranks, device)
+    print(f"{cfg.out}: {n} clips")
 
 
 def main():
     command, *words = sys.argv[1:] or [""]
-    if command not in ("cache", "look"):
-        raise UserError("say what to do: data.py look CLIPS, or data.py cache --data CLIPS --out CACHE (see --help)")
-    if command == "look" and words and not words[0].startswith("-"):
-        words = ["--data", *words]
     cfg = common.parse(Config, words, "Draw captioned clips as training sees them, or encode them once.", PRESETS)
-    if not cfg.data or not (cfg.out or command == "look"):
-        raise UserError("--data and, for a cache, --out are required")
-    size = cfg.frames, cfg.height, cfg.width
-    if command == "look":
-        folder = Folder(cfg.data, *size, cfg.fps, cfg.seed, cfg.caption_column, cfg.workers)
-        return look(folder, cfg.out or "look.png", cfg.fps, cfg.seed)
+    if command not in ("look", "cache") or not cfg.data or not cfg.out:
+        raise UserError(
+            "say what to do: data.py look --data CLIPS --out SHEET.png, or data.py cache --data CLIPS --out CACHE"
+        )
     if cfg.height % 8 or cfg.width % 8 or not cfg.fps:  # found now: a cache that has begun remembers how it was made
         raise UserError("--height and --width are multiples of 8 (a latent's pixels), and --fps is above 0")
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cfg.device == "cuda" else cfg.device
-    # here, since whoever only reads a cache or a folder needs none of these
-    import rewards
-    from text import load_encoder
-
-    common.start(cfg)
-    text = load_encoder(cfg.text, length=cfg.text_length, device=device, precision=cfg.precision)
-    vae = load_vae(cfg.vae)
-    vae = vae if common.uses_bfloat16(cfg.precision, device) else vae.float()  # published ones may be in half precision
-    score = None
-    if cfg.reward:
-        reward = rewards.make(cfg.reward, cfg.reward_weights, cfg.reward_frames, device)
-        reward.check(sizes_of(list_clips(cfg.data, cfg.caption_column)[0], *size))
-        score = reward
-    made = {k: getattr(cfg, k) for k in ("frames", "height", "width", "fps", "seed", "reward", "reward_frames")}
-    made |= {"vae": fingerprint(vae), "reward_weights": Path(cfg.reward_weights or "").name}
-    vae, how = vae.eval().to(device), (cfg.caption_column, cfg.workers)
-    n = cache(cfg.data, cfg.out, vae, text, made, score, rank, ranks, device, *how)
-    print(f"{cfg.out}: {n} clips")
+    look(cfg) if command == "look" else encode(cfg)
 
 
 if __name__ == "__main__":

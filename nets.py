@@ -21,8 +21,7 @@ from adapters import Adapted
 from cogvideox import below, load_vae, read_dit_about, read_dit_config, read_dit_weights
 from common import UserError
 from data import PRESETS as CLIPS
-from data import READERS, Ahead, Folder, LatentCache, Shapes, fingerprint, report
-from distributed import every
+from data import Ahead, Folder, LatentCache, Shapes, fingerprint, report
 from dit import PRESETS as SIZES
 from dit import DiT
 from losses import GRID
@@ -224,14 +223,14 @@ def read_data(cfg, ranks, config, vae):
         used = {"vae": vae and fingerprint(vae), "text": encoder and encoder.fingerprint}
         data = LatentCache(cfg.data, **{name: value for name, value in used.items() if value})
         check_cache(cfg, data, config)
-        if ranks.main:
-            report(cfg.data, data.sizes, data.left_out)
         return data, CachedText(data)
     if cfg.data == "shapes":
         return Shapes(cfg.seed), encoder
     size = [CLIPS[cfg.preset][key] for key in ("frames", "height", "width", "fps")]
-    share = lambda mine: every(mine, ranks)
-    return Folder(cfg.data, *size, cfg.seed, "text", READERS, ranks.rank, ranks.size, share), encoder
+    folder = Folder(cfg.data, *size, cfg.seed)
+    if ranks.main:
+        report(cfg.data, folder.sizes, folder.left_out)
+    return folder, encoder
 
 
 def check_cache(cfg, data, config):

@@ -30,7 +30,7 @@ from collections import Counter
 from pathlib import Path
 
 from common import UserError, atomic, read_prompts, read_text
-from video import frames
+from video import read_video
 
 # dimension as in the paper's Table 2: (which total, minimum, maximum, weight); from VBench's scripts/constant.py
 DIMENSIONS = {
@@ -158,7 +158,7 @@ def plan(entries, copies, seed):
 def readable(path):
     """Can every frame of this video be decoded?"""
     try:
-        return sum(1 for _ in frames(path)) > 0
+        return len(read_video(path)[0]) > 0
     except UserError:
         return False
 

@@ -22,7 +22,7 @@ import data
 from common import UserError
 from data import Folder, LatentCache, Samples, cache, list_clips
 from text import WordTable
-from video import info, load_clip, section
+from video import load_clip, section
 
 HERE = Path(__file__).parents[1]
 WORDS = "a red blue ball rolls picture of number zero one two three four five six seven eight nine".split()  # noqa: SIM905
@@ -71,7 +71,7 @@ def clips(tmp_path):
 def test_clips_are_resampled_in_time(tmp_path):
     """At 8 fps from 20: the frames nearest to multiples of 1/8 s after the section's start."""
     path = film(tmp_path / "a.mp4")
-    times_of, starts = lambda n, seed: section(path, info(path), n, 8.0, seed), set()
+    times_of, starts = lambda n, seed: section(path, n, 8.0, seed), set()
     for seed in range(8):
         times = times_of(8, seed)
         assert np.allclose(np.diff(times), 1 / 8) and times[0] >= 0 and times[-1] <= 39 / 20 + 1e-9
@@ -90,7 +90,7 @@ def test_clips_are_resampled_in_time(tmp_path):
 
 def test_too_short_a_clip_is_refused(tmp_path):
     path = film(tmp_path / "a.mp4", n=37)  # the last frame at 1.8 s, 15 / 8 = 1.875 s is needed
-    with pytest.raises(UserError, match="too short, 37 frames"):
+    with pytest.raises(UserError, match="too short for 16 frames at 8 fps"):
         load_clip(path, 16, 40, 60, 8.0)
     assert load_clip(film(tmp_path / "b.mp4", n=38), 16, 40, 60, 8.0).shape[1] == 16
     with pytest.raises(UserError, match="too short"):
@@ -125,13 +125,16 @@ def test_a_circle_stays_round_and_in_the_middle(tmp_path):
 def test_folder_says_what_it_uses_and_what_it_leaves_out(clips, capsys):
     (clips / "mute.mp4").write_bytes((clips / "a.mp4").read_bytes())
     folder = Folder(clips, 16, 32, 48, 8.0)
-    first, *lines = capsys.readouterr().out.splitlines()
-    assert first == f"{clips}: 5 clips of 12 files are used"
-    assert lines[0] == "  as 16 x 48x32 (3), 1 x 48x32 (2)"
-    assert lines[1] == "  filmed in 30x50 (2), 60x40 (1), 160x90 (1), 48x64 (1)"
-    assert lines[2] == "  left out: 2, e.g. mute.mp4 (it has no caption)" and len(lines) == 8
-    for name, why in (("short.mp4", "it is too short, 8"), ("gone.mp4", "it is not"), ("notes.pdf", ".pdf files")):
-        assert any(line.startswith(f"  left out: 1, e.g. {name} ({why}") for line in lines), lines
+    data.report(clips, folder.sizes, folder.left_out)
+    said = capsys.readouterr().out
+    assert said.startswith(
+        f"{clips}: 5 clips of 12 files are used, 2 images; 2 left out, it has no caption (silent.mp4); "
+    )
+    assert said.count("\n") == 1 and said.count("1 left out") == 4
+    left_out = {"mute.mp4", "silent.mp4", "gone.mp4", "notes.pdf", "short.mp4", "broken.mp4", "text.png"}
+    assert folder.left_out.keys() == left_out
+    assert folder.left_out["short.mp4"] == "it is too short for 16 frames at 8 fps"
+    assert folder.left_out["broken.mp4"] == "Invalid data found when processing input"
     assert folder.names == ["E.JPG", "a.mp4", "c.mkv", "d.png", "sub/b.webm.mp4"] and len(folder) == 5
     assert folder.sizes == [(n, 32, 48) for n in (1, 16, 16, 1, 16)]
     video, captions = folder.batch([1, 4, 2])
@@ -144,22 +147,22 @@ def test_folder_says_what_it_uses_and_what_it_leaves_out(clips, capsys):
 
 
 def test_look_draws_clips_as_training_sees_them(clips, tmp_path):
-    """A row a clip: its caption, and its frames under their times, cut out and at the frame rate of training."""
-    command = [sys.executable, "data.py", "look", clips, "--frames", 4, "--fps", 2, "--height", 32, "--width", 48]
-    done = subprocess.run(
-        [str(c) for c in [*command, "--out", tmp_path / "look.png"]], capture_output=True, text=True, cwd=HERE
-    )
+    """A row a clip: its caption, and its frames, cut out and at the frame rate of training."""
+    command = [sys.executable, "data.py", "look", "--frames", 4, "--fps", 2, "--height", 32, "--width", 48]
+    command += ["--data", clips, "--out", tmp_path / "look.png"]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=HERE)
     assert done.returncode == 0, done.stderr
-    assert "5 clips of 11 files are used\n  as 4 x 48x32 (3), 1 x 48x32 (2)" in done.stdout
+    assert "5 clips of 11 files are used, 2 images" in done.stdout
     sheet = np.array(Image.open(tmp_path / "look.png")).astype(int)
     height, width = 2 * 32 + 4 + 16, 2 * 48 + 4  # enlarged twice, a gap, a line for the caption
-    assert sheet.shape == (16 + 4 + 5 * height, 4 + 4 * width, 3)
-    folder, ends = Folder(clips, 4, 32, 48, 2.0), [4 + width * x + 48 for x in range(4)]
+    assert sheet.shape == (20 + 5 * height, 4 + 4 * width, 3)
+    folder, middles = Folder(clips, 4, 32, 48, 2.0), [4 + width * x + 48 for x in range(4)]
     for y, (i,) in enumerate(folder.order(0, 0)):
         frames = folder.batch([i])[0][0, 0, :, 16, 24]  # (4,) or (1,)
         want = ((frames + 1) * 127.5).round().tolist()
-        assert sheet[16 + height * (y + 1) - 32, ends[: len(want)], 0].tolist() == pytest.approx(want, abs=2)
-    assert subprocess.run([*map(str, command[:2]), "look"], capture_output=True, cwd=HERE).returncode == 2
+        assert sheet[36 + height * y + 32, middles[: len(want)], 0].tolist() == pytest.approx(want, abs=2)
+    wrong = subprocess.run([*map(str, command[:3])], capture_output=True, text=True, cwd=HERE)
+    assert wrong.returncode == 2 and len(wrong.stderr.splitlines()) == 1
 
 
 def test_batches_are_made_ahead_and_in_order():
@@ -184,30 +187,17 @@ def test_batches_are_made_ahead_and_in_order():
 
 
 def test_a_clip_costs_as_much_in_a_long_file_as_in_a_short_one(tmp_path):
-    """In files of 4 s and of 10 minutes, of which is known what was found at the start."""
+    """In files of 4 s and of 10 minutes."""
     seconds = {}
     for name, n in (("short.mp4", 4 * 10), ("long.mp4", 600 * 10)):
         film(tmp_path / name, n=n, fps=10, height=64, width=96, step=0)
-        known, taken = info(tmp_path / name), []
+        taken = []
         for seed in range(9):
             begun = time.perf_counter()
-            load_clip(tmp_path / name, 16, 64, 64, 8.0, seed, known)
+            load_clip(tmp_path / name, 16, 64, 64, 8.0, seed)
             taken.append(time.perf_counter() - begun)
         seconds[name] = sorted(taken)[4]
     assert seconds["long.mp4"] < 4 * seconds["short.mp4"], seconds  # twice, and room for a busy machine
-
-
-def test_ranks_open_their_part_of_the_files(clips, monkeypatch, capsys):
-    opened, alone = [], Folder(clips, 16, 32, 48, 8.0)
-    monkeypatch.setattr(data, "probe", lambda *a, really=data.probe: opened.append(a[1]) or really(*a))
-    found = []
-    with pytest.raises(UserError, match="no usable clip"):  # as if nobody had found anything
-        Folder(clips, 16, 32, 48, 8.0, rank=1, ranks=2, share=lambda mine: found.append(mine) or [])
-    capsys.readouterr()
-    both = Folder(clips, 16, 32, 48, 8.0, rank=0, ranks=2, share=lambda mine: [mine, *found])
-    assert sorted(opened[0] + opened[1]) == list(list_clips(clips)[0]) and len(opened[0]) == len(opened[1]) == 4
-    assert (both.names, both.known, both.captions) == (alone.names, alone.known, alone.captions)
-    assert "5 clips of 11 files are used" in capsys.readouterr().out
 
 
 def test_folder_without_usable_clips(tmp_path, clips):
@@ -227,7 +217,8 @@ def test_a_file_damaged_further_in_gives_way(clips, capsys):
     (clips / "a.mp4").write_bytes(b"spoiled since")
     capsys.readouterr()
     video, captions = folder.batch([1])
-    assert captions == ["A ball rolls"] and video.shape[2] == 16 and "a.mp4" in capsys.readouterr().err
+    assert captions == ["A ball rolls"] and video.shape[2] == 16
+    assert capsys.readouterr().err == f"skipped: cannot read {clips}/a.mp4: Invalid data found when processing input\n"
     for name in ("c.mkv", "sub/b.webm.mp4"):
         (clips / name).unlink()
     with pytest.raises(UserError, match="no usable clip"):
@@ -297,8 +288,10 @@ def test_cache_holds_what_the_encoders_give(clips, tmp_path, capsys):
     made = MADE | {"reward": "mean"}
     assert cache(clips, tmp_path / "cache", VAE, TEXT, made, reward) == 5
     said = capsys.readouterr()
-    assert f"{clips}: 5 clips of 11 files are used\n  as 16 x 48x32 (3), 1 x 48x32 (2)\n" in said.out
-    assert said.out.count("broken.mp4 (") == 1 and "broken.mp4" not in said.err
+    assert f"{clips}: 8 clips of 11 files are used, 3 images; " in said.out  # none has been opened yet
+    assert (
+        f"skipped: broken.mp4: cannot read {clips}/broken.mp4: Invalid data found when processing input\n" in said.err
+    )
     got = LatentCache(tmp_path / "cache", vae=MADE["vae"], text=TEXT.fingerprint)
     assert len(got) == 5 and sorted(got.captions) == sorted(
         list_clips(clips)[0][n] for n in Folder(clips, 16, 32, 48, 8).names
@@ -319,7 +312,6 @@ def test_cache_holds_what_the_encoders_give(clips, tmp_path, capsys):
     pair = got.at(0, 0, 2)
     assert got.batch(pair)["latents"].shape[0] == 2 == got.batch(pair)["text"].shape[0]
     assert got.sizes == [(1 + 15 * (shape[1] > 1), 32, 48) for shape in got.shapes]
-    assert got.left_out["short.mp4"].startswith("it is too short") and len(got.left_out) == 3
 
 
 def test_cache_without_reward(clips, tmp_path):
@@ -330,7 +322,7 @@ def test_cache_without_reward(clips, tmp_path):
 def test_words_that_the_encoder_does_not_know_skip_the_clip(clips, tmp_path, capsys):
     (clips / "c.txt").write_text("a purple ball")
     assert cache(clips, tmp_path / "cache", VAE, TEXT, MADE) == 4
-    assert "c.mkv (unknown word 'purple'" in capsys.readouterr().err
+    assert "skipped: c.mkv: unknown word 'purple'" in capsys.readouterr().err
 
 
 def made_files(folder):
@@ -373,7 +365,7 @@ def test_a_killed_run_goes_on_and_no_clip_is_lost_or_doubled(tmp_path):
         run.wait()
         found, names = made_files(out)
         assert target <= len(found) < 16 == len(names)
-        with pytest.raises(UserError, match=r"unfinished, \d+ of 16 clips are missing.*run data.py cache again"):
+        with pytest.raises(UserError, match=r"unfinished, \d+ of 16 clips are made: run data.py cache again"):
             LatentCache(out)
         made |= {file: file.stat().st_mtime_ns for file in found.values() if file not in made}
     picture(clips / "000.png")  # a clip that is new since is added, and moves none of the others
@@ -429,7 +421,7 @@ def test_damaged_caches(clips, tmp_path):
     whole = damaged.read_bytes()
     for cut in (whole[: len(whole) // 2], whole[:-1], b""):
         damaged.write_bytes(cut)
-        with pytest.raises(UserError, match=r"clip-000001\.safetensors is not a whole.*run data.py cache again"):
+        with pytest.raises(UserError, match=r"clip-000001\.safetensors is not a whole"):
             LatentCache(out)
     damaged.write_bytes(whole)
     LatentCache(out)
@@ -448,8 +440,9 @@ def test_nothing_to_cache(clips, tmp_path):
     assert not (tmp_path / "cache").exists()
     for name in ("d.png", "E.JPG"):
         (clips / name).unlink()
-    with pytest.raises(UserError, match="no usable clip"):
-        cache(clips, tmp_path / "cache", VAE, TEXT, MADE | {"frames": 1600})
+    assert cache(clips, tmp_path / "cache", VAE, TEXT, MADE | {"frames": 1600}) == 0
+    with pytest.raises(UserError, match="holds no clip"):
+        LatentCache(tmp_path / "cache")
     with pytest.raises(UserError, match="the VAE does not take such clips: 20 frames"):
         cache(clips, tmp_path / "other", VAE, TEXT, MADE | {"frames": 20, "fps": 12.0})
     with pytest.raises(UserError, match="cannot write"):
@@ -482,7 +475,7 @@ def test_the_command(clips, tmp_path):
 
     done = run("--reward", "jpeg_compressibility")
     assert done.returncode == 0 and "3 clips" in done.stdout, done.stderr
-    assert "clip/s" in done.stderr and "E.JPG (unknown word 'no'" in done.stderr
+    assert "clip/s" in done.stderr and "skipped: E.JPG: unknown word 'no'" in done.stderr
     words = WordTable(shapes.WORDS)
     vae = common.load_model(tmp_path / "vae.safetensors", VAE3D)[0]
     got = LatentCache(tmp_path / "cache", vae=data.fingerprint(vae), text=words.fingerprint)
