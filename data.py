@@ -44,8 +44,8 @@ PRESETS = {
     "shapes": {"frames": 16, "height": 64, "width": 64, "fps": 8.0, "text_length": 20},
     "dollar": {"frames": 128, "height": 192, "width": 320, "fps": 12.0, "text_length": 256},
     "cogvideox-2b": {"frames": 49, "height": 480, "width": 720, "fps": 8.0, "text_length": 226},
-    "cogvideox-5b": {"frames": 49, "height": 480, "width": 720, "fps": 8.0, "text_length": 226},
 }
+PRESETS["cogvideox-5b"] = PRESETS["cogvideox-2b"]
 READERS = 4  # threads that read the clips of coming batches
 
 
@@ -104,7 +104,7 @@ class Folder(Samples):
     def __init__(self, folder, n, height, width, fps, seed=0):
         self.folder, self.how, self.seed = Path(folder), (n, height, width, fps), seed
         captions, self.left_out = list_clips(folder)
-        for name in tqdm(captions, "opening the files", leave=False):
+        for name in tqdm(captions, "opening the files", leave=False, disable=None):
             try:
                 section(self.folder / name, n, fps)
             except UserError as e:
@@ -112,6 +112,7 @@ class Folder(Samples):
         self.names = [name for name in captions if name not in self.left_out]
         self.captions = [captions[name] for name in self.names]
         if not self.names:
+            report(folder, 0, self.left_out)
             raise UserError(f"no usable clip in {folder}: it needs videos or images with captions")
         self.sizes = sizes_of(self.names, n, height, width)
         super().__init__(self.sizes)
@@ -140,10 +141,10 @@ def sizes_of(names, n, height, width):
     return [(1 if is_image(name) else n, height, width) for name in names]
 
 
-def report(folder, sizes, left_out):
-    """Say in a line how many clips of `sizes` (frames, height, width) are used, and how many not for which reasons."""
-    images, example = sum(frames == 1 for frames, _, _ in sizes), {why: name for name, why in left_out.items()}
-    said = f"{folder}: {len(sizes)} clips of {len(sizes) + len(left_out)} files are used, {images} images"
+def report(folder, used, left_out):
+    """Say in a line how many clips are used, and how many files {name: why} are left out for which reasons."""
+    example = {why: name for name, why in left_out.items()}
+    said = f"{folder}: {used} clips of {used + len(left_out)} files are used"
     for why, count in Counter(left_out.values()).most_common(5):
         said += f"; {count} left out, {why} ({example[why]})"
     print(said)
@@ -196,7 +197,7 @@ def cache(data, out, vae, text, made, reward=None, rank=0, ranks=1, device="cpu"
     with common.atomic(out / "index.json") as part:  # every process writes the same
         part.write_text(json.dumps({"made": made, "names": names}))
     if rank == 0:
-        report(data, sizes_of(captions, *size[:3]), left_out)
+        report(data, len(captions), left_out)
 
     mine = [i for i in range(rank, len(names), ranks) if not _file(out, i).exists()]
     clips = Ahead(lambda k: load_clip(data / names[mine[k]], *size), READERS, len(mine))
@@ -294,7 +295,7 @@ def look(cfg):
     """Draw a sheet of eight clips as training sees them, at most 256 pixels wide and high: the crop, the frames."""
     shrink = min(1, 256 / max(cfg.height, cfg.width))
     folder = Folder(cfg.data, cfg.frames, round(cfg.height * shrink), round(cfg.width * shrink), cfg.fps, cfg.seed)
-    report(cfg.data, folder.sizes, folder.left_out)
+    report(cfg.data, len(folder), folder.left_out)
     videos, captions = zip(*[folder.batch(chosen) for chosen in folder.order(cfg.seed, 0)[:8]])
     write_grid(cfg.out, [video[0] for video in videos], [caption for (caption,) in captions])
     print(f"wrote {cfg.out}: {len(videos)} clips")
@@ -307,8 +308,8 @@ def encode(cfg):
     common.start(cfg)
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cfg.device == "cuda" else cfg.device
     text = load_encoder(cfg.text, length=cfg.text_length, device=device, precision=cfg.precision)
-    vae = load_vae(cfg.vae)
-    vae = vae if common.uses_bfloat16(cfg.precision, device) else vae.float()  # published ones may be in half precision
+    half = common.uses_bfloat16(cfg.precision, device)
+    vae = load_vae(cfg.vae, None if half else torch.float32)  # published ones may be in half precision
     reward = None
     if cfg.reward:
         reward = rewards.make(cfg.reward, cfg.reward_weights, cfg.reward_frames, device)

@@ -229,7 +229,7 @@ def read_data(cfg, ranks, config, vae):
     size = [CLIPS[cfg.preset][key] for key in ("frames", "height", "width", "fps")]
     folder = Folder(cfg.data, *size, cfg.seed)
     if ranks.main:
-        report(cfg.data, folder.sizes, folder.left_out)
+        report(cfg.data, len(folder), folder.left_out)
     return folder, encoder
 
 

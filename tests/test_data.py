@@ -125,11 +125,9 @@ def test_a_circle_stays_round_and_in_the_middle(tmp_path):
 def test_folder_says_what_it_uses_and_what_it_leaves_out(clips, capsys):
     (clips / "mute.mp4").write_bytes((clips / "a.mp4").read_bytes())
     folder = Folder(clips, 16, 32, 48, 8.0)
-    data.report(clips, folder.sizes, folder.left_out)
+    data.report(clips, len(folder), folder.left_out)
     said = capsys.readouterr().out
-    assert said.startswith(
-        f"{clips}: 5 clips of 12 files are used, 2 images; 2 left out, it has no caption (silent.mp4); "
-    )
+    assert said.startswith(f"{clips}: 5 clips of 12 files are used; 2 left out, it has no caption (silent.mp4); ")
     assert said.count("\n") == 1 and said.count("1 left out") == 4
     left_out = {"mute.mp4", "silent.mp4", "gone.mp4", "notes.pdf", "short.mp4", "broken.mp4", "text.png"}
     assert folder.left_out.keys() == left_out
@@ -152,7 +150,7 @@ def test_look_draws_clips_as_training_sees_them(clips, tmp_path):
     command += ["--data", clips, "--out", tmp_path / "look.png"]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=HERE)
     assert done.returncode == 0, done.stderr
-    assert "5 clips of 11 files are used, 2 images" in done.stdout
+    assert "5 clips of 11 files are used" in done.stdout
     sheet = np.array(Image.open(tmp_path / "look.png")).astype(int)
     height, width = 2 * 32 + 4 + 16, 2 * 48 + 4  # enlarged twice, a gap, a line for the caption
     assert sheet.shape == (20 + 5 * height, 4 + 4 * width, 3)
@@ -200,7 +198,7 @@ def test_a_clip_costs_as_much_in_a_long_file_as_in_a_short_one(tmp_path):
     assert seconds["long.mp4"] < 4 * seconds["short.mp4"], seconds  # twice, and room for a busy machine
 
 
-def test_folder_without_usable_clips(tmp_path, clips):
+def test_folder_without_usable_clips(tmp_path, clips, capsys):
     with pytest.raises(UserError, match="no such folder"):
         Folder(tmp_path / "nowhere", 16, 32, 48, 8.0)
     (tmp_path / "empty").mkdir()
@@ -210,6 +208,8 @@ def test_folder_without_usable_clips(tmp_path, clips):
         (clips / name).unlink()
     with pytest.raises(UserError, match="no usable clip"):
         Folder(clips, 1600, 32, 48, 8.0)
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert "0 clips of 10 files are used; 4 left out, it is too short for 1600 frames at 8 fps (" in said
 
 
 def test_a_file_damaged_further_in_gives_way(clips, capsys):
@@ -288,7 +288,7 @@ def test_cache_holds_what_the_encoders_give(clips, tmp_path, capsys):
     made = MADE | {"reward": "mean"}
     assert cache(clips, tmp_path / "cache", VAE, TEXT, made, reward) == 5
     said = capsys.readouterr()
-    assert f"{clips}: 8 clips of 11 files are used, 3 images; " in said.out  # none has been opened yet
+    assert f"{clips}: 8 clips of 11 files are used; " in said.out  # none has been opened yet
     assert (
         f"skipped: broken.mp4: cannot read {clips}/broken.mp4: Invalid data found when processing input\n" in said.err
     )

@@ -239,7 +239,7 @@ def test_clips_decoded_ahead_are_the_same_clips(tiny, tmp_path, folder, capsys, 
         made.append(fit(config(tiny, tmp_path / f"{readers}", data=str(folder)))[0])
     assert all(torch.equal(made[0][name], made[1][name]) for name in made[0])
     said = capsys.readouterr().out
-    assert f"{folder}: 6 clips of 6 files are used, 2 images\n" in said
+    assert f"{folder}: 6 clips of 6 files are used\n" in said
     assert "waited for clips in" in said
 
 
