@@ -11,6 +11,7 @@ import glob
 import io
 import json
 import os
+import unicodedata
 from pathlib import Path
 
 from common import UserError, read_text
@@ -32,7 +33,7 @@ def list_clips(folder):
         if Path(table).name in TABLES:
             said |= _read_table(folder, table)
     captions = {}
-    skipped = dict.fromkeys(sorted(set(said).difference(names)), "it is not there, though a table names it")
+    skipped = dict.fromkeys(sorted(set(said).difference(map(_same, names))), "it is not there, though a table names it")
     for name in names:
         kind, beside = Path(name).suffix.lower(), (folder / name).with_suffix(".txt")
         if kind == ".txt" or Path(name).name in TABLES:
@@ -40,7 +41,7 @@ def list_clips(folder):
         if kind not in IMAGES + VIDEOS:
             skipped[name] = f"{kind} files are not read"
             continue
-        caption = said.get(name)
+        caption = said.get(_same(name))
         if not caption and beside.exists():
             caption = read_text(beside)
         if isinstance(caption, str) and caption.strip():
@@ -48,6 +49,11 @@ def list_clips(folder):
         else:
             skipped[name] = "it has no caption"
     return captions, skipped
+
+
+def _same(name):
+    """One form of a name that can be written in several: a Mac writes an accent as a letter of its own."""
+    return unicodedata.normalize("NFC", os.path.normpath(name))
 
 
 def _read_table(folder, table):
@@ -58,6 +64,6 @@ def _read_table(folder, table):
             rows = list(csv.DictReader(io.StringIO(text, newline="")))
         else:
             rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-        return {os.path.normpath(Path(table).parent / row["file_name"]): row["text"] for row in rows}
+        return {_same(Path(table).parent / row["file_name"]): row["text"] for row in rows}
     except (ValueError, KeyError, TypeError, csv.Error) as e:
         raise UserError(f"cannot read {folder / table}, a row a file with its file_name and text: {e!r}") from e

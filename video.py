@@ -75,26 +75,34 @@ def frames(path, times):
         stream = file.streams.video[0]
         stream.thread_type = "AUTO"
         begin = (stream.start_time or 0) * stream.time_base
-        # a second early: an .avi is searched by the times of decoding, not of display
-        with contextlib.suppress(PermissionError):  # a .gif cannot be searched
-            file.seek(int((begin + max(0, times[0] - 1)) * av.time_base))
+        counted = file.format.name == "avi"  # it keeps no times of display: its frames are counted from the first
+        if not counted:
+            # a second early: files are searched by the times of decoding, which are not those of display
+            with contextlib.suppress(PermissionError):  # a .gif cannot be searched
+                file.seek(int((begin + max(0, times[0] - 1)) * av.time_base))
         before, shown, wanted = -math.inf, None, list(times)
-        for frame in file.decode(stream):
-            now = frame.time - float(begin)
+        for k, frame in enumerate(file.decode(stream)):
+            now = k / float(stream.average_rate) if counted else frame.time - float(begin)
             while wanted and wanted[0] - before < now - wanted[0]:  # the one before is nearer
-                yield _rgb(shown)
+                yield _rgb(shown, stream.sample_aspect_ratio)
                 wanted.pop(0)
             if not wanted:
                 return
             before, shown = now, frame
         if wanted[-1] - before > max(0.5, 1 / stream.average_rate):  # what a head says is not exact
             raise ValueError("it breaks off")
-        yield from [_rgb(shown) for _ in wanted]
+        yield from [_rgb(shown, stream.sample_aspect_ratio) for _ in wanted]
 
 
-def _rgb(frame):
-    """A decoded frame, turned as a telephone says: uint8 (H, W, 3)."""
-    return np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90).copy()
+def _rgb(frame, aspect):
+    """What a player shows of a decoded frame: uint8 (H, W, 3). aspect: the width of its pixels over their height."""
+    picture = frame.reformat(round(frame.width * (aspect or 1)), format="rgb24").to_ndarray()
+    if matrix := frame.side_data.get("DISPLAYMATRIX"):  # x' = a x + c y, y' = b x + d y, in quarter turns
+        a, b, _, c, d, *_ = np.frombuffer(bytes(matrix), np.int32).tolist()
+        if abs(b) > abs(a):
+            picture, a, d = picture.swapaxes(0, 1), c, b
+        picture = picture[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
+    return np.ascontiguousarray(picture)
 
 
 def read_video(path):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import unicodedata
 
 import pytest
 
@@ -65,6 +66,12 @@ def test_only_text_is_a_caption(tmp_path, value):
     (tmp_path / "metadata.jsonl").write_text("\n".join([row("a.mp4", value), row("b.mp4", ""), row("c.mp4", None)]))
     want = {"a.mp4": "it has no caption", "c.mp4": "it has no caption"}
     assert list_clips(tmp_path) == ({"b.mp4": "a dog"}, want)
+
+
+def test_an_accent_may_be_written_in_two_ways(tmp_path):
+    apart, one = (unicodedata.normalize(form, "café.mp4") for form in ("NFD", "NFC"))
+    make(tmp_path, {apart: b"", "metadata.jsonl": row(one, "a cup")})
+    assert list_clips(tmp_path) == ({apart: "a cup"}, {})
 
 
 def test_names_are_relative_to_their_table(tmp_path):

@@ -42,6 +42,8 @@ KINDS = {
     "x264.mp4": {},
     "ntsc.mov": {"fps": 29.97},
     "bframes.m4v": {"g": "5", "bf": "2"},
+    "bframes.avi": {"codec": "mpeg4", "bf": "2"},
+    "reordered.avi": {"bf": "2"},  # the times in its packets go backward
     "vp9.webm": {"codec": "libvpx-vp9"},
     "drawn.gif": {"codec": "gif", "pixels": "gray"},
     "gop.mkv": {"g": "5", "bf": "2"},
@@ -90,12 +92,12 @@ def test_only_the_section_is_decoded(tmp_path, monkeypatch):
     assert len(given) == 9  # from the key frame a second before, 10, to 17 and the next, which is not nearer
 
 
-@pytest.mark.parametrize("name, late", [("a.mp4", 0), ("a.mkv", 0), ("a.avi", 10)])
-def test_any_frame_is_found(tmp_path, name, late):
-    """Also those before a key frame, which come after it in the file; in an .avi all but the first a frame late."""
-    path = film(tmp_path / name, n=25, fps=5, codec="mpeg4" if late else "libx264", g="5", bf="2")
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.avi"])
+def test_any_frame_is_found(tmp_path, name):
+    """Also those before a key frame, which come after it in the file."""
+    path = film(tmp_path / name, n=25, fps=5, g="5", bf="2")
     for i in range(25):
-        assert brightness(frames(path, [i / 5])) == pytest.approx([10 * i - late * (i > 0)], abs=3)
+        assert brightness(frames(path, [i / 5])) == pytest.approx([10 * i], abs=3)
 
 
 def write_track(path, matrix):
@@ -108,12 +110,13 @@ def write_track(path, matrix):
 
 
 MATRICES = {  # where the white upper left corner goes: (row, column) of [[0, 1], [2, 3]]
-    (1, 0, 0, 1): 0, (-1, 0, 0, -1): 3, (0, 1, -1, 0): 1, (0, -1, 1, 0): 2,
+    (1, 0, 0, 1): 0, (-1, 0, 0, 1): 1, (1, 0, 0, -1): 2, (-1, 0, 0, -1): 3,
+    (0, 1, 1, 0): 0, (0, 1, -1, 0): 1, (0, -1, 1, 0): 2, (0, -1, -1, 0): 3,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("matrix", MATRICES)
-def test_film_is_turned_as_it_says(tmp_path, matrix):
+def test_film_is_turned_and_mirrored_as_it_says(tmp_path, matrix):
     write_track(path := film(tmp_path / "phone.mp4", n=4), matrix)
     picture = read_video(path)[0][3]
     assert picture.shape == ((48, 64, 3) if matrix[0] else (64, 48, 3))
@@ -121,6 +124,22 @@ def test_film_is_turned_as_it_says(tmp_path, matrix):
     assert np.argmax(corners) == MATRICES[matrix]
     y, x = (picture[..., 0] > 128).nonzero()  # a third of each side of the film, 16 of its rows and 21 of its columns
     assert (np.ptp(y) + 1, np.ptp(x) + 1) == pytest.approx((16, 21) if matrix[0] else (21, 16), abs=1)
+
+
+def test_pixels_that_are_not_square(tmp_path):
+    """A disc of a player's screen is 32 pixels wide in the file and 64 high."""
+    y, x = np.mgrid[:80, :60]
+    disc = (((x - 29.5) * 2) ** 2 + (y - 39.5) ** 2 < 32**2)[..., None].repeat(3, 2).astype(np.uint8) * 255
+    with av.open(str(path := tmp_path / "disc.mp4"), "w") as container:
+        stream = container.add_stream("libx264", 8)
+        stream.height, stream.width, stream.pix_fmt = 80, 60, "yuv420p"
+        stream.codec_context.sample_aspect_ratio = Fraction(2)
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(disc, format="rgb24")))
+        container.mux(stream.encode())
+    picture = read_video(path)[0][0]
+    assert picture.shape == (80, 120, 3)
+    y, x = (picture[..., 0] > 128).nonzero()
+    assert np.ptp(y) + 1 == pytest.approx(64, abs=2) and np.ptp(x) + 1 == pytest.approx(64, abs=2)
 
 
 def test_colours_come_back_as_they_were_written(tmp_path):
