@@ -12,6 +12,7 @@ side by side on two cores. A stopped training goes on where it was. `eval.py tab
 """
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -182,12 +183,16 @@ def run(names, hours=0.0):
             print(f"{hours:g} hours are over: the same command goes on from here")
             return
         print(f"{table}/{label}, seed {seed}", flush=True)
-        made = commands(table, label, seed, out)
+        made, minutes = commands(table, label, seed, out), []
         for command in made:
+            begin = os.times()
             if subprocess.run(command).returncode:
                 raise UserError(f"this failed: {' '.join(command)}")
+            end = os.times()
+            used = end.children_user + end.children_system - begin.children_user - begin.children_system
+            minutes.append(used / 60)
         if len(made) > 1:
-            add_training(file, out, made[0])
+            add_training(file, out, made[0], minutes[0])
 
 
 CURVES = ["score_gap", "vsd", "cd", "fake", "vsd_pull", "ft_pull"]  # what the log says of Algorithm 1, and of a reward
@@ -195,13 +200,15 @@ CURVES += ["lrm", "true_reward", "lrm_estimate", "rank_correlation"]
 STRETCH = 10  # updates, over which a point of a curve is the mean
 
 
-def add_training(file, out, command):
-    """Put into a file of results its training: command, last values of the log, curves, sizes of files."""
+def add_training(file, out, command, minutes):
+    """Put into a file of results its training: command, CPU minutes, last values of the log, curves, sizes of files."""
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     last = {name: value for line in lines for name, value in line.items()}
     curves = {name: curve for name in CURVES if (curve := curve_of(lines, name))}
     sizes = {f.name: f.stat().st_size for f in out.glob("*.safetensors")}
     training = {"command": " ".join(["python", *command[1:]]), "log": last, "curves": curves, "bytes": sizes}
+    if "--resume" not in command:  # or a part would stand for the whole
+        training["cpu_minutes"] = minutes
     common.write_json(file, common.tidy(json.loads(file.read_text()) | {"training": training}))
 
 
@@ -235,6 +242,7 @@ def scores_of(row, training, motion):
         "motion, % of the teacher's": (100 * row["motion"]["mean"] / motion if motion else None, 0),
         "reward": (log.get("true_reward"), 3),
         "rewarded clips": (log.get("reward_evaluations"), 0),
+        "CPU minutes": (training.get("cpu_minutes"), 1),
         "MB": (learned and learned / 1e6, 1),
         "GiB": (log.get("peak_gib"), 2),
         "score gap": (log.get("score_gap"), 2),
@@ -263,8 +271,8 @@ def rows_of(name, folder="results"):
     for (label, steps), runs in found.items():
         line = [label, steps, len(runs)]
         for header, digits in columns.items():
-            values = [run[header][0] for run in runs]
-            line.append("" if None in values else pm(mean_error(values), 1, digits))
+            values = [run[header][0] for run in runs if run[header][0] is not None]
+            line.append(pm(mean_error(values), 1, digits) if values else "")
         lines.append(line)
     lines.sort(key=lambda line: list(TABLES[name]).index(line[0]))
     return ["", "steps", "seeds", *columns], lines
