@@ -10,7 +10,6 @@ float32 elsewhere. Without them PyTorch emulates bfloat16, 20 to 170 times slowe
 """
 
 import argparse
-import codecs
 import contextlib
 import errno
 import itertools
@@ -40,7 +39,7 @@ class UserError(Exception):
 AT_LEAST = {
     1: "batch iterations m fake_updates save_every clips copies pairs lrm_updates frames height width "
     "text_length reward_repeats reward_frames truncate repeats every held_out",
-    0: "rank ft_share threads workers global_batch fake_warmup lrm_warmup sample_every "
+    0: "rank ft_share threads global_batch fake_warmup lrm_warmup sample_every "
     "reward_every images vendi_prompts fps lr fake_lr beta_vsd beta_cd beta_ft beta_kl "
     "object_weight ema betas",
     2: "reward_samples colours",
@@ -193,13 +192,9 @@ def run(main):
 
 
 def read_text(path):
-    """A text file's content, UTF-8 or, where a mark at its start says so, UTF-16; the mark itself is left out.
-
-    Raises UserError for a file that is missing and for any other encoding.
-    """
+    """A text file's content, without the mark that some write at its start. Raises UserError for what is not UTF-8."""
     try:
-        data = Path(path).read_bytes()
-        text = data.decode("utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
+        text = Path(path).read_text("utf-8-sig")
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from e
     except UnicodeDecodeError as e:
