@@ -42,8 +42,8 @@ class Adapted(nn.Module):
         super().__init__()
         width = base.config.width
         sizes = dict.fromkeys(MAPS, (width, width)) | {"up": (width, 4 * width), "down": (4 * width, width)}
-        block = lambda: nn.ModuleDict({name: LowRank(*size, rank) for name, size in sizes.items()})
-        self.adapters = nn.ModuleList(block() for _ in range(base.config.depth))
+        blocks = [{name: LowRank(*size, rank) for name, size in sizes.items()} for _ in range(base.config.depth)]
+        self.adapters = nn.ModuleList(nn.ModuleDict(block) for block in blocks)
         self._shared = (base,)  # in a tuple, which nn.Module does not look into
         self.config, self.rank = base.config, rank
         self.init_weights(0)

@@ -96,7 +96,10 @@ class Generator:
         w, size = self.guidance(w), self.about.get("latents") or self.config.latents  # (T, h, w)
         shape = (self.config.channels, *size)
         sources = [torch.Generator().manual_seed(seed) for seed in seeds]
-        noise = lambda i=None: torch.stack([torch.randn(shape, generator=g) for g in sources]).to(self.device)
+
+        def noise(step=None):  # of the start, or on leaving a step
+            return torch.stack([torch.randn(shape, generator=g) for g in sources]).to(self.device)
+
         text = text.to(self.device)
 
         def predict(x, t):

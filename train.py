@@ -20,6 +20,7 @@ import math
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Literal
@@ -188,7 +189,7 @@ def generator_step(
                 cd = consistency_loss(student, target, guided, schedule, x, n, batch.noise("cd"), m, loss=cd_loss)
                 losses["cd"] = beta_cd * cd
             if nets.lrm and beta_ft and step >= lrm_warmup:  # 19: Eq. 15
-                estimate = lambda x, text=text, batch=batch: nets.latent_reward.estimate(x, text, batch.captions)
+                estimate = partial(nets.latent_reward.estimate, text=text, captions=batch.captions)
                 pull = ft_share * pulls(losses["vsd"], x_hat) if ft_share and "vsd" in losses else None
                 losses["ft"] = beta_ft * reward_loss(estimate, x_hat, pull=pull)
                 info |= {f"{name}_pull": pulls(losses[name], x_hat).mean() for name in ("vsd", "ft") if name in losses}
@@ -212,7 +213,7 @@ def fake_score_step(nets, ranks, optimizers, batches, x_hats, j, *, steps, gener
     """
     parts = []
     for batch, x_hat in zip(batches, x_hats):
-        model = lambda x_t, t, text=batch.text: nets.fake(x_t, t, text)
+        model = partial(nets.fake, text=batch.text)
         with autocast(nets.precision, ranks.device):
             if j:
                 with torch.no_grad():
@@ -466,9 +467,11 @@ def train(cfg: Config, ranks) -> None:
 def adam(nets, lr, fake_lr, betas):
     """An optimizer for each network that learns; fused where it can be: for sharded parameters all else is slow."""
     fused = nets.device.type in ("cpu", "cuda")
-    make = lambda name, lr, *betas: torch.optim.AdamW(nets.modules[name].parameters(), lr, *betas, fused=fused)
     flags = {"student": (lr, betas), "fake": (fake_lr, betas), "lrm": (LRM_LR,)}
-    return {name: make(name, *values) for name, values in flags.items() if name in nets.modules}
+    made = {}
+    for name in [name for name in flags if name in nets.modules]:
+        made[name] = torch.optim.AdamW(nets.modules[name].parameters(), *flags[name], fused=fused)
+    return made
 
 
 def measure_reward(nets, ranks, watched, step, steps, samples, repeats, batch, lrm_warmup):

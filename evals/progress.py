@@ -52,10 +52,10 @@ def check_resumed(newest, settings, nets, ranks):
     settings: the run's flags.
     """
     said, config = read_extra(newest)
-    kind = lambda about: [about.get(k) for k in ("timesteps", "transition", "rank")]
-    if config != nets.student.config or kind(said["about"]) != kind(nets.about):
-        same = "--steps, --prediction, --transition and --rank"
-        raise UserError(f"{newest} is of another student: repeat its {same}, or leave out --resume")
+    same = all(said["about"].get(key) == nets.about.get(key) for key in ("timesteps", "transition", "rank"))
+    if config != nets.student.config or not same:
+        flags = "--steps, --prediction, --transition and --rank"
+        raise UserError(f"{newest} is of another student: repeat its {flags}, or leave out --resume")
     old, settings = said["config"], json.loads(json.dumps(settings))  # a checkpoint's lists were tuples
     other = [
         f"--{flag.replace('_', '-')} {value} (was {old.get(flag)})"
