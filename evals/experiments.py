@@ -85,6 +85,8 @@ TABLES = {
         "renoised between steps": "--transition renoise",
         "noised data": "--generator-input data",
         "the KL's own weight": "--vsd-weight score",
+        "guidance of 1": "--w-vsd 1",
+        "four times the CD": "--beta-cd 2",
     },
     "troubles": {  # each brought about on purpose: docs/TROUBLESHOOTING.md
         "healthy": "",
