@@ -41,12 +41,13 @@ import common
 import distributed
 import rewards
 import watch
-from adapters import Adapted, merge
+from adapters import merge
 from cogvideox import load_vae
-from common import Machine, UserError, autocast, open_log, opt, parse, read_prompts, run, uses_bfloat16
+from common import Machine, UserError, autocast, open_log, opt, parse, read_prompts, run
 from dit import DiT
 from evals.progress import PATIENCE, set_aside
 from generate import Generator
+from nets import Source, adapters_on, network
 from schedule import denoise, log_prob, timesteps
 from text import WordTable, load_encoder
 from video import write_grid
@@ -300,25 +301,12 @@ def load(cfg, ranks):
     if about.get("kind") != "student":
         raise UserError(f"{cfg.weights} is no few-step student (its kind: {about.get('kind')}): make one with train.py")
     config = DiT.Config(**about["config"])
-    half = ranks.device.type == "cuda" and uses_bfloat16(cfg.precision, ranks.device)
-
-    def place(model, trainable):
-        dtype = torch.bfloat16 if half else None
-        return distributed.shard(model, ranks, cfg.shard, dtype, cfg.cpu_offload, trainable)
-
-    def network(trainable):
-        with torch.device("meta"):
-            model = DiT(config)
-        model.checkpoint_activations = cfg.checkpoint_activations and (trainable or cfg.rank > 0)
-        return distributed.load_sharded(place(model, trainable), cfg.weights)
-
-    student, frozen = network(cfg.rank == 0), None
+    source = Source(cfg.weights, config, lambda: cfg.weights, about)
+    student, frozen = network(cfg, ranks, source, trainable=cfg.rank == 0), None
     if cfg.beta_kl:
-        frozen = student if cfg.rank else network(False)
+        frozen = student if cfg.rank else network(cfg, ranks, source, trainable=False)
     if cfg.rank:
-        with torch.device("meta"):
-            student = Adapted(student, cfg.rank)
-        distributed.materialise(place(student, True), ranks, cfg.seed)
+        student = adapters_on(student, cfg, ranks)
 
     vae = load_vae(cfg.vae)
     if vae.config.latent_channels != config.channels:

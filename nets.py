@@ -283,36 +283,46 @@ def networks(cfg, ranks, teacher, student):
     teacher, student: their Sources. With --rank all but the teacher are adapters on the teacher's weights, of which
     there is one copy.
     """
-    half = ranks.device.type == "cuda" and common.uses_bfloat16(cfg.precision, ranks.device)
-    dtype = torch.bfloat16 if half else None
+    base = network(cfg, ranks, teacher, trainable=False)
 
-    def full(trainable, source):
-        with torch.device("meta"):
-            model = DiT(source.config)
-        model.checkpoint_activations = cfg.checkpoint_activations and (trainable or cfg.rank > 0)
-        model = distributed.shard(model, ranks, cfg.shard, dtype, cfg.cpu_offload, trainable)
-        return distributed.load_sharded(model, source.tensors())
+    def role(source, trainable=True):
+        if not cfg.rank:
+            return network(cfg, ranks, source, trainable)
+        return adapters_on(base, cfg, ranks, source if source.name == cfg.student else None, trainable)
 
-    def adapted(trainable, source):
-        with torch.device("meta"):
-            model = Adapted(base, cfg.rank)
-        model = distributed.shard(model, ranks, cfg.shard, dtype, cfg.cpu_offload, trainable)
-        if source.name == cfg.student:
-            return distributed.load_sharded(model, source.tensors())
-        return distributed.materialise(model, ranks, cfg.seed)
-
-    base = full(False, teacher)
-    network = adapted if cfg.rank else full
-    own, average = network(True, student), network(True, student).requires_grad_(False)
+    own, average = role(student), role(student).requires_grad_(False)
     if not cfg.student and {student.config.prediction, teacher.config.prediction} == {"conjugate", "velocity"}:
         for p in (*own.out.parameters(), *average.out.parameters()):  # x_0 - eps and a eps - b x_0: nearly opposites
             distributed.local(p).data.neg_()
     # a diffusion model of the teacher's kind, whatever the student predicts
-    fake = network(True, teacher) if cfg.beta_vsd else None
+    fake = role(teacher) if cfg.beta_vsd else None
     frozen = None
     if cfg.beta_kl:
-        frozen = network(False, student) if cfg.student else base
+        frozen = role(student, trainable=False) if cfg.student else base
     return base, own, average, fake, frozen
+
+
+def network(cfg, ranks, source, trainable):
+    """A DiT with the weights of a Source, sharded as the flags of a run say (train.py's or ddpo.py's)."""
+    with torch.device("meta"):
+        model = DiT(source.config)
+    model.checkpoint_activations = cfg.checkpoint_activations and (trainable or cfg.rank > 0)
+    return distributed.load_sharded(shard(model, cfg, ranks, trainable), source.tensors())
+
+
+def adapters_on(base, cfg, ranks, source=None, trainable=True):
+    """Adapters of --rank on a DiT, likewise; source: a file that has them, None: new ones."""
+    with torch.device("meta"):
+        model = Adapted(base, cfg.rank)
+    model = shard(model, cfg, ranks, trainable)
+    return (
+        distributed.load_sharded(model, source.tensors()) if source else distributed.materialise(model, ranks, cfg.seed)
+    )
+
+
+def shard(model, cfg, ranks, trainable):
+    half = ranks.device.type == "cuda" and common.uses_bfloat16(cfg.precision, ranks.device)
+    return distributed.shard(model, ranks, cfg.shard, torch.bfloat16 if half else None, cfg.cpu_offload, trainable)
 
 
 def held(cfg, config, shards, latents, half=True):
