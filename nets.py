@@ -315,9 +315,9 @@ def adapters_on(base, cfg, ranks, source=None, trainable=True):
     with torch.device("meta"):
         model = Adapted(base, cfg.rank)
     model = shard(model, cfg, ranks, trainable)
-    return (
-        distributed.load_sharded(model, source.tensors()) if source else distributed.materialise(model, ranks, cfg.seed)
-    )
+    if source:
+        return distributed.load_sharded(model, source.tensors())
+    return distributed.materialise(model, ranks, cfg.seed)
 
 
 def shard(model, cfg, ranks, trainable):
