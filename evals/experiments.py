@@ -77,7 +77,7 @@ TABLES = {
         "teacher, long": f"{TEACHER} --captions long",
         "student, long": f"{STUDENT} --captions long",
     },
-    "rank": {"full": ""} | {f"rank {r}": f"--rank {r} --lr 1e-3 --fake-lr 2e-3" for r in (8, 16, 32, 64)},
+    "rank": {"full": ""} | {f"rank {r}": f"--rank {r}" for r in (8, 16, 32, 64)},
     "choices": {  # what the paper leaves open, one at a time
         "as it is": "",
         "1 fake update": "--fake-updates 1",

@@ -49,7 +49,7 @@ def trial(cfg, ranks):
 
     One row: the most memory in use, in bytes of the first rank, and the median seconds of an update, without the first.
     """
-    from train import adam, algorithm_1  # here: train.py calls this
+    from train import adam, algorithm_1, settled  # here: train.py calls this
 
     with tempfile.TemporaryDirectory() as folder:
         place = [folder if ranks.main else None]
@@ -59,7 +59,7 @@ def trial(cfg, ranks):
             write_inputs(cfg.preset, Path(place[0]), ranks.device)
         distributed.any_rank(False, ranks)  # wait for it
         files = {"teacher": str(Path(place[0]) / "teacher.safetensors"), "data": str(Path(place[0]) / "cache")}
-        run = replace(cfg, vae="", text="", sample_every=0, fake_warmup=0, **files)
+        run = replace(settled(cfg), vae="", text="", sample_every=0, fake_warmup=0, **files)
         nets = build(run, ranks)
         optimizers = adam(nets, run.lr, run.fake_lr, run.betas)
         accumulate = max(1, run.global_batch // (run.batch * ranks.size))

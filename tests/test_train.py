@@ -290,3 +290,18 @@ def test_tensorboard_gets_what_the_log_gets(tiny, tmp_path, monkeypatch):
     written.clear()
     fit(config(tiny, tmp_path / "without", iterations=1))
     assert not written
+
+
+@pytest.mark.parametrize(
+    "flags, rates",
+    [
+        ([], (1e-4, 2e-4)),
+        (["--rank", "8"], (1e-3, 2e-3)),
+        (["--rank", "8", "--lr", "3e-5"], (3e-5, 2e-3)),
+        (["--preset", "cogvideox-2b"], (2e-5, 2e-5)),
+        (["--preset", "cogvideox-2b", "--rank", "64"], (1e-4, 2e-5)),
+    ],
+)
+def test_learning_rates_are_the_presets_unless_said(flags, rates):
+    cfg = train.settled(common.parse(train.Config, flags, "", train.PRESETS))
+    assert (cfg.lr, cfg.fake_lr) == rates and cfg.fake_warmup == 0
