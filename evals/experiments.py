@@ -30,6 +30,7 @@ TUNE = "--student weights/student.safetensors --reward-every 25"  # the rewards'
 HOLD = "--beta-vsd 0 --beta-cd 0 --beta-kl 10"  # and are held by VSD + CD, or by this distance to it
 TEACHER = "eval.py --weights weights/teacher.safetensors --steps 50"  # measured as it is
 STUDENT = "eval.py --weights weights/student.safetensors --steps 4"
+UNGUIDED = "--w-vsd 0 --w-cd 0"
 POLICY = "ddpo.py --beta-kl 10 --reward object_kept"
 
 # table -> {label: flags of train.py, or a script and its flags}
@@ -54,10 +55,10 @@ TABLES = {
         "KL + ReFL": f"{POLICY} --method refl",
         "KL + DRaFT-1": f"{POLICY} --method draft --truncate 1",
     },
-    "agreement": {  # a reward that reads the prompt, where something is left to gain: in a single step
-        "VSD + CD": "--steps 1",
-        "VSD + CD + LRM, scalar": "--steps 1 --reward agreement --lrm-labels scalar",
-        "VSD + CD + LRM, parts": "--steps 1 --reward agreement --lrm-labels parts",
+    "agreement": {  # a reward that reads the prompt, where something is left to gain: distilled without guidance
+        "VSD + CD": UNGUIDED,
+        "VSD + CD + LRM, scalar": f"{UNGUIDED} --reward agreement --lrm-labels scalar",
+        "VSD + CD + LRM, parts": f"{UNGUIDED} --reward agreement --lrm-labels parts",
     },
     "steps": {  # Table 6
         "4 steps, VSD + CD": "",
