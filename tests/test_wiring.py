@@ -18,6 +18,7 @@ import rewards
 import train
 from distributed import Ranks
 from losses import GRID
+from lrm import LatentReward
 from schedule import guide, timesteps
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -238,13 +239,20 @@ def test_the_lrm_learns_each_clips_own_reward(record, known):
     assert seen.parameter("lrm") == pytest.approx(seen.start["lrm"] - 4e-3, abs=1e-4)
 
 
-def test_the_reward_is_asked_of_the_students_samples(record):
+def test_the_reward_is_asked_of_the_students_samples(record, monkeypatch):
+    asked, really = [], LatentReward.estimate
+
+    def estimate(self, x, text, captions):
+        asked.append(captions)
+        return really(self, x, text, captions)
+
+    monkeypatch.setattr(LatentReward, "estimate", estimate)
     seen = record()
     for call, batch in zip(seen.of("ft"), seen.batches):
         (x_hat,) = [out[0] for of, j, _, out in seen.samples if of is batch and j == 0]
         assert call["x"] is x_hat and call["pull"] is None
         x = x_hat.detach()
-        assert torch.equal(call["estimate"](x), seen.nets.lrm(x, batch.text))
+        assert torch.equal(call["estimate"](x), seen.nets.lrm(x, batch.text)) and asked[-1] == batch.captions
 
 
 def test_the_rewards_pull_is_a_share_of_vsds(tiny, tmp_path, monkeypatch):
