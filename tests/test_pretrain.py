@@ -60,9 +60,8 @@ def test_every_weight_moves_in_either_layout(layout):
 
 def test_muon_is_that_of_torch():
     """The same weights as `torch.optim.Muon`, which computes in bfloat16, to its rounding; in float32 nearly so."""
-    start = [
-        torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i, shape in enumerate([(48, 96), (96, 40)])
-    ]
+    shapes = [(48, 96), (96, 40), *[(8, 8)] * 12]  # of the last, more than they are wide
+    start = [torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i, shape in enumerate(shapes)]
     ours = {}
     for dtype in (torch.bfloat16, torch.float32):
         weights = [torch.nn.Parameter(p.clone()) for p in start]
@@ -70,14 +69,14 @@ def test_muon_is_that_of_torch():
         optimizer.param_groups[0]["lr"] = 0.02
         for step in range(3):
             for i, p in enumerate(weights):
-                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * step + i))
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + i))
             optimizer.step()
         ours[dtype] = [p.detach() for p in weights]
     theirs = [torch.nn.Parameter(p.clone()) for p in start]
     muon = torch.optim.Muon(theirs, 0.02, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
     for step in range(3):
         for i, p in enumerate(theirs):
-            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * step + i))
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + i))
         muon.step()
     for i, p in enumerate(theirs):
         moved = (p - start[i]).norm()

@@ -136,6 +136,14 @@ def test_monochrome_is_grey_and_neon_is_dark():
     assert looks["neon"].mean() < looks["plain"].mean() - 0.3
 
 
+def test_a_neon_object_glows_beyond_its_outline():
+    clip = plain(scene="night", action="still", object="square", colour="red")
+    video, mask = render(replace(clip, look="neon"))
+    red, outside = video[0, 0], mask[0, 0] == 0
+    near = torch.nn.functional.max_pool2d(mask[0, :1], 5, 1, 2)[0] > 0.5
+    assert red[outside & near].min() > red[outside & ~near].median() + 0.2
+
+
 def test_the_camera_moves_the_scene_and_nothing_else():
     base = plain(scene="night", action="still", object="square")
     first, mask = render(base)
