@@ -13,8 +13,7 @@
     python eval.py experiments NAME ...                      # the runs behind the tables: evals/experiments.py
     python eval.py sheet TABLE --out FILE.png                # what the students of such a table draw
     python eval.py curves TABLE --out FILE.png               # what was logged of them
-    python eval.py table NAME ...                            # results/*.json as Markdown
-    python eval.py tables                                    # the same into README.md and docs/
+    python eval.py tables                                    # results/*.json into the tables of README.md and docs/
 
 --out NAME.json keeps a measurement (evals/tables.py), every score with its sampling error. Each command has --help.
 """
@@ -416,10 +415,7 @@ POSITIONAL = {"experiments": "--names", "votes": "--files", "curves": "--table",
 def main():
     words = sys.argv[1:]
     command = words.pop(0) if words else ""
-    if command == "table":
-        names = words or sorted(f.stem for f in Path("results").glob("*.json"))
-        print("\n\n".join(tables.block(name) for name in names))
-    elif command == "tables":
+    if command == "tables":
         print(*(f"wrote {path}" for path in tables.write_pages()), sep="\n")
     elif command in COMMANDS:
         config, work = COMMANDS[command]
@@ -434,7 +430,7 @@ def main():
             writable(cfg.out)
         work(cfg)
     else:
-        raise UserError(f"unknown command {command!r}: one of {', '.join([*COMMANDS, 'table', 'tables'])}")
+        raise UserError(f"unknown command {command!r}: one of {', '.join([*COMMANDS, 'tables'])}")
 
 
 if __name__ == "__main__":
