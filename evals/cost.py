@@ -191,7 +191,7 @@ def footprint(model, x, *others):
     return found | {"saved": sum(saved.values())}
 
 
-class Clip(torch.nn.Module):
+class ClipReward(torch.nn.Module):
     """HPSv2 and PickScore's network, of random weights and frozen, as a reward of a video and a prompt."""
 
     def __init__(self, name="ViT-H-14"):
@@ -222,7 +222,7 @@ def reward_memory(device, frames=(1, 12, 24, 64, 128), clip="ViT-H-14"):
         ("image LRM", lrm.ImageLRM, lambda n: (latents(n),)),
         ("text-image LRM", lrm.TextImageLRM, lambda n: (latents(n), empty(1, 256, 4096))),
         ("image LRM of CLIP-H's 1,024 parts", lambda: lrm.ImageLRM(outputs=1024), lambda n: (latents(n),)),
-        ("CLIP-H (HPSv2, PickScore)", lambda: Clip(clip), lambda n: (empty(1, 3, n, 192, 320),)),
+        ("CLIP-H (HPSv2, PickScore)", lambda: ClipReward(clip), lambda n: (empty(1, 3, n, 192, 320),)),
     ]
     for label, make, inputs in kinds:
         with torch.device(device):
