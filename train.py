@@ -30,20 +30,28 @@ from tqdm import tqdm
 
 import common
 import distributed
-import watch
 from common import Machine, UserError, autocast, open_log, opt, parse, run
 from data import READERS, Ahead
 from distributed import gradient_descent
 from dit import Prediction
 from evals.cost import so_far
-from evals.progress import PATIENCE, check_resumed, export, finish, sampler, set_aside, show_progress, tensorboard
+from evals.progress import (
+    PATIENCE,
+    check_resumed,
+    export,
+    finish,
+    measure_reward,
+    set_aside,
+    show_progress,
+    tensorboard,
+)
 from evals.trial import trial
 from losses import GRID, conjugate_velocity_loss, consistency_loss, lrm_loss, reward_loss, vsd_loss
 from nets import build, memory_table
 from rewards import Moments
 from schedule import denoise, simulate, timesteps
 
-T_RANGE = (20, 980)  # the noise steps of VSD: 0.02 T to 0.98 T (section 3.3)
+T_RANGE = 20, 980  # the noise steps of VSD: 0.02 T to 0.98 T (section 3.3)
 CLIP = 1.0  # the largest gradient norm; a larger gradient is scaled down to it
 LRM_LR = 1e-3  # the learning rate of the latent reward model
 
@@ -482,23 +490,6 @@ def adam(nets, lr, fake_lr, betas):
     for name in [name for name in flags if name in nets.modules]:
         made[name] = torch.optim.AdamW(nets.modules[name].parameters(), *flags[name], fused=fused)
     return made
-
-
-def measure_reward(nets, ranks, watched, step, steps, samples, repeats, batch, lrm_warmup):
-    """Measure the true reward of fresh samples (watch.py), add it to `watched`, and warn of over-optimisation."""
-    generator, after_warmup = sampler(nets, "student"), lambda: [w for w in watched if w["step"] >= lrm_warmup]
-    before = watch.overoptimised(after_warmup())
-    how = nets.prompts, steps, samples, batch
-    found = watch.measure(generator, nets.latent_reward.reward, *how, ranks, nets.latent_reward, repeats)
-    watched.append({"step": step} | found)
-    sign = watch.overoptimised(after_warmup())
-    best = max(watched, key=lambda w: w["true_reward"] if math.isfinite(w["true_reward"]) else -math.inf)
-    if sign and not before and ranks.main:
-        print(
-            f"over-optimised at step {step}: {sign}. The true reward is {found['true_reward']:.4g}; "
-            f"it was {best['true_reward']:.4g} at step {best['step']}"
-        )
-    return found
 
 
 def main():

@@ -6,6 +6,7 @@ and in the small world the share of right readings by a judge that rewards nothi
 
 import itertools
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 
 import common
 import distributed
+import watch
 from adapters import Adapted, merge
 from cogvideox import save_lora, save_pipeline
 from common import UserError
@@ -111,6 +113,23 @@ def draw_videos(nets, who, prompts, seed, n, batch):
         latents = generator.latents(text, [seed + i + j for j in range(len(text))], n)
         videos.append(generator.decode(latents).cpu())
     return torch.cat(videos)
+
+
+def measure_reward(nets, ranks, watched, step, steps, samples, repeats, batch, lrm_warmup):
+    """Measure the true reward of fresh samples (watch.py), add it to `watched`, and warn of over-optimisation."""
+    generator, after_warmup = sampler(nets, "student"), lambda: [w for w in watched if w["step"] >= lrm_warmup]
+    before = watch.overoptimised(after_warmup())
+    how = nets.prompts, steps, samples, batch
+    found = watch.measure(generator, nets.latent_reward.reward, *how, ranks, nets.latent_reward, repeats)
+    watched.append({"step": step} | found)
+    sign = watch.overoptimised(after_warmup())
+    best = max(watched, key=lambda w: w["true_reward"] if math.isfinite(w["true_reward"]) else -math.inf)
+    if sign and not before and ranks.main:
+        print(
+            f"over-optimised at step {step}: {sign}. The true reward is {found['true_reward']:.4g}; "
+            f"it was {best['true_reward']:.4g} at step {best['step']}"
+        )
+    return found
 
 
 def write_student(out, config, weights, settings, about, base=None):

@@ -10,7 +10,7 @@ from conftest import config, fit
 
 import common
 import nets
-import train
+import watch
 from common import UserError
 from distributed import Ranks
 from lrm import Buffer
@@ -95,7 +95,7 @@ def test_overoptimisation_is_said_once(tiny, tmp_path, monkeypatch, capsys):
         + [(0.1 * i, -i) for i in range(20)]
     )
     fake = lambda *_: dict(zip(("lrm_estimate", "true_reward"), next(found)), true_error=0.1, rank_correlation=0.0)
-    monkeypatch.setattr(train.watch, "measure", fake)
+    monkeypatch.setattr(watch, "measure", fake)
     often = JPEG | {"reward_every": 1, "beta_cd": 0.0}
     fit(config(tiny, tmp_path, iterations=8, fake_updates=1, **often))
     said = capsys.readouterr().out
