@@ -31,8 +31,8 @@ from vae3d import VAE3D
 from world.judge import Judge
 from world.shapes import held_out_prompts
 
-JUDGED = 192  # prompts of the small world on which student and teacher are compared at the end
-KEPT, KEPT_BYTES = 512, 2**28  # samples that an LRM's buffer keeps on a rank, or as many as fit
+COMPARED = 192  # prompts of the small world on which student and teacher are compared at the end
+BUFFER_SIZE, BUFFER_BYTES = 512, 2**28  # samples that an LRM's buffer keeps on a rank, or as many as fit
 PROMPTS = [  # what pictures show where the data has no captions to lend
     "a red car drives along a road by the sea",
     "a cat walks over a wooden floor",
@@ -157,7 +157,7 @@ def build(cfg, ranks) -> Nets:
     if cached:
         prompts = [prompt for prompt in encoder.known if prompt]
     else:
-        prompts = held_out_prompts(max(JUDGED, cfg.reward_samples)) if cfg.text == "words" else PROMPTS
+        prompts = held_out_prompts(max(COMPARED, cfg.reward_samples)) if cfg.text == "words" else PROMPTS
     return Nets(
         teacher_net, student_net, fake, ema, vae, encoder, data, about, ranks.device, prompts, judge,
         latent_reward and latent_reward.lrm, latent_reward, buffer, frozen, cfg.precision,
@@ -272,7 +272,7 @@ def make_latent_reward(cfg, ranks, data, encoder, config, latents):
     lrm = kind(seed=cfg.seed, **sizes).to(ranks.device)
     latent_reward = lrms.LatentReward(lrm, reward, rewards.Moments(), parts)
     text = tuple(encoder.encode([""]).shape[1:]) if latent_reward.reads_text else (0, 0)
-    kept = min(KEPT, KEPT_BYTES // (2 * config.channels * math.prod(latents)))
+    kept = min(BUFFER_SIZE, BUFFER_BYTES // (2 * config.channels * math.prod(latents)))
     labels = reward.size_of_parts if parts else 1
     return latent_reward, lrms.Buffer(kept, (config.channels, *latents), labels, text)
 

@@ -22,7 +22,7 @@ from common import UserError
 from dit import DiT
 from evals.metrics import frechet, jackknife, mean_error, pm
 from generate import Generator, load_network, save_adapters
-from nets import JUDGED
+from nets import COMPARED
 from video import write_grid, write_video_grid
 from world.shapes import HELD_OUT, Clip, render_batch
 
@@ -181,13 +181,13 @@ def compare_with_teacher(nets, steps, batch):
     Both draw the same prompts from the same noise, so the errors of the gains are those of pairs: much of what makes a
     score uncertain, which prompts and which rendered clips, is common to both. A gain in Frechet distance is a fall.
     """
-    parts = [range(i, min(i + READ_AT_ONCE, JUDGED)) for i in range(0, JUDGED, READ_AT_ONCE)]
+    parts = [range(i, min(i + READ_AT_ONCE, COMPARED)) for i in range(0, COMPARED, READ_AT_ONCE)]
 
     def features_of(videos):
         return nets.judge.features(videos.to(nets.device)).float().cpu()
 
     def read(who, n):
-        """The share of right readings of each prompt (JUDGED,), and the judge's features (JUDGED, d)."""
+        """The share of right readings of each prompt (COMPARED,), and the judge's features (COMPARED, d)."""
         shares, features = [], []
         for part in parts:
             prompts = [nets.prompts[i] for i in part]

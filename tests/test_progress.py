@@ -10,7 +10,7 @@ from evals import progress
 
 def test_a_gain_is_the_students_and_a_fall_of_the_distance(monkeypatch):
     """A student that is right more often and whose features lie nearer to those of rendered clips."""
-    n = progress.JUDGED
+    n = progress.COMPARED
     noise = torch.randn(n, 4, generator=torch.Generator().manual_seed(0))
     rendered, places = noise, {"teacher": 2.0, "student": 0.5}
 

@@ -40,7 +40,7 @@ def flags(cfg, **more):
 def test_the_program_draws_compares_and_exports(tiny, tmp_path, capsys, monkeypatch):
     words = flags(config(tiny, tmp_path / "run"), sample_every=2, precision="fp32")
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, words)])
-    monkeypatch.setattr(progress, "JUDGED", 20)
+    monkeypatch.setattr(progress, "COMPARED", 20)
     train.main()
     said = capsys.readouterr().out
     assert "standard errors" in said and "compare.mp4" in said
