@@ -96,19 +96,18 @@ def noise_of(seed, step):
 
 
 def orthogonal(m, dtype):
-    """About U V^T where m = U S V^T, for each matrix of m (..., rows, columns): its singular values become 0.7 to 1.2,
-    by five steps of Newton-Schulz in `dtype`.
+    """About U V^T where m = U S V^T: its singular values become 0.7 to 1.2, by five steps of Newton-Schulz in `dtype`.
 
     The coefficients are Keller Jordan's (Muon, 2024), made to lift small singular values as fast as can be.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    tall = m.shape[-2] > m.shape[-1]
-    x = m.mT.to(dtype) if tall else m.to(dtype)
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    tall = m.shape[0] > m.shape[1]
+    x = m.T.to(dtype) if tall else m.to(dtype)
+    x = x / x.norm().clamp(min=1e-7)
     for _ in range(5):
-        gram = x @ x.mT
+        gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if tall else x
+    return x.T if tall else x
 
 
 def is_hidden(name, p):
@@ -131,17 +130,13 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        lr, alike = self.param_groups[0]["lr"], {}
+        lr = self.param_groups[0]["lr"]
         for p in self.param_groups[0]["params"]:
-            alike.setdefault(p.shape, []).append(p)
-        for params in alike.values():  # in one product of many matrices, a GPU waits for one call and not for many
-            gradient = torch.stack([p.grad.flatten(1) for p in params])  # (n, out, in x kernel)
-            momentum = self.state[params[0]].setdefault("momentum", torch.zeros_like(gradient))
-            momentum.lerp_(gradient, 0.05)
-            direction = orthogonal(gradient.lerp(momentum, 0.95), self.dtype)  # Nesterov's
-            scale = 0.2 * max(direction.shape[1:]) ** 0.5  # steps as large as AdamW's
-            for p, change in zip(params, direction):
-                p.mul_(1 - 0.01 * lr).add_(change.reshape(p.shape), alpha=-lr * scale)
+            momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+            momentum.lerp_(p.grad, 0.05)
+            direction = orthogonal(p.grad.lerp(momentum, 0.95).flatten(1), self.dtype)  # Nesterov's; (out, in x kernel)
+            scale = 0.2 * max(direction.shape) ** 0.5  # steps as large as AdamW's
+            p.mul_(1 - 0.01 * lr).add_(direction.reshape(p.shape), alpha=-lr * scale)
 
 
 def optimizers(model, dtype=torch.float32):

@@ -134,8 +134,8 @@ PRESETS = {
     **{name: {"teacher": "", "vae": "", "text": "", "data": ""} for name in ("dollar", "cogvideox-2b", "cogvideox-5b")},
 }  # fmt: skip
 
-# (student, fake score), of whole networks and of adapters, which want larger ones. The small world's were measured;
-# 2e-5 is the paper's, and the others' adapters have LightX2V's rates.
+# (student, fake score), of whole networks and of adapters, which want larger ones. 2e-5 is the paper's; the adapters
+# beside it have LightX2V's rates, those of the small world are compared with others in docs/RESULTS.md.
 LEARNING_RATES = dict.fromkeys(PRESETS, ((2e-5, 2e-5), (1e-4, 2e-5))) | {"shapes": ((1e-4, 2e-4), (1e-3, 2e-3))}
 
 

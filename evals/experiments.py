@@ -78,7 +78,12 @@ TABLES = {
         "teacher, long": f"{TEACHER} --captions long",
         "student, long": f"{STUDENT} --captions long",
     },
-    "rank": {"full": ""} | {f"rank {r}": f"--rank {r}" for r in (8, 16, 32, 64)},
+    "rank": {"full": ""}
+    | {f"rank {r}": f"--rank {r}" for r in (8, 16, 32, 64)}
+    | {
+        "rank 16, a third of the rates": "--rank 16 --lr 3e-4 --fake-lr 6e-4",
+        "rank 16, three times the rates": "--rank 16 --lr 3e-3 --fake-lr 6e-3",
+    },
     "choices": {  # what the paper leaves open, one at a time
         "as it is": "",
         "1 fake update": "--fake-updates 1",

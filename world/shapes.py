@@ -288,8 +288,8 @@ def render_together(clips, frame, device):
     shift = shift + column([clip.offset for clip in clips])
     on_scene = torch.broadcast_tensors(x * scale + shift, y * scale)  # two of (B, 1, F, H, W)
     image = by_name([clip.scene for clip in clips], draw_scene, *on_scene)  # (B, 3, F, H, W)
-    neon = column([float(clip.look == "neon") for clip in clips])
-    image = image * (1 - 0.65 * neon)
+    neon, grey = ([i for i, clip in enumerate(clips) if clip.look == look] for look in ("neon", "monochrome"))
+    image[neon] *= 1 - torch.tensor(0.65)
 
     right, down, drop, radius, growth = (column(values) for values in zip(*map(path, clips)))
     move_x, move_y, radius = right * time, down * time + 2 * time * (drop * time), radius + growth * time
@@ -300,17 +300,20 @@ def render_together(clips, frame, device):
         index, names, colours, sides = zip(*objects)
         side_x = column([side if clips[i].relation == "left" else 0.0 for i, side in zip(index, sides)])
         side_y = column([side if clips[i].relation == "above" else 0.0 for i, side in zip(index, sides)])
+        shining = [j for j, i in enumerate(index) if i in neon]
         index = torch.tensor(index, device=device)
         r = radius[index]
         own = torch.broadcast_tensors((x - move_x[index] - side_x) / r, (y - move_y[index] - side_y) / r)
         distance = r * by_name(names, signed_distance, *own)  # in pixels, (n, 1, F, H, W)
         paint = rgb([COLOURS[colour] for colour in colours], image)
-        glow = 0.7 * torch.exp(-distance.clamp(min=0) / 3.5) * neon[index]  # falls off outside the outline
+        under = image[index]
+        glow = 0.7 * torch.exp(-distance[shining].clamp(min=0) / 3.5)  # falls off outside the outline
+        under[shining] = mix(under[shining], paint[shining], glow)
         cover = (0.5 - distance / 2).clamp(0, 1)  # two pixels from outside to inside
-        image[index] = mix(mix(image[index], paint, glow), paint, cover)
+        image[index] = mix(under, paint, cover)
         mask[index] = torch.maximum(mask[index], cover)
-    grey = (image * rgb([(0.299, 0.587, 0.114)], image)).sum(1, keepdim=True)
-    image = mix(image, grey, column([float(clip.look == "monochrome") for clip in clips]))
+    light = (image[grey] * rgb([(0.299, 0.587, 0.114)], image)).sum(1, keepdim=True)
+    image[grey] = mix(image[grey], light, 1.0)
     return (image * 2 - 1).clamp(-1, 1), mask
 
 
