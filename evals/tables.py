@@ -7,6 +7,7 @@ another view of the same files. A score is {"mean", "error", "n"}, its error one
 """
 
 import json
+import os
 import re
 import shlex
 import sys
@@ -23,7 +24,9 @@ from world.reading import MAIN
 
 def save(cfg, kind, **content):
     """Write a result to cfg.out, if it names a file. -> the result, as it would be read again"""
-    command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    launcher = ["python"] if ranks == "1" else ["torchrun", f"--nproc_per_node={ranks}"]
+    command = shlex.join([*launcher, Path(sys.argv[0]).name, *sys.argv[1:]])
     value = lambda f: f.default if f.default is not MISSING else f.default_factory()
     said = {f.name: getattr(cfg, f.name) for f in fields(cfg) if getattr(cfg, f.name) != value(f)}
     result = {"kind": kind, "command": command, "date": time.strftime("%Y-%m-%d"), "settings": said}

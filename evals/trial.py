@@ -3,7 +3,8 @@
     python train.py trial --preset cogvideox-2b --rank 64 --iterations 20 --out results/trial-cogvideox-2b-rank64.json
 
 The teacher's weights, the latents and the text are random numbers of the right shapes, so nobody's file is needed; all
-else is what `train.py` does with the same flags. Under torchrun the ranks share the work as they would in training.
+else is what `train.py` does with the same flags. Under torchrun the ranks, all on one machine, share the work as they
+would in training.
 """
 
 import statistics
@@ -16,18 +17,21 @@ import torch
 
 import common
 import distributed
+from common import UserError
 from data import PRESETS as CLIPS
-from dit import PRESETS, DiT
+from dit import PRESETS as SIZES
+from dit import DiT
 from evals import tables
 from evals.cost import so_far
 from nets import build
 
 CLIPS_IN_CACHE = 4  # all alike
+OF_FILES = ("data", "teacher", "vae", "text", "student", "resume", "reward", "reward_weights")
 
 
 def write_inputs(preset, folder, device):
     """A teacher's file and a cache of clips in `folder`, of random numbers. -> their paths."""
-    config, generator = PRESETS[preset], torch.Generator().manual_seed(0)
+    config, generator = SIZES[preset], torch.Generator().manual_seed(0)
     with torch.device(device):
         model = DiT(config)
     common.save_model(folder / "teacher.safetensors", model, torch.bfloat16, kind="teacher")
@@ -48,9 +52,14 @@ def trial(cfg, ranks):
     """Make cfg.iterations updates as `train` would. cfg: train.py's Config; an --out of .json keeps the result.
 
     One row: the most memory in use, in bytes of the first rank, and the median seconds of an update, without the first.
+    Raises UserError for flags that name files, and for a reward.
     """
-    from train import adam, algorithm_1, settled  # here: train.py calls this
+    from train import PRESETS, Config, adam, algorithm_1, settled  # here: train.py calls this
 
+    plain = replace(Config(), **PRESETS[cfg.preset])
+    given = [f"--{name}" for name in OF_FILES if getattr(cfg, name) != getattr(plain, name)]
+    if given:
+        raise UserError(f"a trial has weights and clips of its own, random ones: leave out {', '.join(given)}")
     with tempfile.TemporaryDirectory() as folder:
         place = [folder if ranks.main else None]
         if ranks.size > 1:
@@ -66,7 +75,9 @@ def trial(cfg, ranks):
         seconds, begun = [], time.perf_counter()
         for step, *_ in algorithm_1(run, ranks, nets, optimizers, accumulate):
             seconds.append(time.perf_counter() - begun)
-            print(f"update {step + 1}: {seconds[-1]:.2f} s, at most {so_far(ranks.device) / 2**30:.2f} GiB", flush=True)
+            peak = so_far(ranks.device) / 2**30
+            if ranks.main:
+                print(f"update {step + 1}: {seconds[-1]:.2f} s, at most {peak:.2f} GiB", flush=True)
             begun = time.perf_counter()
     cuda = ranks.device.type == "cuda"
     row = {"preset": cfg.preset, "rank": cfg.rank, "ranks": ranks.size, "updates": len(seconds)}

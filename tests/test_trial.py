@@ -3,8 +3,11 @@
 import json
 from dataclasses import replace
 
+import pytest
+
 import distributed
 import train
+from common import UserError
 from evals import trial
 
 
@@ -25,4 +28,11 @@ def test_a_trial_makes_updates_of_the_preset_s_size_and_says_what_they_took(tmp_
     assert row["updates"] == 2 == len(row["all_seconds"]) and row["seconds"] == row["all_seconds"][1]
     assert row["rank"] == 4 and row["peak"] > 1e8 and "update 2:" in capsys.readouterr().out
     config = made[0].teacher.config
-    assert config == trial.PRESETS["shapes"] and list(made[0].data.shapes[0]) == [config.channels, *config.latents]
+    assert config == trial.SIZES["shapes"] and list(made[0].data.shapes[0]) == [config.channels, *config.latents]
+
+
+def test_a_trial_refuses_files_and_rewards():
+    """Its weights and clips are random: what a flag names would not be tried."""
+    cfg = replace(train.Config(), **train.PRESETS["shapes"] | {"student": "a.safetensors", "reward": "agreement"})
+    with pytest.raises(UserError, match="leave out --student, --reward"):
+        trial.trial(cfg, distributed.start("cpu"))
