@@ -20,23 +20,19 @@
 
 import json
 import os
-import random
-import re
 import sys
-import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
-from tqdm import tqdm
 
-from common import Machine, UserError, atomic, opt, parse, run, start, writable
+from common import Machine, UserError, opt, parse, run, start, writable
 from evals import cost, experiments, people, pictures, tables, vbench
-from evals.metrics import Inception, pixel_features, vendi, vendi_kernel, video_diversity
+from evals.metrics import Inception, diversity_of_folder, pixel_features, vendi, vendi_kernel
 from evals.vbench import vbench_scores
 from generate import Generator
-from video import VIDEOS, read_video, write_video, write_video_grid
+from video import write_video_grid
 from world import shapes
 from world.reading import Evaluator, held_out, model_rows, reference_rows
 
@@ -184,41 +180,12 @@ def videos(cfg):
     generator.steps(cfg.steps)
     fps = cfg.fps or generator.about.get("fps", shapes.FPS)
 
-    # who draws into a folder that another model has begun would score a mixture
     made = {k: v for k, v in asdict(cfg).items() if k in ("weights", "w", "steps", "prompts", "long", "copies", "seed")}
-    made |= {"fps": fps, "entries": entries, "videos": jobs}
-    plan = out / "videos.json"
-    if plan.exists() and (there := json.loads(plan.read_text())) != json.loads(json.dumps(made)):
-        what = ", ".join(k for k in made if there.get(k) != json.loads(json.dumps(made[k])))
-        raise UserError(f"{out} holds videos of other settings ({what}): take another --out, or the same settings")
-    if not plan.exists():
-        with atomic(plan) as part:
-            part.write_text(json.dumps(made, indent=1, ensure_ascii=False))
-
-    mine, broken = [], 0
-    for job in jobs[rank::size]:
-        if (file := out / job["file"]).exists():
-            if vbench.readable(file):
-                continue
-            broken += 1
-        mine.append(job)
+    vbench.begin(out, made | {"fps": fps, "entries": entries, "videos": jobs})
+    mine, broken = vbench.missing(jobs[rank::size], out)
     done = len(jobs[rank::size]) - len(mine)
     print(f"{len(jobs)} videos of {len(entries)} prompts; {len(mine)} to draw here, {done} there, {broken} broken")
-    begun = time.perf_counter()
-    for i in tqdm(range(0, len(mine), cfg.batch), desc="videos", dynamic_ncols=True, disable=rank > 0):
-        some = mine[i : i + cfg.batch]
-        text = generator.encoder.encode([job["prompt"] for job in some])
-        drawn = generator.decode(generator.latents(text, [job["seed"] for job in some], cfg.steps, cfg.w))
-        if drawn.shape[2] / fps >= 5 and i == 0:
-            print(
-                f"these clips have {drawn.shape[2] / fps:.1f} s: VBench is made for less than 5, VBench-Long for more"
-            )
-        for job, video in zip(some, drawn.cpu()):
-            if video.isfinite().all():
-                write_video(out / job["file"], video, fps)
-            else:
-                print(f"{job['file']} is not finite and was not written")
-    print(f"drew {len(mine)} videos in {time.perf_counter() - begun:.0f} s")
+    vbench.draw(generator, mine, out, cfg.steps, cfg.w, fps, cfg.batch, quiet=rank > 0)
 
 
 @dataclass
@@ -265,26 +232,8 @@ def diversity_of_files(cfg):
     """Vendi diversity of video files (Eq. 17): mean and standard deviation over prompts."""
     if not Path(cfg.videos).is_dir():
         raise UserError(f"--videos {cfg.videos or '(nothing)'} is no folder")
-    groups = {}
-    for file in sorted(f for f in Path(cfg.videos).rglob("*") if f.suffix.lower() in VIDEOS):
-        groups.setdefault(re.sub(r"-\d+$", "", str(file.with_suffix(""))), []).append(file)
-    names = sorted(name for name, files in groups.items() if len(files) >= cfg.copies)
-    random.Random(f"vendi {cfg.seed}").shuffle(names)
     kinds = {"pixel": pixel_features} | ({"inception": Inception(cfg.inception, cfg.device)} if cfg.inception else {})
-    scores, left_out = {kind: [] for kind in kinds}, len(groups) - len(names)
-    for name in tqdm(names[: cfg.prompts], desc="vendi", dynamic_ncols=True, leave=False):
-        try:
-            clips = [read_video(file)[0] for file in groups[name][: cfg.copies]]
-        except UserError as e:
-            print(f"{e}: its prompt is left out", file=sys.stderr)
-            left_out += 1
-            continue
-        for kind, features in kinds.items():
-            scores[kind].append(video_diversity(clips, features, cfg.every))
-    if not scores["pixel"]:
-        raise UserError(
-            f"{cfg.videos} has no prompt with {cfg.copies} readable videos PROMPT-0 .. PROMPT-{cfg.copies - 1}"
-        )
+    scores, left_out = diversity_of_folder(cfg.videos, kinds, cfg.copies, cfg.every, cfg.prompts, cfg.seed)
     row = {"label": cfg.label or Path(cfg.videos).name, "prompts": len(scores["pixel"]), "left out": left_out}
     return tables.show(cfg, "vendi", rows=[row | {kind: cost.spread(values) for kind, values in scores.items()}])
 

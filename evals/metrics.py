@@ -8,14 +8,20 @@ pixels and over Inception features, key frame by key frame (Eq. 17), with the co
 """
 
 import math
+import random
+import re
+import sys
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torchvision.models import inception_v3
 from torchvision.transforms.v2 import functional as v2
+from tqdm import tqdm
 
 from common import UserError
+from video import VIDEOS, read_video
 
 
 def _rows(x):
@@ -151,3 +157,30 @@ def video_diversity(videos, features, every=20):
     """
     length = min(map(len, videos))
     return float(np.mean([vendi(features(np.stack([v[k] for v in videos]))) for k in range(0, length, every)]))
+
+
+def diversity_of_folder(folder, kinds, copies, every, prompts, seed):
+    """Eq. 17 for the prompts of a folder of videos PROMPT-0, PROMPT-1, ...: `copies` videos each.
+
+    kinds: {name: function of pictures that gives features}; every: as `video_diversity`; prompts: at most so many,
+    drawn at random by `seed`. -> ({name: a list of scores}, the number of prompts left out, since videos are missing
+    or broken). Raises UserError where no prompt is left.
+    """
+    groups = {}
+    for file in sorted(f for f in Path(folder).rglob("*") if f.suffix.lower() in VIDEOS):
+        groups.setdefault(re.sub(r"-\d+$", "", str(file.with_suffix(""))), []).append(file)
+    names = sorted(name for name, files in groups.items() if len(files) >= copies)
+    random.Random(f"vendi {seed}").shuffle(names)
+    scores, left_out = {kind: [] for kind in kinds}, len(groups) - len(names)
+    for name in tqdm(names[:prompts], desc="vendi", dynamic_ncols=True, leave=False):
+        try:
+            clips = [read_video(file)[0] for file in groups[name][:copies]]
+        except UserError as e:
+            print(f"{e}: its prompt is left out", file=sys.stderr)
+            left_out += 1
+            continue
+        for kind, features in kinds.items():
+            scores[kind].append(video_diversity(clips, features, every))
+    if not any(scores.values()):
+        raise UserError(f"{folder} has no prompt with {copies} readable videos PROMPT-0 .. PROMPT-{copies - 1}")
+    return scores, left_out

@@ -26,11 +26,14 @@ import math
 import random
 import shutil
 import tempfile
+import time
 from collections import Counter
 from pathlib import Path
 
+from tqdm import tqdm
+
 from common import UserError, atomic, read_prompts, read_text
-from video import read_video
+from video import read_video, write_video
 
 # dimension as in the paper's Table 2: (which total, minimum, maximum, weight); from VBench's scripts/constant.py
 DIMENSIONS = {
@@ -161,6 +164,51 @@ def readable(path):
         return len(read_video(path)[0]) > 0
     except UserError:
         return False
+
+
+def begin(out, made):
+    """Write out/videos.json, which says how the videos of the folder `out` are made: `made`, anything JSON can hold.
+
+    Raises UserError where it says otherwise already: who draws into a folder that another model has begun would score a
+    mixture.
+    """
+    plan, made = out / "videos.json", json.loads(json.dumps(made))
+    if plan.exists():
+        there = json.loads(plan.read_text())
+        other = ", ".join(k for k in made if there.get(k) != made[k])
+        if other:
+            raise UserError(f"{out} holds videos of other settings ({other}): take another --out, or the same settings")
+        return
+    with atomic(plan) as part:
+        part.write_text(json.dumps(made, indent=1, ensure_ascii=False))
+
+
+def missing(jobs, out):
+    """-> the jobs of `plan` whose files in the folder `out` are not there or broken, and how many are broken."""
+    lacking, broken = [], 0
+    for job in jobs:
+        there = (out / job["file"]).exists()
+        if not there or not readable(out / job["file"]):
+            lacking.append(job)
+            broken += there
+    return lacking, broken
+
+
+def draw(generator, jobs, out, steps, w, fps, batch, quiet):
+    """Draw the videos of `jobs` into the folder `out`; one that is not finite is named and not written."""
+    begun = time.perf_counter()
+    for i in tqdm(range(0, len(jobs), batch), desc="videos", dynamic_ncols=True, disable=quiet):
+        some = jobs[i : i + batch]
+        text = generator.encoder.encode([job["prompt"] for job in some])
+        videos = generator.decode(generator.latents(text, [job["seed"] for job in some], steps, w)).cpu()
+        if i == 0 and (seconds := videos.shape[2] / fps) >= 5:
+            print(f"these clips have {seconds:.1f} s: VBench is made for less than 5, VBench-Long for more")
+        for job, video in zip(some, videos):
+            if video.isfinite().all():
+                write_video(out / job["file"], video, fps)
+            else:
+                print(f"{job['file']} is not finite and was not written")
+    print(f"drew {len(jobs)} videos in {time.perf_counter() - begun:.0f} s")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
