@@ -40,11 +40,11 @@ from tqdm import tqdm
 import common
 import distributed
 import rewards
-import watch
 from adapters import merge
 from cogvideox import load_vae
 from common import Machine, UserError, autocast, open_log, opt, parse, read_prompts, run
 from dit import DiT
+from evals import watch
 from evals.progress import PATIENCE, set_aside
 from generate import Generator
 from nets import Source, adapters_on, network
@@ -71,7 +71,7 @@ class Config(Machine):
     reward: str = opt("none", "The reward, one of rewards.py.")
     reward_weights: str | None = opt(None, "The reward's file or folder of weights.")
     reward_frames: int | None = opt(None, "The number of frames an image reward looks at. None: all.")
-    reward_every: int = opt(50, "The iterations between measurements of the reward (watch.py). 0: one, at the end.")
+    reward_every: int = opt(50, "The iterations between measurements of the reward (evals/watch.py). 0: one, at the end.")
     reward_samples: int = opt(64, "The number of samples in a measurement.")
     method: Literal["ddpo", "refl", "draft"] = opt("ddpo", "The gradient: of the policy, or the reward's own (above).")
     truncate: int = opt(2, "The number of last steps with gradient: of ddpo, those whose move has a std.")

@@ -15,11 +15,11 @@ import torch
 
 import common
 import distributed
-import watch
 from adapters import Adapted, merge
 from cogvideox import save_lora, save_pipeline
 from common import UserError
 from dit import DiT
+from evals import watch
 from evals.metrics import frechet, jackknife, mean_error, pm
 from generate import Generator, load_network, save_adapters
 from nets import COMPARED
@@ -116,7 +116,7 @@ def draw_videos(nets, who, prompts, seed, n, batch):
 
 
 def measure_reward(nets, ranks, watched, step, steps, samples, repeats, batch, lrm_warmup):
-    """Measure the true reward of fresh samples (watch.py), add it to `watched`, and warn of over-optimisation."""
+    """Measure the true reward of fresh samples (evals/watch.py), add it to `watched`, and warn of over-optimisation."""
     generator, after_warmup = sampler(nets, "student"), lambda: [w for w in watched if w["step"] >= lrm_warmup]
     before = watch.overoptimised(after_warmup())
     how = nets.prompts, steps, samples, batch

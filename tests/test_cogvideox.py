@@ -17,9 +17,9 @@ import dit
 import nets
 import train
 import vae3d
-import watch
 from cogvideox import load_dit, save_pipeline
 from distributed import Ranks
+from evals import watch
 from generate import Generator
 from schedule import few_step, timesteps
 from video import write_video

@@ -10,9 +10,9 @@ from conftest import config, fit
 
 import common
 import nets
-import watch
 from common import UserError
 from distributed import Ranks
+from evals import watch
 from lrm import Buffer
 from rewards import Moments
 from world.shapes import FACTORS

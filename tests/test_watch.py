@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import rewards
-import watch
 from common import UserError
 from distributed import Ranks
+from evals import watch
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
