@@ -71,7 +71,7 @@ class Config(Machine):
     reward: str = opt("none", "The reward, one of rewards.py.")
     reward_weights: str | None = opt(None, "The reward's file or folder of weights.")
     reward_frames: int | None = opt(None, "The number of frames an image reward looks at. None: all.")
-    reward_every: int = opt(50, "The iterations between measurements of the reward (evals/watch.py). 0: one, at the end.")
+    reward_every: int = opt(50, "The iterations between measurements of the reward. 0: one, at the end.")
     reward_samples: int = opt(64, "The number of samples in a measurement.")
     method: Literal["ddpo", "refl", "draft"] = opt("ddpo", "The gradient: of the policy, or the reward's own (above).")
     truncate: int = opt(2, "The number of last steps with gradient: of ddpo, those whose move has a std.")
