@@ -124,12 +124,12 @@ class Config(Machine):
 
 
 # The field defaults are the paper's (section 4.1). The small world's were measured in its first edition, but for
-# `transition` (docs/WORLD.md).
+# `transition` (docs/WORLD.md), `w_vsd` and `cd_target` (docs/RESULTS.md).
 PRESETS = {
     "shapes": {
         "iterations": 130, "batch": 16, "betas": (0.0, 0.99), "ema": 0.95,
-        "fake_updates": 2, "transition": "ddim", "w_vsd": 2.0, "w_cd": 2.0, "checkpoint_activations": False,
-        "save_every": 50, "sample_every": 50, "reward_every": 25,
+        "fake_updates": 2, "transition": "ddim", "w_vsd": 1.0, "w_cd": 2.0, "cd_target": "teacher",
+        "checkpoint_activations": False, "save_every": 50, "sample_every": 50, "reward_every": 25,
     },
     **{name: {"teacher": "", "vae": "", "text": "", "data": ""} for name in ("dollar", "cogvideox-2b", "cogvideox-5b")},
 }  # fmt: skip

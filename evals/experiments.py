@@ -4,8 +4,8 @@
     python eval.py experiments ablation                   # all rows of a table; "ablation/VSD" is one of them
     python eval.py experiments all --budget 8             # what is missing, for 8 hours; begun again it goes on
 
-A row is a label and the flags that make it; everything else is SHORT below and the default of train.py. Each runs with
-SEEDS, for the same number of updates, its last weights are measured on the same prompts and the same noise,
+A row is a label and the flags that make it; everything else is BASE and SHORT below and the default of train.py. Each
+runs with SEEDS, for the same number of updates, its last weights are measured on the same prompts and the same noise,
 and results/ keeps one small file a run. Rows of the same flags share their runs. All compute in float32 on one thread,
 so that a machine with instructions for bfloat16 repeats what one without them has found, and two tables can be made
 side by side on two cores. A stopped training goes on where it was. `eval.py tables` then writes docs/RESULTS.md.
@@ -26,7 +26,9 @@ SEEDS, ALL = (0, 1, 2), ("4", "2", "1")
 MEASURE = "--prompts 256 --vendi-prompts 16 --no-dimensions"
 EQUAL = "--precision fp32 --threads 1"
 SHORT = "--batch 8 --global-batch 8 --iterations 100"  # half the default run's batch, and three quarters of its updates
-TUNE = "--student weights/student.safetensors --reward-every 25"  # the rewards' rows begin with the same student
+BASE = "--cd-target ema --w-vsd 2"  # what rows change one thing of; the defaults are what they have shown to be better
+TUNE = "--student weights/student.safetensors --cd-target teacher --w-vsd 1"  # the rewards' rows begin with the same
+TUNE += " --reward-every 25"  # student, and go on as it was made
 HOLD = "--beta-vsd 0 --beta-cd 0 --beta-kl 10"  # and are held by VSD + CD, or by this distance to it
 TEACHER = "eval.py --weights weights/teacher.safetensors --steps 50"  # measured as it is
 STUDENT = "eval.py --weights weights/student.safetensors --steps 4"
@@ -41,6 +43,7 @@ TABLES = {
         "CD, from its average": "--beta-vsd 0",
         "CD, from the student": "--beta-vsd 0 --cd-target student",
         "CD, from the teacher": "--beta-vsd 0 --cd-target teacher",
+        "VSD + CD, from the teacher": "--cd-target teacher",
         "VSD + CD + LRM": "--reward object_kept",
         "teacher": f"{TEACHER} 4 2 1",
     },
@@ -59,6 +62,8 @@ TABLES = {
         "VSD + CD": UNGUIDED,
         "VSD + CD + LRM, scalar": f"{UNGUIDED} --reward agreement --lrm-labels scalar",
         "VSD + CD + LRM, parts": f"{UNGUIDED} --reward agreement --lrm-labels parts",
+        "VSD + CD + LRM, parts, pulling as VSD does": f"{UNGUIDED} --reward agreement --lrm-labels parts --ft-share 1",
+        "VSD + CD + LRM, parts, pulling 3 times": f"{UNGUIDED} --reward agreement --lrm-labels parts --ft-share 3",
     },
     "steps": {  # Table 6
         "4 steps, VSD + CD": "",
@@ -93,6 +98,7 @@ TABLES = {
         "the KL's own weight": "--vsd-weight score",
         "guidance of 1": "--w-vsd 1",
         "four times the CD": "--beta-cd 2",
+        "guidance of 1, CD from the teacher": "--w-vsd 1 --cd-target teacher",  # the default
     },
     "troubles": {  # each brought about on purpose: docs/TROUBLESHOOTING.md
         "healthy": "",
@@ -170,7 +176,9 @@ def commands(table, label, seed, out):
     measure += ["--out", str(file_of(table, label, seed))]
     if script == "eval.py":
         return [[*measure, *flags, "--seed", str(seed)]]
-    flags += SHORT.split() + EQUAL.split() + (["--sample-every", "0"] if script == "train.py" else [])
+    if script == "train.py":
+        flags = [*BASE.split(), *flags, "--sample-every", "0"]
+    flags += SHORT.split() + EQUAL.split()
     resume = ["--resume"] if any((out / "checkpoints").glob("step_*")) else []
     most = flags[flags.index("--steps") + 1] if "--steps" in flags else "4"
     steps = [n for n in ALL if n <= most] if table == "ablation" else [most]
