@@ -96,7 +96,8 @@ def test_what_is_missing_is_run_and_nothing_else(tmp_path, monkeypatch):
     assert training["curves"] == {"true_reward": [[0, 0.5]], "cd": [[0, 2.0], [10, 5.0]]}
     assert training["log"] == {"step": 10, "cd": 5.0, "true_reward": 0.5, "trained_s": 2.0}  # the last of each
     assert training["bytes"] == {"student.safetensors": 7}
-    assert training["command"].startswith(f"python train.py {experiments.BASE} --beta-cd 0") and "--seed 2" in training["command"]
+    assert training["command"].startswith(f"python train.py {experiments.BASE} --beta-cd 0")
+    assert "--seed 2" in training["command"]
     monkeypatch.setattr(subprocess, "run", lambda command: SimpleNamespace(returncode=1))
     with pytest.raises(UserError, match="this failed"):
         experiments.run(["steps"])
