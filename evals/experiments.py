@@ -58,6 +58,11 @@ TABLES = {
         "KL + ReFL": f"{POLICY} --method refl",
         "KL + DRaFT-1": f"{POLICY} --method draft --truncate 1",
     },
+    "rewards": {  # of what is in every patch, and of motion
+        "JPEG compressibility": "--reward jpeg_compressibility",
+        "dynamic degree": "--reward dynamic_degree",
+        "dynamic degree, LRM of 3D convolutions": "--reward dynamic_degree --lrm-backbone 3d",
+    },
     "agreement": {  # a reward that reads the prompt, where something is left to gain: distilled without guidance
         "VSD + CD": UNGUIDED,
         "VSD + CD + LRM, scalar": f"{UNGUIDED} --reward agreement --lrm-labels scalar",
@@ -249,6 +254,7 @@ LOGGED = ("score gap", "fake loss")  # of interest where something goes wrong
 def scores_of(row, training, motion):
     """What a table shows of one run: {header: (number or None, digits)}."""
     log, sizes = training.get("log", {}), training.get("bytes", {})
+    (_, before), *_ = training.get("curves", {}).get("true_reward", [(0, None)])
     learned = sizes.get("adapter.safetensors", sizes.get("student.safetensors"))
     return {
         "right, mean of 7 factors, %": (100 * row["main"]["mean"], 1),
@@ -256,6 +262,7 @@ def scores_of(row, training, motion):
         "Vendi - 1": (row["vendi"]["mean"], 2),
         "object kept, %": (100 * row["identity"]["mean"], 1),
         "motion, % of the teacher's": (100 * row["motion"]["mean"] / motion if motion else None, 0),
+        "reward before": (before, 3),
         "reward": (log.get("true_reward"), 3),
         "rewarded clips": (log.get("reward_evaluations"), 0),
         "CPU minutes": (training.get("cpu_minutes"), 1),

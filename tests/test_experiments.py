@@ -126,6 +126,9 @@ def test_a_table_has_means_over_seeds_and_says_what_has_not_run(tmp_path):
     sizes = {"student.safetensors": 7_000_000, "adapter.safetensors": 2_000_000}
     for seed, x in ((0, 0.5), (2, 0.7)):
         write("rank", "rank 8", seed, x, bytes=sizes, log={"trained_s": 60.0})
+        curves = {"true_reward": [[0, x], [20, 2 * x]]}
+        write("rewards", "dynamic degree", seed, x, curves=curves, log={"true_reward": 3 * x})
+    assert "| 0.600±0.100 | 1.800±0.300 |" in tables.block("experiments/rewards", tmp_path)  # before, and after
     text = tables.block("experiments/rank", tmp_path)
     assert "| rank 8 | 4 | 2 | 60.0±10.0 | 1.00±0.00 | 2.00±0.00 | 100.0±0.0 | 2.0±0.0 |" in text
     assert "| Vendi - 1 | object kept, % | MB |" in text  # no column of motion without the teacher's
