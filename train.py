@@ -483,12 +483,11 @@ def train(cfg: Config, ranks) -> None:
 
 
 def adam(nets, lr, fake_lr, betas):
-    """An optimizer for each network that learns; fused where it can be: for sharded parameters all else is slow."""
-    fused = nets.device.type in ("cpu", "cuda")
+    """An optimizer for each network that learns; fused, for with sharded parameters all else is slow."""
     flags = {"student": (lr, betas), "fake": (fake_lr, betas), "lrm": (LRM_LR,)}
     made = {}
     for name in [name for name in flags if name in nets.modules]:
-        made[name] = torch.optim.AdamW(nets.modules[name].parameters(), *flags[name], fused=fused)
+        made[name] = torch.optim.AdamW(nets.modules[name].parameters(), *flags[name], fused=True)
     return made
 
 

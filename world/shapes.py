@@ -289,7 +289,7 @@ def render_together(clips, frame, device):
     on_scene = torch.broadcast_tensors(x * scale + shift, y * scale)  # two of (B, 1, F, H, W)
     image = by_name([clip.scene for clip in clips], draw_scene, *on_scene)  # (B, 3, F, H, W)
     neon, grey = ([i for i, clip in enumerate(clips) if clip.look == look] for look in ("neon", "monochrome"))
-    image[neon] *= 1 - torch.tensor(0.65)
+    image[neon] *= 0.35
 
     right, down, drop, radius, growth = (column(values) for values in zip(*map(path, clips)))
     move_x, move_y, radius = right * time, down * time + 2 * time * (drop * time), radius + growth * time
@@ -312,8 +312,7 @@ def render_together(clips, frame, device):
         cover = (0.5 - distance / 2).clamp(0, 1)  # two pixels from outside to inside
         image[index] = mix(under, paint, cover)
         mask[index] = torch.maximum(mask[index], cover)
-    light = (image[grey] * rgb([(0.299, 0.587, 0.114)], image)).sum(1, keepdim=True)
-    image[grey] = mix(image[grey], light, 1.0)
+    image[grey] = (image[grey] * rgb([(0.299, 0.587, 0.114)], image)).sum(1, keepdim=True)
     return (image * 2 - 1).clamp(-1, 1), mask
 
 
