@@ -21,10 +21,14 @@ def test_a_trial_makes_updates_of_the_preset_s_size_and_says_what_they_took(tmp_
 
     trial_build = trial.build
     monkeypatch.setattr(trial, "build", build)
+    monkeypatch.setattr("sys.argv", ["./train.py", "trial"])
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # as torchrun says
     out = tmp_path / "trial.json"
     cfg = replace(train.Config(), **train.PRESETS["shapes"] | {"batch": 2, "iterations": 2, "rank": 4, "out": str(out)})
     trial.trial(replace(cfg, device="cpu", precision="fp32"), distributed.start("cpu"))
-    (row,) = json.loads(out.read_text())["rows"]
+    result = json.loads(out.read_text())
+    assert result["command"] == "torchrun --nproc_per_node=2 train.py trial"
+    (row,) = result["rows"]
     assert row["updates"] == 2 == len(row["all_seconds"]) and row["seconds"] == row["all_seconds"][1]
     assert row["rank"] == 4 and row["peak"] > 1e8 and "update 2:" in capsys.readouterr().out
     config = made[0].teacher.config
