@@ -484,10 +484,11 @@ def train(cfg: Config, ranks) -> None:
 
 def adam(nets, lr, fake_lr, betas):
     """An optimizer for each network that learns; fused, for with sharded parameters all else is slow."""
+    fused = nets.device.type != "meta"  # where nothing is computed
     flags = {"student": (lr, betas), "fake": (fake_lr, betas), "lrm": (LRM_LR,)}
     made = {}
     for name in [name for name in flags if name in nets.modules]:
-        made[name] = torch.optim.AdamW(nets.modules[name].parameters(), *flags[name], fused=True)
+        made[name] = torch.optim.AdamW(nets.modules[name].parameters(), *flags[name], fused=fused)
     return made
 
 
