@@ -1,7 +1,8 @@
 """Low-rank adapters: student, its average and the fake score as small changes of one frozen network.
 
 Distillation by score needs three or four networks of one architecture. With adapters (LoRA, Hu et al. 2021,
-arXiv:2106.09685) it needs one: the teacher is the base, and each role adds to every linear map W of its blocks
+arXiv:2106.09685) it needs one: the teacher is the base, and each role adds to six linear maps W of every block,
+attention's four and the feed-forward's two (the modulations, the embeddings and the last layer stay the teacher's),
 
     W x + B A x          A (rank, in) random, B (out, rank) zero at first: every role begins as the teacher
 
@@ -45,7 +46,7 @@ class Adapted(nn.Module):
         blocks = [{name: LowRank(*size, rank) for name, size in sizes.items()} for _ in range(base.config.depth)]
         self.adapters = nn.ModuleList(nn.ModuleDict(block) for block in blocks)
         self._shared = (base,)  # in a tuple, which nn.Module does not look into
-        self.config, self.rank = base.config, rank
+        self.config = base.config
         self.init_weights(0)
 
     @property

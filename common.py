@@ -76,7 +76,7 @@ class Machine:
 
     device: str = opt("cuda" if torch.cuda.is_available() else "cpu", "The device of the networks: cpu or cuda.")
     precision: Literal["auto", "bf16", "fp32"] = opt(
-        "auto", "What they compute in. auto: bfloat16 where the device has instructions for it, else float32."
+        "auto", "The precision of the networks. auto: bfloat16 where the device has instructions for it, else float32."
     )
     threads: int = opt(0, "The CPU threads. 0: one a core. Beside another busy process one is faster than two.")
 

@@ -275,7 +275,9 @@ class LatentCache(Samples):
 
 @dataclass
 class Config(Machine):
-    preset: Literal["shapes", "dollar", "cogvideox-2b", "cogvideox-5b"] = opt("shapes", "The size of the clips.")
+    preset: Literal["shapes", "dollar", "cogvideox-2b", "cogvideox-5b"] = opt(
+        "shapes", "The size of the clips. It replaces the defaults of the sizes shown here."
+    )
     data: str = opt("", "The folder of videos and images with captions.")
     vae: str = opt("weights/vae.safetensors", "The VAE: a file of ours, or a pipeline's folder (or its vae/).")
     text: str = opt("words", "The text encoder: a T5 folder, or `words`, the small world's word table.")

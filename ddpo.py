@@ -68,12 +68,12 @@ class Config(Machine):
     global_batch: int = opt(0, "The clips of an iteration, over all ranks. 0: batch x ranks, 7 times that below 16.")
     seed: int = opt(0, "The seed of prompts and noise.")
     resume: bool = opt(False, "The run goes on from the newest checkpoint in --out.")
-    reward: str = opt("none", "The reward, one of rewards.py.")
+    reward: str = opt("none", "The reward, a name of the table in docs/REWARDS.md.")
     reward_weights: str | None = opt(None, "The reward's file or folder of weights.")
     reward_frames: int | None = opt(None, "The number of frames an image reward looks at. None: all.")
     reward_every: int = opt(50, "The iterations between measurements of the reward. 0: one, at the end.")
     reward_samples: int = opt(64, "The number of samples in a measurement.")
-    method: Literal["ddpo", "refl", "draft"] = opt("ddpo", "The gradient: of the policy, or the reward's own (above).")
+    method: Literal["ddpo", "refl", "draft"] = opt("ddpo", "The gradient: of the policy (ddpo), or the reward's own.")
     truncate: int = opt(2, "The number of last steps with gradient: of ddpo, those whose move has a std.")
     transition: Literal["renoise", "posterior", "ddim"] | None = opt(
         None, "The way between steps. None: the student's; of ddpo with a student of ddim, posterior."
@@ -128,11 +128,10 @@ class Policy:
 
     def sample(self, captions, key, numbers, first=None, last=None):
         """Lines 5-8: text (B, L, D) and `walk`'s path. Noise follows from key and a sample's number alone."""
-        text, config = self.generator.encoder.encode(captions).to(self.ranks.device), self.generator.config
-        shape = config.channels, *config.latents
+        text = self.generator.encoder.encode(captions).to(self.ranks.device)
 
         def noise(i):
-            return distributed.normal(shape, (*key, i), numbers, self.ranks.device)
+            return distributed.normal(self.generator.shape, (*key, i), numbers, self.ranks.device)
 
         predict, start = self.denoiser(self.student, text), noise("start")
         return text, walk(predict, self.schedule, start, self.steps, noise, self.transition, first, last)
@@ -188,9 +187,9 @@ def direct_step(policy, optimizer, step, method):
     As `descend`.
     """
     parts, reward, moves = [], [], policy.moves
+    k = moves[distributed.randint(len(moves), (policy.seed, step, "k"))]  # alike on all ranks
+    first, last = (k, k) if method == "refl" else (moves[0], moves[-1])
     for micro in range(policy.accumulate):
-        k = moves[distributed.randint(len(moves), (policy.seed, step, "k", micro))]  # alike on all ranks
-        first, last = (k, k) if method == "refl" else (moves[0], moves[-1])
         clips = sample_clips(policy, step, micro, first, last)
         visited = [(policy.steps[i], *clips.path[i]) for i in range(first, last + 1)]
         parts.append(backward(policy, -clips.reward.mean(), clips.text, visited))
@@ -377,9 +376,9 @@ def tune(cfg: Config, ranks) -> None:
 
     def picture(step):
         shown = policy.prompts[:4]
-        with torch.no_grad():
-            _, path = policy.sample(shown, (cfg.seed, "picture"), range(len(shown)))
-            videos = policy.decode(path[-1][1]).cpu()
+        generator = policy.generator  # as who samples from the student, not as the policy moves
+        latents = generator.latents(generator.encoder.encode(shown), range(len(shown)), len(policy.steps))
+        videos = generator.decode(latents).cpu()
         if ranks.main:
             write_grid(out / f"step{step:06d}.png", list(videos), shown)
 

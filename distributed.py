@@ -248,8 +248,11 @@ class Checkpoints:
         """The newest complete checkpoint's path, or None."""
         return max(self.folder.glob("step_*"), default=None)
 
-    def save(self, step, modules, optimizers, extra, wait=False):
-        """Copy all to the CPU, then write it in the background, extra as JSON. Raises as `wait`, of the save before."""
+    def save(self, step, modules, optimizers, extra, wait=False, own=None):
+        """Copy all to the CPU, then write it in the background, extra as JSON. Raises as `wait`, of the save before.
+
+        own: a module of which every rank has another, None: there is none.
+        """
         self.wait()
         self._clean()
         extra, part, final = json.dumps(extra), self.folder / f".tmp_{step}", self.folder / f"step_{step:08d}"
@@ -265,7 +268,8 @@ class Checkpoints:
             self._clean()
 
         writer.finish = finish
-        self.pending = dcp.async_save(_tensors(modules, optimizers), storage_writer=writer, process_group=self.group)
+        tensors = _tensors(modules, optimizers) | self._of_rank(own)
+        self.pending = dcp.async_save(tensors, storage_writer=writer, process_group=self.group)
         if wait:
             self.wait()
 
@@ -288,8 +292,11 @@ class Checkpoints:
             for path in self.folder.glob(".tmp_*"):
                 shutil.rmtree(path, ignore_errors=True)
 
-    def load(self, path, modules, optimizers):
-        """Fill modules and optimizers in place from a checkpoint of any number of ranks. Returns extra."""
+    def load(self, path, modules, optimizers, own=None):
+        """Fill modules and optimizers in place from a checkpoint of any number of ranks. Returns extra.
+
+        own: as saved; it stays as it is where fewer ranks have saved theirs.
+        """
         tensors = _tensors(modules, {})
         params = {f"{m}/{name}": p for m, module in modules.items() for name, p in module.named_parameters()}
         for optimizer in optimizers.values():
@@ -305,6 +312,7 @@ class Checkpoints:
                     tensors[name] = optimizers[o].state[p][key] = zeros
                 if kind == "modules" and o in modules and name not in tensors:
                     raise LookupError(f"the model has no {name}")
+            tensors |= {name: t for name, t in self._of_rank(own).items() if name in saved}
             dcp.load(tensors, checkpoint_id=path, process_group=self.group)
         except (CheckpointException, Exception) as e:  # whatever half a file may bring about
             cause = f"{type(e).__name__}: {e}".strip().splitlines()[-1]
@@ -312,6 +320,11 @@ class Checkpoints:
         for optimizer in optimizers.values():
             optimizer.load_state_dict(optimizer.state_dict())  # puts each tensor where this optimizer wants it
         return extra
+
+    def _of_rank(self, own):
+        """The tensors of this rank's own module, under names of its own: one name would be taken for one tensor."""
+        rank = dist.get_rank() if self.group else 0
+        return {f"rank{rank}/{name}": t for name, t in own.state_dict().items()} if own else {}
 
 
 def _tensors(modules, optimizers):

@@ -1,4 +1,4 @@
-"""How good is it? Every number that this repository tells of a model comes out of this script.
+"""How good is it? Measurements of models, and the tables made of them.
 
     python eval.py compare --out FILE.gif                    # teacher and student side by side
     python eval.py world --weights W --steps 4 2 1           # accuracy, Frechet distance, coverage, diversity
@@ -43,18 +43,22 @@ HERE = Path(__file__).parent / "weights"
 
 @dataclass
 class Config(Machine):
-    out: str = opt("", "where to write: NAME.json for a measurement, else a file or folder")
-    seed: int = opt(0, "seed of all noise")
-    batch: int = opt(64, "videos at a time")
+    out: str = opt("", "The place to write to: NAME.json for a measurement, else a file or folder.")
+    seed: int = opt(0, "The seed of all noise.")
+    batch: int = opt(64, "The number of videos drawn at a time.")
 
 
 @dataclass
 class ModelConfig(Config):
-    weights: str = opt(str(HERE / "student.safetensors"), "a teacher's or a student's file, or a CogVideoX folder")
-    vae: str = opt(str(HERE / "vae.safetensors"), "the autoencoder: file or folder")
-    text: str = opt("", "folder of a T5 encoder (default: the small world's words, or the one in the weights' folder)")
-    w: float | None = opt(None, "guidance of a teacher as in Eq. 9 (default: what its weights say)")
-    label: str = opt("", "name in tables (default: the file's name)")
+    weights: str = opt(
+        str(HERE / "student.safetensors"), "The weights: a teacher's or student's file, or a CogVideoX folder."
+    )
+    vae: str = opt(str(HERE / "vae.safetensors"), "The VAE: a file or folder.")
+    text: str = opt(
+        "", "The folder of a T5 encoder. Empty: the small world's words, or the one in the weights' folder."
+    )
+    w: float | None = opt(None, "The guidance of a teacher (Eq. 9). None: what its weights say.")
+    label: str = opt("", "The name in tables. Empty: the file's.")
 
     def load(self, weights=""):
         weights, vae = weights or self.weights, self.vae
@@ -72,15 +76,16 @@ class ModelConfig(Config):
 
 @dataclass
 class WorldConfig(ModelConfig):
-    judge: str = opt(str(HERE / "judge.safetensors"), "the judge that evaluates (never the one that rewards)")
-    steps: tuple[int, ...] = opt((4,), "one or more numbers of steps, on the same prompts and noise")
-    prompts: int = opt(2000, "held-out prompts")
+    judge: str = opt(str(HERE / "judge.safetensors"), "The judge that evaluates, never the one that rewards.")
+    steps: tuple[int, ...] = opt((4,), "The numbers of steps, all on the same prompts and noise.")
+    prompts: int = opt(2000, "The number of held-out prompts.")
     captions: Literal["train", "long", "short", "object"] = opt(
-        "train", "what prompts name: a random few factors, all, the objects and what they do, or one object alone"
+        "train",
+        "The kind of prompts. They name: a few factors, all, the objects and what they do, or one object alone.",
     )
-    vendi_prompts: int = opt(100, "prompts of these that are drawn with 5 seeds each, for diversity (0: none)")
-    reference: bool = opt(False, "measure rendered clips and the VAE's copies of them: what can be reached at all")
-    dimensions: bool = opt(False, "measure VBench's sixteen dimensions too")
+    vendi_prompts: int = opt(100, "The number of prompts drawn with 5 seeds each, for diversity. 0: none.")
+    reference: bool = opt(False, "Rendered clips and the VAE's copies are measured, instead of a model.")
+    dimensions: bool = opt(False, "VBench's sixteen dimensions are measured too.")
 
 
 def world(cfg):
@@ -103,12 +108,12 @@ def world(cfg):
 
 @dataclass
 class CostConfig(ModelConfig):
-    teacher: str = opt(str(HERE / "teacher.safetensors"), "what the student is compared with (none: nothing)")
-    teacher_steps: int = opt(50, "its steps")
-    steps: tuple[int, ...] = opt((4, 2, 1), "the student's")
-    repeats: int = opt(100, "times each is timed, at most")
-    seconds: float = opt(300.0, "begin no further round after so many seconds")
-    prompt: str = opt("a red star springs at night", "what is drawn")
+    teacher: str = opt(str(HERE / "teacher.safetensors"), "The teacher to compare with. none: no teacher.")
+    teacher_steps: int = opt(50, "The teacher's steps.")
+    steps: tuple[int, ...] = opt((4, 2, 1), "The student's steps.")
+    repeats: int = opt(100, "The most times that each is timed.")
+    seconds: float = opt(300.0, "The seconds after which no further round begins.")
+    prompt: str = opt("a red star springs at night", "The prompt.")
 
 
 def models(cfg):
@@ -136,8 +141,8 @@ def memory(cfg):
 
 @dataclass
 class RewardMemoryConfig(Config):
-    frames: tuple[int, ...] = opt((1, 12, 24, 64, 128), "frames of 192x320")
-    clip: str = opt("ViT-H-14", "open_clip's name of the pixel reward's network")
+    frames: tuple[int, ...] = opt((1, 12, 24, 64, 128), "The numbers of frames of 192x320.")
+    clip: str = opt("ViT-H-14", "The pixel reward's network, by open_clip's name.")
 
 
 def reward_memory(cfg):
@@ -159,12 +164,12 @@ def device_name(device):
 
 @dataclass
 class VideosConfig(ModelConfig):
-    prompts: str = opt("", "VBench_full_info.json or a text file, a prompt a line (default: the installed package's)")
-    long: str = opt("", "text file with the long prompt of each, line by line")
-    copies: int = opt(5, "videos a prompt, each of its own seed; of temporal flickering's, five times as many")
-    steps: int = opt(4, "steps a video")
-    fps: float = opt(0.0, "frame rate in the files (0: the model's own); dynamic degree depends on it")
-    batch: int = opt(8, "videos at a time")
+    prompts: str = opt("", "The prompts: VBench_full_info.json or a text file. Empty: the installed package's.")
+    long: str = opt("", "A text file with the long prompt of each prompt, in the same order.")
+    copies: int = opt(5, "The videos a prompt, each of its own seed. Temporal flickering takes five times as many.")
+    steps: int = opt(4, "The steps of a video.")
+    fps: float = opt(0.0, "The frame rate in the files, on which dynamic degree depends. 0: the model's own.")
+    batch: int = opt(8, "The number of videos drawn at a time.")
 
 
 def videos(cfg):
@@ -190,10 +195,10 @@ def videos(cfg):
 
 @dataclass
 class VBenchConfig(Config):
-    videos: str = opt("", "folder that `videos` filled, for the package vbench (none: only read results)")
-    results: str = opt("evaluation_results", "folder of the package's *_eval_results.json, read and written")
-    prompts: str = opt("", "VBench_full_info.json (default: the installed package's)")
-    dimensions: tuple[str, ...] = opt(tuple(vbench.key(d) for d in vbench.DIMENSIONS), "which to compute")
+    videos: str = opt("", "The folder that `videos` filled. Empty: results are only read.")
+    results: str = opt("evaluation_results", "The folder of the package's *_eval_results.json, read and written.")
+    prompts: str = opt("", "The prompts: VBench_full_info.json. Empty: the installed package's.")
+    dimensions: tuple[str, ...] = opt(tuple(vbench.key(d) for d in vbench.DIMENSIONS), "The dimensions to compute.")
 
 
 def score_videos(cfg):
@@ -220,12 +225,12 @@ def score_videos(cfg):
 
 @dataclass
 class VendiConfig(Config):
-    videos: str = opt("", "folder of videos named PROMPT-0.mp4 .. PROMPT-4.mp4")
-    inception: str = opt("", "torchvision's inception_v3_google-0cc3c7bd.pth (none: pixels alone)")
-    every: int = opt(20, "frames from key frame to key frame")
-    copies: int = opt(5, "videos a prompt")
-    prompts: int = opt(500, "prompts at most, drawn at random")
-    label: str = opt("", "name in tables (default: the folder's)")
+    videos: str = opt("", "The folder of videos, named PROMPT-0.mp4 to PROMPT-4.mp4.")
+    inception: str = opt("", "The file inception_v3_google-0cc3c7bd.pth of torchvision. Empty: pixels alone.")
+    every: int = opt(20, "The frames from one key frame to the next.")
+    copies: int = opt(5, "The videos of a prompt.")
+    prompts: int = opt(500, "The most prompts, drawn at random.")
+    label: str = opt("", "The name in tables. Empty: the folder's.")
 
 
 def diversity_of_files(cfg):
@@ -244,9 +249,9 @@ def diversity_of_files(cfg):
 
 @dataclass
 class PeopleConfig(Config):
-    a: str = opt("", "folder of videos; its name stands in the votes")
-    b: str = opt("", "folder of videos of the same names")
-    pairs: int = opt(50, "pairs at most, drawn at random")
+    a: str = opt("", "A folder of videos, whose name stands in the votes.")
+    b: str = opt("", "A second folder, with videos of the same names.")
+    pairs: int = opt(50, "The most pairs, drawn at random.")
 
 
 def people_(cfg):
@@ -263,7 +268,7 @@ def people_(cfg):
 
 @dataclass
 class VotesConfig(Config):
-    files: tuple[str, ...] = opt((), "what the page saved")
+    files: tuple[str, ...] = opt((), "The files that the page saved.")
 
 
 def votes(cfg):
@@ -277,14 +282,14 @@ def votes(cfg):
 
 @dataclass
 class CompareConfig(ModelConfig):
-    out: str = opt("samples/compare.gif", "a moving sheet, FILE.gif or FILE.mp4")
-    teacher: str = opt(str(HERE / "teacher.safetensors"), "what the student is compared with")
-    teacher_steps: tuple[int, ...] = opt((50, 4, 1), "its steps")
-    steps: tuple[int, ...] = opt((4, 1), "the student's steps")
-    prompts: int = opt(3, "the first so many held-out prompts")
-    captions: Literal["train", "long", "short", "object"] = opt("train", "what they name, as in `world`")
-    every: int = opt(1, "one frame in so many is shown")
-    colours: int = opt(255, "of each frame of a .gif; fewer make a smaller file")
+    out: str = opt("samples/compare.gif", "The moving sheet, FILE.gif or FILE.mp4.")
+    teacher: str = opt(str(HERE / "teacher.safetensors"), "The teacher to compare with.")
+    teacher_steps: tuple[int, ...] = opt((50, 4, 1), "The teacher's steps.")
+    steps: tuple[int, ...] = opt((4, 1), "The student's steps.")
+    prompts: int = opt(3, "The number of held-out prompts, from the first on.")
+    captions: Literal["train", "long", "short", "object"] = opt("train", "The kind of prompts, as in `world`.")
+    every: int = opt(1, "Every so many frames one is shown.")
+    colours: int = opt(255, "The colours of each frame of a .gif. Fewer make a smaller file.")
 
 
 def compare(cfg):
@@ -305,8 +310,10 @@ def compare(cfg):
 
 @dataclass
 class ExperimentsConfig:
-    names: tuple[str, ...] = opt((), "all, tables or rows; none: what there is, and what has run")
-    budget: float = opt(0.0, "hours after which no further run is begun (0: no limit)")
+    names: tuple[str, ...] = opt(
+        (), "The tables or rows to make, or all. None: the list of what there is, and of what has run."
+    )
+    budget: float = opt(0.0, "The hours after which no further run begins. 0: no limit.")
 
 
 def run_experiments(cfg):
@@ -318,11 +325,11 @@ def run_experiments(cfg):
 
 @dataclass
 class CurvesConfig:
-    table: str = opt("tuning", "a table of evals/experiments.py")
+    table: str = opt("tuning", "The table of evals/experiments.py.")
     numbers: tuple[str, ...] = opt(
-        ("true_reward", "lrm_estimate", "rank_correlation"), "numbers of the log, a panel each"
+        ("true_reward", "lrm_estimate", "rank_correlation"), "The numbers of the log, a panel each."
     )
-    out: str = opt("samples/curves.png", "the picture, FILE.png")
+    out: str = opt("samples/curves.png", "The picture, FILE.png.")
 
 
 def curves(cfg):
@@ -332,9 +339,9 @@ def curves(cfg):
 
 @dataclass
 class SheetConfig:
-    table: str = opt("tuning", "a table of evals/experiments.py whose runs are in runs/experiments")
-    prompts: int = opt(4, "the first so many held-out prompts")
-    out: str = opt("samples/sheet.png", "the picture, FILE.png")
+    table: str = opt("tuning", "The table of evals/experiments.py whose runs are in runs/experiments.")
+    prompts: int = opt(4, "The number of held-out prompts, from the first on.")
+    out: str = opt("samples/sheet.png", "The picture, FILE.png.")
 
 
 def sheet(cfg):

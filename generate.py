@@ -52,7 +52,7 @@ class Generator:
         coder = load_vae(vae)
         if c.channels != coder.config.latent_channels:
             said = f"{weights} draws {c.channels} latent channels, {vae} decodes {coder.config.latent_channels}"
-            raise UserError(f"{said}: name the weights' own autoencoder with --vae")
+            raise UserError(f"{said}: name the weights' own VAE with --vae")
         text = text or (weights if Path(weights).is_dir() else "words")
         encoder = load_encoder(text, c.text_dim, c.text_length, device, precision)
         if encoder.dim != c.text_dim or about.get("text_fingerprint", encoder.fingerprint) != encoder.fingerprint:
@@ -70,6 +70,11 @@ class Generator:
     def trained(self):
         """The steps that a student was trained at."""
         return self.about.get("timesteps") or timesteps(4)
+
+    @property
+    def shape(self):
+        """Of a video's latents: (C, T, h, w)."""
+        return self.config.channels, *(self.about.get("latents") or self.config.latents)
 
     def steps(self, n):
         """The list of n time steps. UserError where n is impossible, or not among those a student was trained for."""
@@ -93,12 +98,11 @@ class Generator:
     @torch.no_grad()
     def latents(self, text, seeds, n, w=None):
         """text (B, L, D), a seed a video, n steps -> latents (B, C, T, h, w), float32."""
-        w, size = self.guidance(w), self.about.get("latents") or self.config.latents  # (T, h, w)
-        shape = (self.config.channels, *size)
+        w = self.guidance(w)
         sources = [torch.Generator().manual_seed(seed) for seed in seeds]
 
         def noise(step=None):  # of the start, or on leaving a step
-            return torch.stack([torch.randn(shape, generator=g) for g in sources]).to(self.device)
+            return torch.stack([torch.randn(self.shape, generator=g) for g in sources]).to(self.device)
 
         text = text.to(self.device)
 

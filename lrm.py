@@ -9,7 +9,7 @@ The true reward looks at decoded pixels, may be large, slow, or have no gradient
     VideoLRM       as ImageLRM ("frames"), or a 3D CNN over the clip ("3d")
     TextVideoLRM   as TextImageLRM ("frames"), or the 3D CNN's one feature attends ("3d")
 
-Counts are for 12 channels and 4096-wide text, and are the paper's. Two things are not as its tables print them.
+Counts are for 12 channels and 4096-wide text, and are the paper's. Three things are not as its tables print them.
 Table 12's first convolution has padding 1: then no kernel reaches the last row and column of the latents, and they get
 no gradient; with padding 0 the map has the same size and all is seen. Table 13 averages the text into one key; a
 softmax over one key is 1 whatever the image, so the reward depends on the text alone and its gradient with respect to
@@ -108,7 +108,7 @@ class VideoLRM(nn.Module):
             x = F.pad(x, (0, -w % 4, 0, -h % 4, 0, 0), mode="replicate")
         if self.frames:
             x = x.transpose(1, 2).flatten(0, 1)  # (B T, C, h, w)
-        x = self.cnn(x)  # (B T, width, h/8, w/8)
+        x = self.cnn(x)  # (B T, width, h/8, w/8), with stride 1 h/2, w/2
         x = x.mean(dim=tuple(range(2, x.ndim)), keepdim=True)  # (B T, width, 1, 1)
         return self.project(x).reshape(B, -1, self.config.width)  # (B, T, width)
 
@@ -186,7 +186,8 @@ class LatentReward:
 class Buffer(nn.Module):
     """The newest `size` samples of a rank with their labels, so that each label, which costs a decoding, teaches often.
 
-    A module, so that a checkpoint keeps it. Latents (C, T, h, w) are kept in bfloat16, text (L, D) where it is read.
+    A module, so that a checkpoint keeps it. Latents (C, T, h, w) are kept in bfloat16, text (L, D) where it is read; an
+    image among clips is kept as a clip that stands still. What is not finite is not kept.
     """
 
     def __init__(self, size: int, latents: tuple, labels: int, text: tuple = (0, 0)):
@@ -198,6 +199,8 @@ class Buffer(nn.Module):
 
     def add(self, x, labels, text):
         """x (B, C, T, h, w), labels (B, n), text (B, L, D): the newest take the places of the oldest."""
+        finite = x.flatten(1).isfinite().all(1) & labels.isfinite().all(1)
+        x, labels, text = x[finite], labels[finite], text[finite]
         size, first = len(self.x), int(self.count)
         places = [(first + i) % size for i in range(len(x))]
         self.x[places], self.labels[places] = x.to(self.x), labels.to(self.labels)

@@ -1,8 +1,8 @@
 """What a distillation takes for given, and whether it fits together: teacher, VAE, text encoder, data, reward.
 
 Everything a user names is read and compared here before the first step: weights with the preset, the VAE and the data
-with the weights, a cache with the VAE and text encoder it was made by. The three trained networks begin as copies of
-the teacher. What all this will hold in memory is said before it is held, so that a run too large for its GPUs tells.
+with the weights, a cache with the VAE and text encoder it was made by. Student, its average and the fake score begin as
+copies of the teacher, or of `--student`. What all this will hold in memory is said before it is held, so that a run too large for its GPUs tells.
 """
 
 import math
@@ -66,7 +66,7 @@ class Nets:
     def __post_init__(self):
         self.schedule = Schedule(self.teacher.config.schedule, self.teacher.config.snr_shift)
         self.null = self.encoder.encode([""]).to(self.device)  # (1, L, D)
-        named = {"student": self.student, "ema": self.ema, "fake": self.fake, "lrm": self.lrm, "buffer": self.buffer}
+        named = {"student": self.student, "ema": self.ema, "fake": self.fake, "lrm": self.lrm}
         self.modules = {name: module for name, module in named.items() if module is not None}
 
 

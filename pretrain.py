@@ -1,12 +1,12 @@
-"""The inputs of Algorithm 1: the autoencoder, the teacher (Eq. 4), and the judges that read what they draw.
+"""The inputs of Algorithm 1: the VAE, the teacher (Eq. 4), and the judges that read what they draw.
 
     python pretrain.py vae      --out runs/vae       # the causal 3D VAE, on rendered clips
     python pretrain.py teacher  --out runs/teacher   # the teacher v_theta', on that VAE's latents
     python pretrain.py judge    --out runs/judge     # reads every factor; --kind attention: the rewarding one
 
 All three run on the small world of world/shapes.py, in which data never ends. Each writes into --out: checkpoint.pt
-(what --resume goes on from, to the bit), log.jsonl (a line a step), a picture now and then, and at the end one
-safetensors file that knows what it is and how it was made.
+(what --resume goes on from, to the bit), log.jsonl (a line a step), of VAE and teacher a picture now and then, and at
+the end one safetensors file that knows what it is and how it was made.
 """
 
 import json
@@ -63,7 +63,7 @@ class VAEConfig(Config):
 
 @dataclass
 class TeacherConfig(Config):
-    vae: str = opt("weights/vae.safetensors", "The autoencoder.")
+    vae: str = opt("weights/vae.safetensors", "The VAE.")
     prediction: Literal["conjugate", "velocity", "epsilon"] = opt(
         "conjugate", "What the network of a new teacher predicts (section 3.1). With --init the file says it."
     )
@@ -384,7 +384,7 @@ def main():
     if len(sys.argv) < 2 or sys.argv[1] not in jobs:
         raise UserError(f"say what to train: python pretrain.py {'|'.join(jobs)} (each has --help)")
     config, train = jobs[sys.argv[1]]
-    cfg = parse(config, sys.argv[2:], __doc__)
+    cfg = parse(config, sys.argv[2:], __doc__.splitlines()[0])
     cfg.out = cfg.out or f"runs/{sys.argv[1]}"
     common.start(cfg)
     train(cfg)

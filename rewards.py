@@ -1,4 +1,4 @@
-"""Pixel-space rewards R(video, prompt): what the student is tuned to please, and never asked to differentiate.
+"""Pixel-space rewards R(video, prompt): what the student is tuned to please; it need not have a gradient.
 
 A reward is a callable `reward(video (B, 3, F, H, W) in [-1, 1], prompts) -> (B,)` in float32, higher is better. The
 latent reward model (lrm.py) learns any of them from such numbers alone, so a reward may be a file size. Those that
@@ -129,7 +129,7 @@ class Moments:
         return standardised * self.deviation() + self.mean
 
     def deviation(self):
-        return max(math.sqrt(self.square / max(self.count, 1)), 1e-6)
+        return max(math.sqrt(self.square / self.count), 1e-6) if self.count else 1.0
 
 
 def make(name: str, weights: str | None = None, frames: int | None = None, device="cpu") -> Reward:
@@ -176,7 +176,7 @@ def _jpeg(video, prompts):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the shapes world's rewarding judge, which is never the one that evaluates
+# the small world's rewarding judge, which is never the one that evaluates
 
 
 def _judge(file, device):

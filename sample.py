@@ -47,13 +47,15 @@ ON_SHEET = 16  # videos on the sheet of a folder; a sheet of hundreds shows noth
 class Config(Machine):
     prompt: tuple[str, ...] = opt((), "One or more texts, a video each. Empty, without --prompts: a few of its own.")
     prompts: str = opt("", "A file of prompts, one a line.")
-    steps: int | None = opt(None, "The steps of a video: a student's own, or 2 or 1 of its 4; any for a teacher (50).")
+    steps: int | None = opt(
+        None, "The number of steps. A student: its own, or 2 or 1 of its 4. A teacher: any, 50 unless said."
+    )
     timesteps: tuple[int, ...] = opt((), "The steps themselves, e.g. 999 499, out of a student's own.")
     seed: int = opt(0, "The seed of all noise.")
     out: str = opt("samples", "FILE.mp4 or FILE.gif (several prompts are tiled in it) or a folder (a file for each).")
     weights: str = opt("", "A .safetensors file, or a CogVideoX folder of diffusers. Empty: the bundled student.")
     adapter: str = opt("", "A student's adapters on these weights, as train.py --rank writes them.")
-    vae: str = opt("", "The autoencoder, file or folder. Empty: the bundled one, or the one in the weights' folder.")
+    vae: str = opt("", "The VAE, file or folder. Empty: the bundled one, or the one in the weights' folder.")
     text: str = opt("", "The folder of a T5 encoder. Empty: the world's words, or the one in the weights' folder.")
 
 

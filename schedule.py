@@ -9,8 +9,8 @@ predict whichever it likes, and the samplers only ever speak of x_0.
     flow       a = 1 - tau, b = tau, tau = (t + 1) / 1000                        (rectified flow; a^2 + b^2 is not 1)
 
 The paper predicts the *conjugate* velocity v = x_0 - eps (Eq. 4): x_t divided by a + b is a point of the rectified
-flow, whose velocity does not change with t. Nothing here divides by a, which is 0 at the last step of two of the
-schedules, but the step from eps to x_0, and that one raises an error there.
+flow, whose velocity does not change with t. Nothing here divides by the a of a step it is at, which is 0 at the last of
+two of the schedules, but the step from eps to x_0, and that one raises an error there.
 
 t is an int or an int64 tensor (B,), 0..999; -1 is x_0 itself (a = 1, b = 0). Coefficients are made in float64 and then
 applied in the dtype of the tensors. A sub-sequence of steps is a schedule of its own: wherever the paper has alpha_t,
@@ -33,7 +33,6 @@ class Schedule:
     """
 
     def __init__(self, kind="ddpm", snr_shift=3.0):
-        self.kind, self.snr_shift = kind, snr_shift
         if kind == "ddpm":
             betas = torch.linspace(1e-4, 0.02, STEPS, dtype=torch.float64)
             self.a = torch.cumprod(1 - betas, 0).sqrt()  # Eq. 1
@@ -127,7 +126,8 @@ class Schedule:
     def posterior(self, x_t, x0, t, t_next):
         """mean (like x_t) and std (broadcasts against it) of q(x_next | x_t, x_0), t_next < t. std = 0 for t_next = -1.
 
-        Eq. 27, in any schedule. As printed, its mean lacks sqrt(abar_{t-1}) before x_0 and sqrt(alpha_t) before x_t.
+        Eq. 27, in any schedule. Its mean is printed with sqrt(abar_t) in both coefficients, where sqrt(abar_{t-1})
+        before x_0 and sqrt(alpha_t) before x_t belong.
         """
         on_x0, on_x_t, std = self._posterior(x_t, t, t_next)
         return _in(on_x0, x_t) * x0 + _in(on_x_t, x_t) * x_t, _in(std, x_t)
@@ -223,8 +223,7 @@ def simulate(predict, schedule, x, steps, k, noise, transition="renoise"):
         raise ValueError(f"step {k} of {len(steps)}, transition {transition!r}: 0..{len(steps) - 1}, renoise or ddim")
     for i, (t, t_next) in enumerate(zip(_descending(steps)[:k], steps[1:])):
         x0 = predict(x, torch.full(x.shape[:1], t, device=x.device))
-        ddim = transition == "ddim"
-        x = schedule.ddim_step(x, x0, t, t_next) if ddim else schedule.add_noise(x0, noise(i), t_next)
+        x = schedule.ddim_step(x, x0, t, t_next) if transition == "ddim" else schedule.add_noise(x0, noise(i), t_next)
     return x
 
 
@@ -236,6 +235,5 @@ def _descending(steps):
 
 def log_prob(x, mean, std):
     """log N(x; mean, std^2) of every element, in nats (Eq. 28). ValueError for std = 0: a point has no density."""
-    std = std if torch.is_tensor(std) else torch.tensor(std, dtype=torch.float64)
     _positive(std, "std must be above 0: the step that ends at x_0 has no log-probability")
     return -0.5 * ((x - mean) / std) ** 2 - _in(std.log(), x) - 0.5 * math.log(2 * math.pi)

@@ -58,8 +58,13 @@ LRM_LR = 1e-3  # the learning rate of the latent reward model
 
 @dataclass
 class Config(Machine):
-    preset: str = opt("shapes", "The ranks whose values are the defaults.")
-    data: str = opt("shapes", "The clips: shapes (rendered), a folder of captioned films, or a cache made by data.py.")
+    preset: str = opt(
+        "shapes",
+        "The set of defaults: shapes, dollar, cogvideox-2b or cogvideox-5b. Its values replace some shown here.",
+    )
+    data: str = opt(
+        "shapes", "The clips: shapes (rendered), a folder of captioned videos and images, or a cache made by data.py."
+    )
     teacher: str = opt("weights/teacher.safetensors", "The teacher: a .safetensors file or a CogVideoX folder.")
     vae: str = opt(
         "weights/vae.safetensors", "Its VAE: a file or a CogVideoX folder. A cache asks for it with a reward."
@@ -68,7 +73,9 @@ class Config(Machine):
     out: str = opt("runs/train", "The folder for checkpoints, log, pictures and the student.")
     iterations: int = opt(40000, "The number of generator updates.")
     batch: int = opt(1, "The number of clips a rank takes in one forward.")
-    global_batch: int = opt(0, "The clips of an update, over all ranks. 0: batch x ranks, with a reward 7 times.")
+    global_batch: int = opt(
+        0, "The clips of an update, over all ranks. 0: batch x ranks; with a reward, below 16, 7 times that."
+    )
     seed: int = opt(0, "The seed of data and noise.")
     resume: bool = opt(False, "The run goes on from the newest checkpoint in --out.")
     # the objective, Eq. 16
@@ -78,15 +85,15 @@ class Config(Machine):
     ft_share: float = opt(0.3, "The reward's pull on a sample, as a share of VSD's. 0: beta_ft alone, as in the paper.")
     beta_kl: float = opt(0.0, "The weight of the distance to the student as it began (section 9). 0 leaves it out.")
     # the student
-    student: str = opt("", "The student to go on from, as train.py wrote it. None: it begins as the teacher.")
+    student: str = opt("", "The student to go on from, as train.py wrote it. Empty: it begins as the teacher.")
     rank: int = opt(0, "The rank of the adapters that student and fake score are. 0: networks of their own.")
     steps: Literal[4, 2, 1] = opt(4, "The number of the student's sampling steps.")
     prediction: Prediction | None = opt(None, "The student's output. None: the teacher's.")  # noqa: RUF009
     generator_input: Literal["simulate", "data"] = opt("simulate", "Its input: its own samples, or noised data.")
     transition: Literal["renoise", "ddim"] = opt("renoise", "The way from one of its steps to the next.")
     ema: float = opt(0.999, "The decay of the student's average, which is what is exported. 0: the student itself.")
-    lr: float | None = opt(None, "The learning rate of the student (AdamW). None: of LEARNING_RATES, for the preset.")
-    fake_lr: float | None = opt(None, "The learning rate of the fake score. None: likewise.")
+    lr: float | None = opt(None, "The learning rate of the student (AdamW). None: the preset's, LEARNING_RATES below.")
+    fake_lr: float | None = opt(None, "The learning rate of the fake score. None: the preset's.")
     betas: tuple[float, ...] = opt((0.9, 0.999), "AdamW's two betas, for student and fake score.")
     # VSD
     w_vsd: float = opt(3.5, "The guidance of the real score (Eq. 9). Elsewhere guidance_scale = 1 + w.")
@@ -94,7 +101,7 @@ class Config(Machine):
     fake_updates: int = opt(5, "The number of fake-score updates a generator update.")
     fake_warmup: int | None = opt(
         None,
-        "The iterations in which the fake score learns alone. None: 20 with --student, which it does not know.",
+        "The iterations in which the fake score learns and VSD waits. None: 20 with --student, else 0.",
     )
     # CD
     w_cd: float = opt(7.5, "The guidance of CD's teacher steps (Eq. 9).")
@@ -102,7 +109,7 @@ class Config(Machine):
     cd_target: Literal["ema", "student", "teacher"] = opt("ema", "The network that gives CD's target, theta' of Eq. 6.")
     cd_loss: Literal["huber", "mse"] = opt("huber", "CD's distance.")
     # the reward
-    reward: str = opt("none", "The reward, one of rewards.py.")
+    reward: str = opt("none", "The reward: none, or a name of the table in docs/REWARDS.md.")
     reward_weights: str | None = opt(None, "The reward's file or folder of weights.")
     reward_frames: int | None = opt(None, "The number of frames an image reward looks at. None: all.")
     lrm_backbone: Literal["frames", "3d"] = opt("frames", "The backbone of a new LRM: a 2D CNN a frame, or a 3D CNN.")
@@ -114,7 +121,9 @@ class Config(Machine):
     lrm_updates: int = opt(4, "The LRM's updates an iteration: one on fresh labels, the others on kept ones.")
     reward_every: int = opt(100, "The iterations between measurements of the reward on fresh samples. 0: at the end.")
     reward_samples: int = opt(64, "The number of samples in a measurement.")
-    reward_repeats: int = opt(1, "The samples of each prompt in it. From 2 on LRMs are compared within prompts too.")
+    reward_repeats: int = opt(
+        1, "The number of samples of each prompt in it. From 2 on LRMs are compared within prompts too."
+    )
     # the machine
     shard: Literal["full", "hybrid", "none"] = opt("full", "The sharding of the networks over ranks: distributed.py.")
     checkpoint_activations: bool = opt(True, "Activations are computed again in the backward, to save memory.")
@@ -123,8 +132,8 @@ class Config(Machine):
     sample_every: int = opt(500, "The iterations between pictures. 0: none, and no comparison at the end.")
 
 
-# The field defaults are the paper's (section 4.1). The small world's were measured in its first edition, but for
-# `transition` (docs/WORLD.md), `w_vsd` and `cd_target` (docs/RESULTS.md).
+# The field defaults are the paper's where it gives a value (section 4.1). The small world's were measured in its first
+# edition, but for `transition` (docs/WORLD.md), `w_vsd` and `cd_target` (docs/RESULTS.md).
 PRESETS = {
     "shapes": {
         "iterations": 130, "batch": 16, "betas": (0.0, 0.99), "ema": 0.95,
@@ -134,15 +143,15 @@ PRESETS = {
     **{name: {"teacher": "", "vae": "", "text": "", "data": ""} for name in ("dollar", "cogvideox-2b", "cogvideox-5b")},
 }  # fmt: skip
 
-# (student, fake score), of whole networks and of adapters, which want larger ones. 2e-5 is the paper's; the adapters
-# beside it have LightX2V's rates, those of the small world are compared with others in docs/RESULTS.md.
+# (student, fake score), of whole networks and of adapters. 2e-5 is the paper's; the adapters beside it have LightX2V's
+# rates; the experiment `rank` compares those of the small world with others.
 LEARNING_RATES = dict.fromkeys(PRESETS, ((2e-5, 2e-5), (1e-4, 2e-5))) | {"shapes": ((1e-4, 2e-4), (1e-3, 2e-3))}
 
 
 def settled(cfg: Config) -> Config:
     """The flags, with those set whose default depends on others."""
     lr, fake_lr = LEARNING_RATES[cfg.preset][cfg.rank > 0]
-    values = {"lr": lr, "fake_lr": fake_lr, "fake_warmup": 20 if cfg.student else 0}
+    values = {"lr": lr, "fake_lr": fake_lr, "fake_warmup": 20 if cfg.student and cfg.beta_vsd else 0}
     return replace(cfg, **{name: value for name, value in values.items() if getattr(cfg, name) is None})
 
 
@@ -207,11 +216,13 @@ def generator_step(
                 n = batch.integers(0, len(GRID) - 1 - m, "n")
                 cd = consistency_loss(student, target, guided, schedule, x, n, batch.noise("cd"), m, loss=cd_loss)
                 losses["cd"] = beta_cd * cd
-            if nets.lrm and beta_ft and step >= lrm_warmup:  # 19: Eq. 15
+            if nets.lrm and beta_ft and step >= max(lrm_warmup, fake_warmup):  # 19: Eq. 15
                 estimate = partial(nets.latent_reward.estimate, text=text, captions=batch.captions)
-                pull = ft_share * pulls(losses["vsd"], x_hat) if ft_share and "vsd" in losses else None
+                vsd_pull = pulls(losses["vsd"], x_hat) if "vsd" in losses else None
+                pull = ft_share * vsd_pull if ft_share and vsd_pull is not None else None
                 losses["ft"] = beta_ft * reward_loss(estimate, x_hat, pull=pull)
-                info |= {f"{name}_pull": pulls(losses[name], x_hat).mean() for name in ("vsd", "ft") if name in losses}
+                info |= {"ft_pull": pulls(losses["ft"], x_hat).mean()}
+                info |= {} if vsd_pull is None else {"vsd_pull": vsd_pull.mean()}
         if losses.keys() - {"kl"}:  # alone, the KL's gradient is rounding, of which AdamW would make full steps
             (sum(losses.values()) / len(batches)).backward()
         if "dropped" in info:
@@ -253,19 +264,21 @@ def lrm_step(nets, ranks, optimizers, batches, x_hats, *, lrm_updates):
     others what the buffer has kept. Returns the numbers of the log, and how many clips the true reward has scored: of a
     cache that keeps the rewards of its clips, the generated ones alone.
     """
-    latent_reward, numbers, rewards, scored = nets.latent_reward, [], [], 0
+    latent_reward, fresh, rewards, numbers, scored = nets.latent_reward, [], [], [], 0
+    for batch, x_hat in zip(batches, x_hats):
+        x, text = torch.cat([batch.x, x_hat]), torch.cat([batch.text, batch.text])  # 16: x~ = x u x^
+        labels, reward, found = label(nets, ranks, batch, x)
+        nets.buffer.add(x, labels, text)
+        fresh.append((x, labels, text))
+        rewards.append({"reward": reward})
+        scored += found
     for j in range(lrm_updates):
         parts = []
-        for i, (batch, x_hat) in enumerate(zip(batches, x_hats)):
-            if j == 0:
-                x, text = torch.cat([batch.x, x_hat]), torch.cat([batch.text, batch.text])  # 16: x~ = x u x^
-                labels, reward, found = label(nets, ranks, batch, x)
-                nets.buffer.add(x, labels, text)
-                rewards.append({"reward": reward})
-                scored += found
-            else:
+        for i, batch in enumerate(batches):
+            x, labels, text = fresh[i]
+            if j and nets.buffer.count:
                 seed = distributed.randint(2**62, (*batch.key, "kept", ranks.rank, i, j))
-                x, labels, text = (kept.to(ranks.device) for kept in nets.buffer.sample(2 * len(x_hat), seed))
+                x, labels, text = (kept.to(ranks.device) for kept in nets.buffer.sample(len(x), seed))
             loss = lrm_loss(nets.lrm, x, latent_reward.target(labels), text if latent_reward.reads_text else None)
             (loss / len(batches)).backward()
             parts.append({"lrm": loss.item()})
@@ -409,7 +422,8 @@ def train(cfg: Config, ranks) -> None:
     nets, out = build(cfg, ranks), Path(cfg.out)
     optimizers = adam(nets, cfg.lr, cfg.fake_lr, cfg.betas)
     forward = cfg.batch * ranks.size  # clips
-    accumulate = cfg.global_batch // forward if cfg.global_batch else 7 if nets.lrm and forward < 16 else 1
+    usual = 7 if nets.lrm and forward < 16 else 1  # section 4.1
+    accumulate = cfg.global_batch // forward or usual
     going_on = cfg.resume or distributed.restarted(ranks)
     if not going_on:
         set_aside(out / "checkpoints", ranks)
@@ -418,7 +432,7 @@ def train(cfg: Config, ranks) -> None:
     state = {"step": 0, "trained": 0.0, "evaluated": 0, "skipped": 0, "watched": []}
     if going_on and (newest := checkpoints.newest()):
         check_resumed(newest, asdict(cfg), nets, ranks)
-        saved = checkpoints.load(newest, nets.modules, optimizers)
+        saved = checkpoints.load(newest, nets.modules, optimizers, nets.buffer)
         state = {name: saved[name] for name in state}
         if nets.lrm:
             nets.latent_reward.moments = Moments(**saved["moments"])
@@ -430,7 +444,7 @@ def train(cfg: Config, ranks) -> None:
     def save(wait):
         about = {"config": asdict(cfg), "student": asdict(nets.student.config), "about": nets.about}
         about |= {"moments": nets.lrm and asdict(nets.latent_reward.moments), **state}
-        checkpoints.save(state["step"], nets.modules, optimizers, about, wait)
+        checkpoints.save(state["step"], nets.modules, optimizers, about, wait, nets.buffer)
 
     first, in_a_row, teacher_videos = state["step"], 0, []
     log, board = (open_log(out / "log.jsonl", first), tensorboard(out)) if ranks.main else (None, None)
@@ -462,10 +476,8 @@ def train(cfg: Config, ranks) -> None:
             for name, value in (numbers | speed).items() if board else ():
                 board.add_scalar(name, value, step)
         if in_a_row >= PATIENCE:
-            save(wait=True)  # none of the skipped updates has touched the weights
-            raise UserError(
-                f"{in_a_row} updates in a row were not finite: stopped, and saved the state before them in {out}"
-            )
+            save(wait=True)  # a descent that was not finite has not touched its network
+            raise UserError(f"{in_a_row} updates in a row were not finite: stopped, and saved in {out}")
         if (step + 1) % cfg.save_every == 0 or ending or final:
             save(wait=ending or final)
         if ending:

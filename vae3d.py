@@ -6,7 +6,7 @@ way up, and decoder norms whose scale and shift are read off the latents. The po
 
 A clip is coded chunk by chunk, so that memory does not grow with its length, in one of two ways:
 
-independent  (DOLLAR and the shapes world) every 16 frames on their own. The first frame is repeated once in front, and
+independent  (DOLLAR and the small world) every 16 frames on their own. The first frame is repeated once in front, and
              these 17 frames give 1 + 16 / 4 = 5 latents; after decoding the extra frame is dropped. An image is a clip
              of one frame and one latent.
 streaming    (CogVideoX) 8 frames or 2 latents at a time, each convolution keeping its last two input frames for the

@@ -38,7 +38,8 @@ def vendi_kernel(K):
     Raises ValueError for a K that is not square and symmetric with a unit diagonal.
     """
     K = _rows(K)
-    if K.shape[0] != K.shape[1] or (K - K.T).abs().max() > 1e-4 or (K.diagonal() - 1).abs().max() > 1e-4:
+    square = K.shape[0] == K.shape[1]
+    if not (square and (K - K.T).abs().max() <= 1e-4 and (K.diagonal() - 1).abs().max() <= 1e-4):  # NaN is neither
         raise ValueError(f"K must be square and symmetric with ones on its diagonal, got {tuple(K.shape)}")
     p = torch.linalg.eigvalsh(K / len(K))
     p = p[p > 0]  # rounding leaves a few just below 0

@@ -43,7 +43,8 @@ def curves(table, out, names):
     """Of each of `names`, numbers of the log, a panel: a line for each row, the mean over its seeds and their error."""
     figure, axes = plt.subplots(1, len(names), squeeze=False, figsize=(4 * len(names), 3.2), layout="constrained")
     for label in experiments.rows(table):
-        runs = [result["training"]["curves"] for result in experiments.read(table, label, "results")]
+        results = experiments.read(table, label, "results")
+        runs = [result["training"]["curves"] for result in results if "training" in result]  # a teacher has none
         for axis, name in zip(axes[0], names):
             points = {}
             for step, value in (point for run in runs for point in run.get(name, [])):

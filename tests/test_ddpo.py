@@ -344,6 +344,7 @@ def test_direct_gradients_descend_minus_the_reward(update, method):
         # ReFL goes to one of the last two steps and no further, DRaFT through both
         assert gradient == [False, False, True, True] if method == "draft" else gradient[:2] == [False] * 2
         assert method == "draft" or gradient[2:] in ([True], [False, True])
+    assert len({len(clips.path) for clips in seen.clips}) == 1  # the step is that of the update, not of a forward
 
 
 @pytest.fixture

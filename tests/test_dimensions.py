@@ -1,7 +1,7 @@
 """The sixteen dimensions of the small world: closed forms, and rendered clips spoilt on purpose.
 
-Each dimension must fall where a clip is spoilt in what it measures, the more the worse. `pytest -m slow` asks this of
-all of them; without it, of those that look at pixels and of three that ask the judge.
+Each dimension must fall where a clip is spoilt in what it measures, the more the worse. `pytest` asks this of all of
+them, `pytest -m "not slow"` of those that look at pixels and of three that ask the judge.
 """
 
 import itertools

@@ -32,6 +32,7 @@ from common import UserError
 from distributed import Checkpoints, Ranks, Stopper, any_rank, every, local, mean, normal, randint, shard, start, stop
 from dit import DiT, DiTConfig
 from losses import lrm_loss, reward_loss
+from lrm import Buffer
 
 TINY = DiTConfig(channels=4, width=32, depth=2, heads=2, text_dim=8, text_length=4, time_dim=16, latents=(2, 4, 4))
 SIZED = DiTConfig(width=192, depth=1, text_dim=64, text_length=8, latents=(2, 4, 4))  # 0.6 million parameters
@@ -215,6 +216,15 @@ def trouble(folder):
         checkpoints.wait()
     checkpoints.load(folder / "step_00000001", saved(modules), optimizers)
     out["snapshot"] = equal(state(modules, optimizers), before)
+
+    # what every rank has of its own comes back to it
+    mine = Buffer(2, (1, 1, 1, 1), 1)
+    mine.add(torch.full((1, 1, 1, 1, 1), 5.0 + ranks.rank), torch.zeros(1, 1), torch.zeros(1, 1, 1))
+    checkpoints.save(1, saved(modules), optimizers, {}, wait=True, own=mine)
+    mean(0, ranks)
+    again = Buffer(2, (1, 1, 1, 1), 1)
+    checkpoints.load(folder / "step_00000001", saved(modules), optimizers, again)
+    out["own"] = again.x.flatten().tolist(), int(again.count)
 
     # the last rank's disk is full
     def full(*args):
@@ -419,6 +429,10 @@ def test_what_happens_on_one_rank_is_seen_by_all(troubled):
 def test_a_save_in_the_background_is_of_the_moment_it_was_asked_for(troubled):
     for a in troubled:
         assert a["early"] is None and a["moved"] and a["snapshot"]
+
+
+def test_what_a_rank_has_of_its_own_comes_back_to_it(troubled, place):
+    assert [a["own"] for a in troubled] == [([5, 0], 1), ([6, 0], 1)]
 
 
 def test_a_full_disk_of_one_rank_leaves_the_checkpoint_before(troubled):

@@ -142,7 +142,9 @@ def test_vendi_refuses_what_has_no_meaning():
     for bad in (np.zeros((3, 4)), np.array([[1.0, np.nan]]), np.ones(3), np.ones((0, 3))):
         with pytest.raises(ValueError):
             evaluation.vendi(bad)
-    for bad in (np.ones((2, 3)), 2 * np.eye(3), np.array([[1, 0.5], [0.1, 1]])):
+    holed = np.eye(3)
+    holed[0, 1] = holed[1, 0] = np.nan
+    for bad in (np.ones((2, 3)), 2 * np.eye(3), np.array([[1, 0.5], [0.1, 1]]), holed):
         with pytest.raises(ValueError):
             evaluation.vendi_kernel(bad)
 

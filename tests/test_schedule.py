@@ -301,8 +301,7 @@ def test_ddim_with_eta_one_samples_the_posterior(kind):
 def test_log_prob_is_that_of_the_normal_distribution():
     x, mean, std = normal(4, 3), normal(4, 3, seed=1), normal(4, 1, seed=2).abs() + 0.1
     torch.testing.assert_close(log_prob(x, mean, std), torch.distributions.Normal(mean, std).log_prob(x))
-    torch.testing.assert_close(log_prob(x, mean, 0.3), torch.distributions.Normal(mean, 0.3).log_prob(x))
-    for zero in (0.0, torch.zeros(()), std - std[0]):
+    for zero in (torch.zeros(()), std - std[0]):
         with pytest.raises(ValueError, match="std"):
             log_prob(x, mean, zero)
 

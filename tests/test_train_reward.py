@@ -10,10 +10,12 @@ from conftest import config, fit
 
 import common
 import nets
+import rewards
+import train
 from common import UserError
 from distributed import Ranks
 from evals import watch
-from lrm import Buffer
+from lrm import Buffer, VideoLRM
 from rewards import Moments
 from world.shapes import FACTORS
 
@@ -40,7 +42,7 @@ def test_the_reward_is_measured_on_fresh_samples(tiny, distilled):
 def test_tuning_goes_on_from_a_student(tiny, distilled, tmp_path):
     """Where nothing is learned, what comes out is what went in."""
     began = str(distilled / "student.safetensors")
-    still = {"lr": 0.0, "iterations": 1, "beta_kl": 1.0}
+    still = {"lr": 0.0, "iterations": 1, "beta_kl": 1.0, "fake_warmup": 0}
     out, about, lines = fit(config(tiny, tmp_path / "a", **JPEG | still, student=began))
     before, _ = common.load_tensors(began)
     assert all(torch.equal(out[k], before[k]) for k in before) and about["kind"] == "student"
@@ -188,3 +190,36 @@ def test_a_buffer_keeps_the_newest_and_gives_what_it_keeps():
     first = Buffer(4, (1, 1, 1, 1), 1)
     first.add(torch.ones(1, 1, 1, 1, 1), torch.ones(1, 1), torch.ones(1, 3, 3))
     assert (first.sample(50, seed=0)[0] == 1).all()  # never of a place that is still empty
+
+
+def test_a_buffer_keeps_nothing_that_is_not_finite():
+    x, labels = torch.tensor([1.0, math.inf, 3.0, 4.0]), torch.tensor([1.0, 2.0, math.nan, 4.0])
+    buffer = Buffer(3, (1, 1, 1, 1), 1)
+    buffer.add(x.view(4, 1, 1, 1, 1), labels.view(4, 1), torch.zeros(4, 1, 1))
+    assert int(buffer.count) == 2 and buffer.x.flatten().tolist() == [1, 4, 0]
+
+
+def test_one_clip_without_a_reward_costs_one_update_of_the_lrm(tiny, tmp_path, monkeypatch):
+    calls, norms, descend = [], [], train.gradient_descent
+
+    def light(video, prompts):
+        calls.append(len(video))
+        reward = video.mean((1, 2, 3, 4))
+        return torch.cat([reward[:-1], reward[-1:] * math.nan]) if len(calls) == 1 else reward
+
+    monkeypatch.setitem(rewards.REWARDS, "dynamic_degree", (light, True, False, True, ""))
+    how = JPEG | {"reward": "dynamic_degree", "reward_every": 0, "reward_repeats": 1, "lrm_updates": 3}
+
+    def record(module, *rest):
+        norm = descend(module, *rest)
+        norms.extend([math.isfinite(norm)] if isinstance(module, VideoLRM) else [])
+        return norm
+
+    monkeypatch.setattr(train, "gradient_descent", record)
+    *_, lines = fit(config(tiny, tmp_path, **how, iterations=3))
+    assert norms == [False] + 8 * [True]
+    assert lines[-1]["skipped"] == 1
+
+
+def test_moments_of_nothing_leave_a_score_as_it_is():
+    assert rewards.Moments().standardise(torch.tensor(3.0)) == 3

@@ -220,7 +220,7 @@ def test_the_fake_score_learns_from_the_students_samples_at_all_steps(record):
 @pytest.mark.parametrize("known", [False, True])
 def test_the_lrm_learns_each_clips_own_reward(record, known):
     """In the order of the latents: real, then generated; of a cache that knows the real ones' rewards, these."""
-    seen, scores = record(known=known), torch.zeros(0)
+    seen, scores = record(known=known), []
     for call, batch in zip(seen.of("lrm"), seen.batches):
         (x_hat,) = [out[0].detach() for of, j, _, out in seen.samples if of is batch and j == 0]
         x = torch.cat([batch.x, x_hat])
@@ -229,10 +229,12 @@ def test_the_lrm_learns_each_clips_own_reward(record, known):
         video = seen.nets.vae.decode(x).clamp(-1, 1)
         mine = light(video, [*batch.captions, *batch.captions])
         mine = torch.cat([batch.reward, mine[2:]]) if known else mine
-        scores = torch.cat([scores, mine])  # standardised by the moments of all that has been seen
-        expected = (mine - scores.mean()) / scores.std(correction=0)
-        torch.testing.assert_close(call["reward"], expected, rtol=1e-4, atol=1e-4)
+        scores.append(mine)
         assert len(set(call["reward"].tolist())) == 4  # or no order would be seen
+    scores = torch.cat(scores)
+    standardised = (scores - scores.mean()) / scores.std(correction=0)  # by all that has been seen
+    given = torch.cat([call["reward"] for call in seen.of("lrm")])
+    torch.testing.assert_close(given, standardised, rtol=1e-4, atol=1e-4)
     assert seen.scored == (4 if known else 8)
     assert seen.numbers["reward"] == pytest.approx(torch.cat([scores[2:4], scores[6:]]).mean().item(), abs=1e-3)
     assert seen.gradients["lrm"] == [1.0]
@@ -315,6 +317,11 @@ def test_warmups_hold_the_student_back(record):
     assert seen.gradients["student"] == [0.25 * 16]
 
 
+def test_the_reward_waits_for_vsd(record):
+    seen = record(fake_warmup=8)
+    assert not seen.of("vsd") and not seen.of("ft")
+
+
 def test_no_noise_serves_twice(record):
     seen = record()
     noises = [given["eps"] for name in ("vsd", "cd", "fake") for given in seen.of(name)]
@@ -354,7 +361,7 @@ def test_random_numbers_follow_from_seed_step_name_and_sample():
 def test_a_step_along_the_reward_raises_what_the_lrm_says(tiny, tmp_path, monkeypatch):
     """With the true losses: of the very samples it was taken on, and the average goes where the student goes."""
     alone = {"beta_vsd": 0.0, "beta_cd": 0.0, "reward": "jpeg_compressibility", "batch": 4, "iterations": 1}
-    cfg = config(tiny, tmp_path, **alone, lrm_warmup=0, lr=1e-3)
+    cfg = config(tiny, tmp_path, **alone, lrm_warmup=0, fake_warmup=0, lr=1e-3)
     monkeypatch.setattr(train, "CLIP", 1e9)
     made = nets.build(cfg, ALONE)
     optimizers = train.adam(made, cfg.lr, cfg.fake_lr, (0.9, 0.999))

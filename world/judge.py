@@ -1,4 +1,4 @@
-"""The judge of the shapes world: a small network that reads every factor off a clip.
+"""The judge of the small world: a small network that reads every factor off a clip.
 
 It is trained on rendered clips alone (`pretrain.py judge`) and stands where large pretrained networks stand at full
 scale: its readings are the semantic scores of VBench, its features those of the Frechet distance and of the Vendi

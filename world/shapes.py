@@ -1,4 +1,4 @@
-"""The shapes world: captioned clips of which everything is known.
+"""The small world: captioned clips of which everything is known.
 
 A clip is 16 frames of 64x64 pixels at 8 frames a second. An object acts before a textured scene, or two objects do, the
 camera moves over the scene behind them, and a look is laid over all. Every clip follows from (seed, index) alone, so
@@ -126,7 +126,7 @@ class Clip:
             clip = Clip.at_random(rng)
             if all(getattr(clip, name) == value for name, value in fixed.items()):
                 return clip
-        raise ValueError(f"no clip of the shapes world has {fixed}")
+        raise ValueError(f"no clip of the small world has {fixed}")
 
     @staticmethod
     def at_random(rng):
