@@ -86,6 +86,7 @@ class WorldConfig(ModelConfig):
     vendi_prompts: int = opt(100, "The number of prompts drawn with 5 seeds each, for diversity. 0: none.")
     reference: bool = opt(False, "Rendered clips and the VAE's copies are measured, instead of a model.")
     dimensions: bool = opt(False, "VBench's sixteen dimensions are measured too.")
+    rewards: tuple[str, ...] = opt((), "The rewards that are measured too, with the bundled weights.")
 
 
 def world(cfg):

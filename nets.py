@@ -2,7 +2,8 @@
 
 Everything a user names is read and compared here before the first step: weights with the preset, the VAE and the data
 with the weights, a cache with the VAE and text encoder it was made by. Student, its average and the fake score begin as
-copies of the teacher, or of `--student`. What all this will hold in memory is said before it is held, so that a run too large for its GPUs tells.
+copies of the teacher, or of `--student`. What all this will hold in memory is said before it is held, so that a run too
+large for its GPUs tells.
 """
 
 import math
@@ -32,7 +33,7 @@ from world.judge import Judge
 from world.shapes import held_out_prompts
 
 COMPARED = 192  # prompts of the small world on which student and teacher are compared at the end
-BUFFER_SIZE, BUFFER_BYTES = 512, 2**28  # samples that an LRM's buffer keeps on a rank, or as many as fit
+BUFFER_SIZE, BUFFER_BYTES = 4096, 2**28  # samples that an LRM's buffer keeps on a rank, or as many as fit
 PROMPTS = [  # what pictures show where the data has no captions to lend
     "a red car drives along a road by the sea",
     "a cat walks over a wooden floor",

@@ -118,7 +118,7 @@ class Config(Machine):
         None,
         "What the LRM learns: the reward, as in the paper, or its parts. None: parts, where there are any.",
     )
-    lrm_updates: int = opt(4, "The LRM's updates an iteration: one on fresh labels, the others on kept ones.")
+    lrm_updates: int = opt(16, "The LRM's updates an iteration: one on fresh labels, the others on kept ones.")
     reward_every: int = opt(100, "The iterations between measurements of the reward on fresh samples. 0: at the end.")
     reward_samples: int = opt(64, "The number of samples in a measurement.")
     reward_repeats: int = opt(

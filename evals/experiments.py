@@ -23,7 +23,7 @@ from common import UserError
 from evals.metrics import mean_error, pm
 
 SEEDS, ALL = (0, 1, 2), ("4", "2", "1")
-MEASURE = "--prompts 256 --vendi-prompts 16 --no-dimensions"
+MEASURE = "--prompts 256 --vendi-prompts 16 --no-dimensions --rewards agreement object_kept jpeg_compressibility"
 EQUAL = "--precision fp32 --threads 1"
 SHORT = "--batch 8 --global-batch 8 --iterations 100"  # half the default run's batch, and three quarters of its updates
 BASE = "--cd-target ema --w-vsd 2"  # what rows change one thing of; the defaults are what they have shown to be better
@@ -59,6 +59,7 @@ TABLES = {
         "KL + DRaFT-1": f"{POLICY} --method draft --truncate 1",
     },
     "rewards": {  # of what is in every patch, and of motion
+        "VSD + CD": "",
         "JPEG compressibility": "--reward jpeg_compressibility",
         "dynamic degree": "--reward dynamic_degree",
         "dynamic degree, LRM of 3D convolutions": "--reward dynamic_degree --lrm-backbone 3d",
@@ -118,10 +119,16 @@ TABLES = {
         "average that stands": "--ema 0.9999",
     },
     "overoptimised": {  # Fig. 9, 14
+        "the student": f"{STUDENT}",
         "LRM alone": f"{TUNE} --beta-vsd 0 --beta-cd 0 --reward jpeg_compressibility",
         "LRM and KL": f"{TUNE} {HOLD} --reward jpeg_compressibility",
     },
 }
+
+
+# of which reward a table shows what was measured
+REWARDS = {"tuning": "object_kept", "agreement": "agreement"}
+REWARDS |= dict.fromkeys(("rewards", "overoptimised"), "jpeg_compressibility")
 
 
 def rows(table):
@@ -251,10 +258,9 @@ def read(table, label, folder):
 LOGGED = ("score gap", "fake loss")  # of interest where something goes wrong
 
 
-def scores_of(row, training, motion):
-    """What a table shows of one run: {header: (number or None, digits)}."""
+def scores_of(row, training, motion, reward):
+    """What a table shows of one run: {header: (number or None, digits)}. motion: the teacher's; reward: of REWARDS."""
     log, sizes = training.get("log", {}), training.get("bytes", {})
-    (_, before), *_ = training.get("curves", {}).get("true_reward", [(0, None)])
     learned = sizes.get("adapter.safetensors", sizes.get("student.safetensors"))
     return {
         "right, mean of 7 factors, %": (100 * row["main"]["mean"], 1),
@@ -262,8 +268,7 @@ def scores_of(row, training, motion):
         "Vendi - 1": (row["vendi"]["mean"], 2),
         "object kept, %": (100 * row["identity"]["mean"], 1),
         "motion, % of the teacher's": (100 * row["motion"]["mean"] / motion if motion else None, 0),
-        "reward before": (before, 3),
-        "reward": (log.get("true_reward"), 3),
+        reward: (row.get("rewards", {}).get(reward, {}).get("mean"), 3),
         "rewarded clips": (log.get("reward_evaluations"), 0),
         "CPU minutes": (training.get("cpu_minutes"), 1),
         "MB": (learned and learned / 1e6, 1),
@@ -285,7 +290,7 @@ def rows_of(name, folder="results"):
         for result in read(name, label, folder):
             most = max(row["steps"] for row in result["rows"])
             for row in [row for row in result["rows"] if name == "ablation" or row["steps"] == most]:
-                scores = scores_of(row, result.get("training", {}), motion)
+                scores = scores_of(row, result.get("training", {}), motion, REWARDS.get(name, ""))
                 found.setdefault((label, row["steps"]), []).append(scores)
                 known = {header: digits for header, (value, digits) in scores.items() if value is not None}
                 columns |= {header: known[header] for header in known if name == "troubles" or header not in LOGGED}

@@ -327,6 +327,15 @@ def test_each_move_is_weighted_with_its_own_clips_reward(update):
     assert seen.numbers["loss"] == pytest.approx(2 * seen.theta[0], abs=1e-5) and seen.numbers["kl"] < 1e-9
 
 
+def test_clips_have_the_size_that_the_student_was_trained_at(update, weights, tmp_path):
+    """Which need not be that of its teacher's config."""
+    model, about = common.load_model(weights / "student.safetensors", DiT)
+    of_cache = {key: about[key] for key in ("kind", "timesteps", "transition")} | {"latents": [5, 2, 4]}
+    common.save_model(tmp_path / "wide.safetensors", model, **of_cache)
+    seen = update(weights=str(tmp_path / "wide.safetensors"))
+    assert all(x.shape == (2, 4, 5, 2, 4) for clips in seen.clips for x, _ in clips.path)
+
+
 def test_clips_are_weighted_against_the_whole_iteration(update):
     seen = update(advantage="batch", truncate=1)
     assert seen.policy.moves == [2] and len(seen.losses) == 2

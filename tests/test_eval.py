@@ -26,6 +26,7 @@ from PIL import Image
 
 import common
 import eval as evaluation
+import rewards
 from common import UserError
 from dit import DiT, DiTConfig
 from evals import cost, metrics, people, tables, vbench
@@ -321,13 +322,18 @@ def test_a_row_is_of_each_prompts_own_noise_and_identity_of_single_objects(tiny,
         latents=latents, decode=decode, evaluations=lambda n, w: n,
     )  # fmt: skip
     monkeypatch.setattr(judge, "keeps_its_object", lambda video: torch.arange(len(video)).ge(6).float())
-    cfg = evaluation.WorldConfig(prompts=20, vendi_prompts=2, steps=(4, 2), seed=3)
+    of_words = lambda video, prompts: torch.tensor([float(prompt) for prompt in prompts]) * (2 - video[:, 0, 0, 0, 0])
+    monkeypatch.setitem(rewards.REWARDS, "of words", (of_words, False, True, True, ""))
+    cfg = evaluation.WorldConfig(prompts=20, vendi_prompts=2, steps=(4, 2), seed=3, rewards=("of words",))
     reference = torch.randn(20, 128, generator=torch.Generator().manual_seed(0))
     reference = reference[:, : judge.judge.place.shape[-1]]
-    rows = reading.model_rows(cfg, "x", judge, reference, generator, [""] * 20, named)
+    rows = reading.model_rows(cfg, "x", judge, reference, generator, list(map(str, range(20))), named)
     first = [3 * 8 * 10_000_000 + i for i in range(20)]
     more = [(3 * 8 + copy) * 10_000_000 + i for i in range(2) for copy in range(1, 5)]
     assert seeds == [first, more] * 2  # the same noise for both numbers of steps, and no two videos alike
+    pixels = decode(torch.tensor([float(seed) for seed in first]))[:, 0, 0, 0, 0]
+    expected = (torch.arange(20) * (2 - pixels)).mean().item()  # each clip with its own prompt
+    assert rows[0]["rewards"]["of words"]["mean"] == pytest.approx(expected, rel=1e-5)
     assert rows[0]["identity"]["n"] == 16 and rows[0]["identity"]["mean"] == pytest.approx(14 / 16)
 
 
@@ -398,9 +404,9 @@ def test_a_broken_video_is_left_out(tiny):
         video[[i for i, j in enumerate(some) if j == 2]] = math.nan
         return video
 
-    read = evaluator.read(range(6), make, "", lambda video: {"number": video.new_ones(len(video))})
+    read = evaluator.read(range(6), make, "", lambda video, jobs: {"number": torch.tensor(jobs)})
     assert read["jobs"] == [0, 1, 3, 4, 5] and read["broken"] == 1
-    assert len(read["features"]) == len(read["measured"]["number"]) == 5
+    assert len(read["features"]) == 5 and read["measured"]["number"].tolist() == read["jobs"]
 
 
 def test_times_add_up(tiny, tmp_path, monkeypatch):

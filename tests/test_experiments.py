@@ -119,16 +119,18 @@ def test_a_table_has_means_over_seeds_and_says_what_has_not_run(tmp_path):
     score = lambda x: {"mean": x, "error": 9.0, "n": 5}
 
     def write(table, label, seed, x, steps=4, **training):
+        measured = {"jpeg_compressibility": score(3 * x), "agreement": score(0.9)}
         row = {"steps": steps, "main": score(x), "frechet": score(1.0), "vendi": score(2.0), "identity": score(1.0)}
-        rows = {"rows": [row | {"motion": score(x)}], "training": training}
+        rows = {"rows": [row | {"motion": score(x), "rewards": measured}], "training": training}
         (tmp_path / file_of(table, label, seed).name).write_text(json.dumps(rows))
 
     sizes = {"student.safetensors": 7_000_000, "adapter.safetensors": 2_000_000}
     for seed, x in ((0, 0.5), (2, 0.7)):
         write("rank", "rank 8", seed, x, bytes=sizes, log={"trained_s": 60.0})
         curves = {"true_reward": [[0, x], [20, 2 * x]]}
-        write("rewards", "dynamic degree", seed, x, curves=curves, log={"true_reward": 3 * x})
-    assert "| 0.600±0.100 | 1.800±0.300 |" in tables.block("experiments/rewards", tmp_path)  # before, and after
+        write("rewards", "dynamic degree", seed, x, curves=curves)
+    text = tables.block("experiments/rewards", tmp_path)
+    assert "| jpeg_compressibility |" in text and "| 1.800±0.300 |" in text and "agreement" not in text
     text = tables.block("experiments/rank", tmp_path)
     assert "| rank 8 | 4 | 2 | 60.0±10.0 | 1.00±0.00 | 2.00±0.00 | 100.0±0.0 | 2.0±0.0 |" in text
     assert "| Vendi - 1 | object kept, % | MB |" in text  # no column of motion without the teacher's
@@ -155,6 +157,7 @@ def test_curves_are_means_over_the_seeds(tmp_path, monkeypatch):
     for seed, x in ((0, 1.0), (1, 3.0)):
         training = {"curves": {"true_reward": [[0, x], [10, 2 * x]]}}
         file_of("overoptimised", "LRM alone", seed).write_text(json.dumps({"rows": [], "training": training}))
+    file_of("overoptimised", "LRM and KL", 0).write_text('{"rows": []}')  # measured as it is, not trained
     drawn = []
     monkeypatch.setattr(Axes, "errorbar", lambda axis, x, y, error, label: drawn.append((x, y, error, label)))
     pictures.curves("overoptimised", "curves.png", ["true_reward", "lrm_estimate"])

@@ -58,7 +58,8 @@ class Evaluator:
         """Read the videos draw(some of the jobs) -> (B, 3, F, H, W) of all jobs. One that is not finite is left out.
 
         -> {"beliefs": {factor: (m, values)}, "features": (m, d), "jobs": the m that were read, "broken": n - m,
-        "measured": {name: (m,)} of measure(video), "seconds": of draw alone, a video}. UserError if all are broken.
+        "measured": {name: (m,)} of measure(video, its jobs), "seconds": of draw alone, a video}. UserError if
+        all are broken.
         """
         beliefs, features, measured, whole, seconds = [], [], [], [], 0.0
         for i in tqdm(range(0, len(jobs), self.batch), desc=name, dynamic_ncols=True, leave=False):
@@ -69,11 +70,12 @@ class Evaluator:
             if not finite.any():
                 continue
             video = video[finite]
-            whole += [job for job, fine in zip(some, finite.tolist()) if fine]
+            kept = [job for job, fine in zip(some, finite.tolist()) if fine]
+            whole += kept
             belief, feature = self(video)
             beliefs.append(belief)
             features.append(feature)
-            measured.append(measure(video) if measure else {})
+            measured.append(measure(video, kept) if measure else {})
         if not whole:
             raise UserError(f"none of {len(jobs)} videos is finite: these weights are broken")
         read = {"features": torch.cat(features), "beliefs": joined(beliefs), "measured": joined(measured)}
@@ -136,7 +138,7 @@ def model_rows(cfg, label, evaluator, reference, generator, prompts, named):
             return generator.decode(generator.latents(text[[i for i, _ in jobs]], seeds, steps, cfg.w))
 
         row = {"label": label, "steps": steps, "nfe": generator.evaluations(steps, cfg.w)}
-        rows.append(row | measurements(cfg, evaluator, reference, draw, further, named))
+        rows.append(row | measurements(cfg, evaluator, reference, draw, further, prompts, named))
         print(summary(rows[-1]), flush=True)
     return rows
 
@@ -144,7 +146,7 @@ def model_rows(cfg, label, evaluator, reference, generator, prompts, named):
 def reference_rows(cfg, evaluator, reference):
     """Other rendered clips, and what the VAE makes of them: two rows."""
     vae = common.load_model(cfg.vae, VAE3D, cfg.device)[0].to(memory_format=torch.channels_last_3d)
-    clips, _, named = held_out(cfg.prompts, ELSEWHERE, cfg.captions)  # a clip must not be compared with itself
+    clips, prompts, named = held_out(cfg.prompts, ELSEWHERE, cfg.captions)  # a clip must not be compared with itself
     clips, psnrs = {(i, 0): clip for i, clip in enumerate(clips)}, []
     for i, fixed in enumerate(named[: cfg.vendi_prompts]):  # further clips that the same prompt describes
         with contextlib.suppress(ValueError):  # a prompt that names very much has too few clips to be found
@@ -164,19 +166,23 @@ def reference_rows(cfg, evaluator, reference):
     rows, further = [], [job for job in clips if job[1]]
     for label, draw in (("rendered clips", render), ("the VAE's copies", encode_and_decode)):
         row = {"label": label, "steps": None, "nfe": None}
-        rows.append(row | measurements(cfg, evaluator, reference, draw, further, named) | {"seconds": None})
+        measured = measurements(cfg, evaluator, reference, draw, further, prompts, named)
+        rows.append(row | measured | {"seconds": None})
         print(summary(rows[-1]), flush=True)
     scores = torch.cat(psnrs).sort().values
     rows[1] |= {"psnr": scores.mean().item(), "psnr_worst_tenth": scores[: max(1, len(scores) // 10)].mean().item()}
     return rows
 
 
-def measurements(cfg, evaluator, reference, draw, further, named):
+def measurements(cfg, evaluator, reference, draw, further, prompts, named):
     """All that is measured of the videos draw(jobs), one a prompt; for the diversity also of the jobs `further`."""
     flow = rewards.make("dynamic_degree")  # of the most moving twentieth of the pixels; VBench's threshold is 1
+    asked = {name: rewards.make(name, device=cfg.device) for name in cfg.rewards}
 
-    def measure(video):
+    def measure(video, jobs):
         measured = {"identity": evaluator.keeps_its_object(video), "motion": flow(video.cpu())}
+        captions = [prompts[i] for i, _ in jobs]
+        measured |= {name: reward(video, captions).cpu() for name, reward in asked.items()}
         return measured | (dimensions.quality(evaluator, video) if cfg.dimensions else {})
 
     read = evaluator.read([(i, 0) for i in range(cfg.prompts)], draw, "drawing and reading", measure)
@@ -188,6 +194,7 @@ def measurements(cfg, evaluator, reference, draw, further, named):
     single = torch.tensor(["relation" not in names for names in named])
     row["identity"] = mean_error(measured["identity"][single].double())
     row["motion"] = mean_error(measured["motion"].double())
+    row["rewards"] = {name: mean_error(measured[name].double()) for name in asked}
     if further:
         others = evaluator.read(further, draw, "diversity")
         features = torch.cat([read["features"], others["features"]])
