@@ -14,7 +14,6 @@ the same noise. What can be wrong with a command is found before the first step 
 import math
 import random
 import re
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,12 +102,8 @@ def main(argv=None):
     text = torch.cat([generator.encoder.encode([prompt]).cpu() for prompt in prompts])  # (N, L, D)
     kind = "student" if generator.student else "teacher"
     name = f"{kind}{len(steps)}-seed{cfg.seed}"  # runs that one would compare do not overwrite each other
-    folder, sheet = out.parent if one_file else out, out / f"{name}.png"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()  # find out now, not after the work
-    except OSError as e:
-        raise UserError(f"cannot write to {out}: {e.strerror}") from e
+    sheet = out / f"{name}.png"
+    common.writable(out if one_file else sheet)  # find out now, not after the work
     start(cfg)
     if isinstance(generator.encoder, T5):
         generator.encoder.close()  # it is larger than all that follows

@@ -218,11 +218,13 @@ def generator_step(
                 losses["cd"] = beta_cd * cd
             if nets.lrm and beta_ft and step >= max(lrm_warmup, fake_warmup):  # 19: Eq. 15
                 estimate = partial(nets.latent_reward.estimate, text=text, captions=batch.captions)
-                vsd_pull = pulls(losses["vsd"], x_hat) if "vsd" in losses else None
-                pull = ft_share * vsd_pull if ft_share and vsd_pull is not None else None
+                pull = None
+                if "vsd" in losses:
+                    vsd_pull = pulls(losses["vsd"], x_hat)  # (B,)
+                    info["vsd_pull"] = vsd_pull.mean()
+                    pull = ft_share * vsd_pull if ft_share else None
                 losses["ft"] = beta_ft * reward_loss(estimate, x_hat, pull=pull)
-                info |= {"ft_pull": pulls(losses["ft"], x_hat).mean()}
-                info |= {} if vsd_pull is None else {"vsd_pull": vsd_pull.mean()}
+                info["ft_pull"] = pulls(losses["ft"], x_hat).mean()
         if losses.keys() - {"kl"}:  # alone, the KL's gradient is rounding, of which AdamW would make full steps
             (sum(losses.values()) / len(batches)).backward()
         if "dropped" in info:
