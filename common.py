@@ -38,11 +38,12 @@ class UserError(Exception):
 # Flags mean the same in every script, and so does what they may be.
 AT_LEAST = {
     1: "batch iterations m fake_updates save_every clips copies pairs lrm_updates frames height width "
-    "text_length reward_repeats reward_frames truncate repeats every held_out",
+    "text_length reward_frames truncate repeats every held_out",
     0: "rank ft_share threads global_batch fake_warmup lrm_warmup sample_every "
     "reward_every images vendi_prompts fps lr fake_lr beta_vsd beta_cd beta_ft beta_kl "
     "object_weight ema betas",
-    2: "reward_samples colours",
+    2: "colours",
+    3: "reward_samples",
     -1: "w w_vsd w_cd",
     1e-6: "clip",
 }

@@ -102,7 +102,6 @@ def check(cfg, ranks):
         (cfg.m >= len(GRID), f"--m: at most {len(GRID) - 1}, the steps of CD's grid"),
         (len(cfg.betas) != 2, "--betas: two numbers"),
         (cfg.global_batch % (cfg.batch * ranks.size), "--global-batch is no multiple of --batch times the ranks"),
-        (cfg.reward_samples % cfg.reward_repeats, "--reward-samples: a multiple of --reward-repeats"),
         (not learns, "nothing to learn: --beta-vsd and --beta-cd are 0, and there is no --reward"),
     ):
         if wrong:

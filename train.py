@@ -121,9 +121,6 @@ class Config(Machine):
     lrm_updates: int = opt(16, "The LRM's updates an iteration: one on fresh labels, the others on kept ones.")
     reward_every: int = opt(100, "The iterations between measurements of the reward on fresh samples. 0: at the end.")
     reward_samples: int = opt(64, "The number of samples in a measurement.")
-    reward_repeats: int = opt(
-        1, "The number of samples of each prompt in it. From 2 on LRMs are compared within prompts too."
-    )
     # the machine
     shard: Literal["full", "hybrid", "none"] = opt("full", "The sharding of the networks over ranks: distributed.py.")
     checkpoint_activations: bool = opt(True, "Activations are computed again in the backward, to save memory.")
@@ -463,7 +460,7 @@ def train(cfg: Config, ranks) -> None:
         state["skipped"] += not made
         final = step + 1 == cfg.iterations
         if nets.lrm and (final or (cfg.reward_every and step % cfg.reward_every == 0)):
-            how = cfg.steps, cfg.reward_samples, cfg.reward_repeats, cfg.batch, cfg.lrm_warmup
+            how = cfg.steps, cfg.reward_samples, cfg.batch, cfg.lrm_warmup
             numbers |= measure_reward(nets, ranks, state["watched"], step, *how)
         if cfg.sample_every and (step + 1) % cfg.sample_every == 0 and not ending:
             numbers |= show_progress(nets, ranks, out, step + 1, teacher_videos, cfg.steps, cfg.batch)

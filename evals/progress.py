@@ -115,12 +115,12 @@ def draw_videos(nets, who, prompts, seed, n, batch):
     return torch.cat(videos)
 
 
-def measure_reward(nets, ranks, watched, step, steps, samples, repeats, batch, lrm_warmup):
+def measure_reward(nets, ranks, watched, step, steps, samples, batch, lrm_warmup):
     """Measure the true reward of fresh samples (evals/watch.py), add it to `watched`, and warn of over-optimisation."""
     generator, after_warmup = sampler(nets, "student"), lambda: [w for w in watched if w["step"] >= lrm_warmup]
     before = watch.overoptimised(after_warmup())
     how = nets.prompts, steps, samples, batch
-    found = watch.measure(generator, nets.latent_reward.reward, *how, ranks, nets.latent_reward, repeats)
+    found = watch.measure(generator, nets.latent_reward.reward, *how, ranks, nets.latent_reward)
     watched.append({"step": step} | found)
     sign = watch.overoptimised(after_warmup())
     best = max(watched, key=lambda w: w["true_reward"] if math.isfinite(w["true_reward"]) else -math.inf)

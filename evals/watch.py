@@ -19,8 +19,9 @@ import math
 import torch
 
 import distributed
-from common import UserError
+from evals.metrics import mean_error
 
+REPEATS = 2  # samples of a prompt
 SEED = 77_000_000  # of the samples' noise, far from those of pictures and evaluation
 WINDOW = 3  # measurements that are averaged before they are compared
 BLIND = 0.2  # a rank correlation: by chance alone 64 samples have 0.13, a mean over 3 measurements of them hardly less
@@ -43,21 +44,24 @@ def spearman(a, b):
     return (a @ b / (a.norm() * b.norm())).item()
 
 
+def within(x):
+    """Of samples (n,), REPEATS of a prompt one after the other, the deviations from each prompt's mean."""
+    return torch.cat([part - part.mean() for part in x.split(REPEATS)])
+
+
 @torch.no_grad()
-def measure(generator, reward, prompts, n, samples, batch, ranks, latent=None, repeats=1):
+def measure(generator, reward, prompts, n, samples, batch, ranks, latent=None):
     """The true reward of fresh samples in n steps, and what the LRM says of them, alike on all ranks.
 
     generator: of generate.py; reward: of rewards.py; latent: the LatentReward of lrm.py that learns it, or None.
-    Each prompt is drawn `repeats` times (after the last they begin anew), each sample from noise of its own.
-    -> {"true_reward", "true_error" (a standard error)}, in the reward's own units; with an LRM also "lrm_estimate" and
-    "rank_correlation", with repeats "rank_correlation_within" prompts.
+    Each prompt is drawn REPEATS times (after the last they begin anew), each sample from noise of its own.
+    -> {"true_reward", "true_error" (a standard error, over prompts)}, in the reward's own units; with an LRM also
+    "lrm_estimate", "rank_correlation" and "rank_correlation_within" prompts.
     """
-    if samples < 2 or repeats < 1 or samples % repeats:
-        raise UserError(f"--reward-samples: at least 2, and a multiple of --reward-repeats, not {samples}")
     per_rank, rows = -(-samples // ranks.size), []  # all ranks make the same number of calls
     numbers = range(ranks.rank * per_rank, (ranks.rank + 1) * per_rank)
     for part in (numbers[i : i + batch] for i in range(0, per_rank, batch)):
-        captions = [prompts[i // repeats % len(prompts)] for i in part]
+        captions = [prompts[i // REPEATS % len(prompts)] for i in part]
         text = generator.encoder.encode(captions).to(generator.device)
         x = generator.latents(text, [SEED + i for i in part], n)
         scores = reward(generator.decode(x), captions).double().cpu()  # (B,)
@@ -65,34 +69,32 @@ def measure(generator, reward, prompts, n, samples, batch, ranks, latent=None, r
         rows += torch.stack([estimates, scores], 1).tolist()
     rows = [row for part in distributed.every(rows, ranks) for row in part]
     estimates, true = torch.tensor(rows[:samples], dtype=torch.float64).T  # (n,) each
-    found = {"true_reward": true.mean().item(), "true_error": (true.std() / len(true) ** 0.5).item()}
+    by_prompt = torch.stack([part.mean() for part in true.split(REPEATS)])
+    found = {"true_reward": true.mean().item(), "true_error": mean_error(by_prompt)["error"]}
     if latent:
         found["lrm_estimate"] = latent.moments.natural(estimates).mean().item()
         found["rank_correlation"] = spearman(estimates, true)
-    if latent and repeats > 1:
-        by_prompt = torch.stack([estimates, true]).unflatten(1, (-1, repeats))
-        estimated, measured = by_prompt - by_prompt.mean(2, keepdim=True)  # (prompts, repeats) each
-        found["rank_correlation_within"] = spearman(estimated.flatten(), measured.flatten())
+        found["rank_correlation_within"] = spearman(within(estimates), within(true))
     return found
 
 
-def overoptimised(history, window=WINDOW):
+def overoptimised(history):
     """Which sign of over-optimisation the last measurements show, in words; "" if none.
 
-    history: what `measure` has found, oldest first. The mean of the last `window` measurements is compared with that of
-    the `window` before them, since a single one is noisy; with fewer there is no verdict yet.
+    history: what `measure` has found, oldest first. The mean of the last WINDOW measurements is compared with that of
+    the WINDOW before them, since a single one is noisy; with fewer there is no verdict yet.
     """
-    if len(history) < 2 * window:
+    if len(history) < 2 * WINDOW:
         return ""
 
     def mean(name, part):
-        return sum(found[name] for found in part) / window
+        return sum(found[name] for found in part) / WINDOW
 
     def correlation(part):
         # samples of one and the same reward have no order (NaN): the LRM tells none of them from the others
-        return sum(r for found in part if math.isfinite(r := found["rank_correlation"])) / window
+        return sum(r for found in part if math.isfinite(r := found["rank_correlation"])) / WINDOW
 
-    before, after = history[-2 * window : -window], history[-window:]
+    before, after = history[-2 * WINDOW : -WINDOW], history[-WINDOW:]
     rise = mean("lrm_estimate", after) - mean("lrm_estimate", before)
     fall = mean("true_reward", before) - mean("true_reward", after)
     if rise > 0 and fall > mean("true_error", after):

@@ -135,7 +135,7 @@ ABLATIONS = (
     {"cd_target": "student", "checkpoint_activations": True},
     {"cd_target": "teacher", "generator_input": "data", "transition": "ddim"},
     {"beta_vsd": 0.0, "beta_kl": 1.0},
-    {"reward": "jpeg_compressibility", "reward_samples": 2, "global_batch": 4},
+    {"reward": "jpeg_compressibility", "reward_samples": 3, "global_batch": 4},
 )
 
 

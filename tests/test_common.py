@@ -146,7 +146,7 @@ def test_atomic_full_disk(tmp_path):
         ("train.Config --iterations 0", "--iterations: at least 1"),
         ("train.Config --threads -1", "--threads: at least 0"),
         ("train.Config --device banana", "--device banana cannot be used here"),
-        ("ddpo.Config --reward-samples 1", "--reward-samples: at least 2"),
+        ("ddpo.Config --reward-samples 1", "--reward-samples: at least 3"),
         ("pretrain.JudgeRunConfig --kind banana", "banana"),
         ("data.Config --frames 0", "--frames: at least 1"),
         ("eval.WorldConfig --batch 0", "--batch: at least 1"),

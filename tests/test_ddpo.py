@@ -380,7 +380,7 @@ def call(weights, tmp_path, monkeypatch, capsys):
 def given(weights, *flags):
     files = ["--weights", weights / "student.safetensors", "--vae", weights / "vae.safetensors", "--device", "cpu"]
     return [str(f) for f in [*files, "--batch", 2, "--global-batch", 2, "--iterations", 1,
-                               "--reward-samples", 2, *flags]]  # fmt: skip
+                               "--reward-samples", 3, *flags]]  # fmt: skip
 
 
 def lines(folder):

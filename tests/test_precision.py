@@ -89,7 +89,7 @@ def test_every_script_computes_as_the_cpu_can(able, tiny, tmp_path, monkeypatch,
     student = ["--weights", f"{run}/student.safetensors", *vae]
     of_world = ["--prompts", "20", "--steps", "1", "--vendi-prompts", "0", "--judge", judge]
     teacher = ["--teacher", f"{tiny}/teacher.safetensors", *vae, "--out", str(run), "--sample-every", "0"]
-    reward = ["--reward", "jpeg_compressibility", "--reward-samples", "2", "--global-batch", "2"]
+    reward = ["--reward", "jpeg_compressibility", "--reward-samples", "3", "--global-batch", "2"]
     for module, words in (
         (train, [*teacher, *few, "--fake-updates", "1", "--m", "1"]),
         (sample, [*student, "--prompt", "a red star", "--out", str(tmp_path / "samples")]),

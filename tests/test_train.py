@@ -274,7 +274,7 @@ def test_a_reward_that_reads_clips_refuses_images_before_the_first_step(tiny, tm
     assert not (tmp_path / "run").exists()
     for image in folder.glob("*.png"):
         image.unlink()
-    fit(replace(cfg, iterations=1, reward_samples=2, global_batch=2))
+    fit(replace(cfg, iterations=1, reward_samples=3, global_batch=2))
 
 
 def test_tensorboard_gets_what_the_log_gets(tiny, tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ from world.shapes import FACTORS
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
 JPEG = {"reward": "jpeg_compressibility", "reward_samples": 4, "reward_every": 2, "batch": 2, "global_batch": 2}
-JPEG |= {"reward_repeats": 2, "lrm_warmup": 0}
+JPEG |= {"lrm_warmup": 0}
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +208,7 @@ def test_one_clip_without_a_reward_costs_one_update_of_the_lrm(tiny, tmp_path, m
         return torch.cat([reward[:-1], reward[-1:] * math.nan]) if len(calls) == 1 else reward
 
     monkeypatch.setitem(rewards.REWARDS, "dynamic_degree", (light, True, False, True, ""))
-    how = JPEG | {"reward": "dynamic_degree", "reward_every": 0, "reward_repeats": 1, "lrm_updates": 3}
+    how = JPEG | {"reward": "dynamic_degree", "reward_every": 0, "lrm_updates": 3}
 
     def record(module, *rest):
         norm = descend(module, *rest)

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import rewards
-from common import UserError
 from distributed import Ranks
 from evals import watch
 
@@ -49,8 +48,9 @@ def test_measure():
     moments.update(torch.tensor([0.0, 4.0]), ALONE)  # mean 2, deviation 2
     drawn, latent = Drawn(), SimpleNamespace(estimate=lambda x, *_: -(x[:, 0, 0, 0, 0] ** 3), moments=moments)
     found = watch.measure(drawn, bright(), ["a", "bbb"], 4, 5, 2, ALONE, latent)
-    assert drawn.seen == [(watch.SEED + i, [1, 3][i % 2]) for i in range(5)]
-    assert found["true_reward"] == pytest.approx(2) and found["true_error"] == pytest.approx((2.5 / 5) ** 0.5)
+    assert drawn.seen == [(watch.SEED + i, [1, 1, 3, 3, 1][i]) for i in range(5)]  # two of each prompt, then anew
+    of_prompts = torch.tensor([0.5, 2.5, 4.0]).std().item() / 3**0.5
+    assert found["true_reward"] == pytest.approx(2) and found["true_error"] == pytest.approx(of_prompts)
     assert found["lrm_estimate"] == pytest.approx(2 * -(0 + 1 + 8 + 27 + 64) / 5 + 2)
     assert found["rank_correlation"] == pytest.approx(-1) and set(found) >= {"lrm_estimate"}
     plain = watch.measure(Drawn(), bright(), ["a"], 4, 5, 2, ALONE)
@@ -62,12 +62,10 @@ def test_an_lrm_that_knows_only_the_prompts_has_no_correlation_within_them():
     for estimates, within in (([1.0, 0, 3, 2], -1), ([0.0, 1, 2, 3], 1), ([5.0, 5, 7, 7], math.nan)):
         estimate = lambda *_, estimates=estimates: torch.tensor(estimates)
         drawn, latent = Drawn(), SimpleNamespace(estimate=estimate, moments=moments)
-        found = watch.measure(drawn, bright(), ["a", "bbb"], 4, 4, 4, ALONE, latent, repeats=2)
+        found = watch.measure(drawn, bright(), ["a", "bbb"], 4, 4, 4, ALONE, latent)
         assert [n for _, n in drawn.seen] == [1, 1, 3, 3]
         assert found["rank_correlation"] > 0.5
         assert found["rank_correlation_within"] == pytest.approx(within, nan_ok=True)
-    with pytest.raises(UserError, match="multiple of --reward-repeats"):
-        watch.measure(Drawn(), bright(), ["a"], 4, 5, 2, ALONE, repeats=2)
 
 
 def history(estimates, truths, error=0.01, correlations=None):
@@ -87,7 +85,6 @@ def test_overoptimised_is_when_the_estimate_rises_and_the_truth_falls():
     assert watch.overoptimised(history([9.0, *rising], [-9.0, *falling]))  # what is long past does not count
     assert not watch.overoptimised(history(rising, falling, error=0.31))  # the fall is 0.3, within its error
     assert watch.overoptimised(history(rising, falling, error=0.29))
-    assert watch.overoptimised(history([0, 1], [1, 0]), window=1)
     noisy = [0.5, 0.1, 0.4, 0.45, 0.5, 0.05]  # the last is the lowest, the windows are alike
     assert not watch.overoptimised(history(rising, noisy, error=0.01))
 
