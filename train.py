@@ -470,7 +470,7 @@ def train(cfg: Config, ranks) -> None:
             speed = {"seconds": time.time() - begun, "iteration_s": took, "samples_s": forward * accumulate / took}
             speed |= {"trained_s": state["trained"], "peak_gib": so_far(ranks.device) / 2**30}
             speed = {name: round(value, 3) for name, value in speed.items()}
-            bar.set_postfix({name: f"{v:.3g}" for name, v in (numbers | speed).items() if name != "seconds"})
+            bar.set_postfix({name: f"{v:.3g}" for name, v in (numbers | speed).items()})
             print(json.dumps({"step": step, **speed, **numbers}), file=log, flush=True)
             for name, value in (numbers | speed).items() if board else ():
                 board.add_scalar(name, value, step)
