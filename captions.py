@@ -28,7 +28,8 @@ def list_clips(folder):
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"no such folder: {folder}")
-    names, said = sorted(glob.glob("**/*.*", root_dir=folder, recursive=True)), {}
+    names = sorted(name for name in glob.glob("**/*", root_dir=folder, recursive=True) if (folder / name).is_file())
+    said = {}
     for table in names:
         if Path(table).name in TABLES:
             said |= _read_table(folder, table)
@@ -39,7 +40,7 @@ def list_clips(folder):
         if kind == ".txt" or Path(name).name in TABLES:
             continue
         if kind not in IMAGES + VIDEOS:
-            skipped[name] = f"{kind} files are not read"
+            skipped[name] = f"{kind or 'such'} files are not read"
             continue
         caption = said.get(_same(name))
         if not caption and beside.exists():

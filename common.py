@@ -37,7 +37,7 @@ class UserError(Exception):
 
 # Flags mean the same in every script, and so does what they may be.
 AT_LEAST = {
-    1: "batch iterations m fake_updates save_every clips copies pairs lrm_updates frames height width "
+    1: "batch iterations m fake_updates save_every clips stills copies pairs prompts lrm_updates frames height width "
     "text_length reward_frames truncate repeats every held_out",
     0: "rank ft_share threads global_batch fake_warmup lrm_warmup sample_every "
     "reward_every images vendi_prompts fps lr fake_lr beta_vsd beta_cd beta_ft beta_kl "
@@ -56,13 +56,18 @@ def check_flags(config):
     for name, value in vars(config).items():
         low, high = least.get(name, -math.inf), most.get(name, math.inf)
         for x in value if isinstance(value, tuple) else (value,):
-            if isinstance(x, (int, float)) and not (math.isfinite(x) and low <= x <= high):
-                what = (
-                    "a finite number" if not math.isfinite(x) else f"at least {low}" if x < low else f"at most {high}"
-                )
-                raise UserError(f"--{name.replace('_', '-')}: {what}, not {x}")
+            wrong = ""
+            if isinstance(x, (int, float)) and not math.isfinite(x):
+                wrong = "a finite number"
+            elif isinstance(x, (int, float)) and x < low:
+                wrong = f"at least {low}"
+            elif isinstance(x, (int, float)) and x > high:
+                wrong = f"at most {high}"
+            if wrong:
+                raise UserError(f"--{name.replace('_', '-')}: {wrong}, not {x}")
     device = getattr(config, "device", "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device) or (device != "cpu" and not torch.cuda.is_available()):
+    known = re.fullmatch(r"cpu|cuda(:(\d+))?", device)
+    if not known or (device != "cpu" and int(known[2] or 0) >= torch.cuda.device_count()):
         raise UserError(f"--device {device} cannot be used here: cpu, or on a machine with an NVIDIA GPU cuda")
 
 

@@ -193,6 +193,10 @@ def cache(data, out, vae, text, made, reward=None, rank=0, ranks=1, device="cpu"
     names += sorted(set(captions).difference(names))
     if not names:
         raise UserError(f"no usable clip in {data}: it needs videos or images with captions")
+    try:
+        vae.check(*size[:3])  # before a cache has begun, which remembers how it was made
+    except ValueError as e:
+        raise UserError(f"the VAE does not take such clips: {e}") from e
     common.save_tensors(out / "null.safetensors", {"text": text.null.to(text.dtype)})
     with common.atomic(out / "index.json") as part:  # every process writes the same
         part.write_text(json.dumps({"made": made, "names": names}))
@@ -200,28 +204,33 @@ def cache(data, out, vae, text, made, reward=None, rank=0, ranks=1, device="cpu"
         report(data, len(captions), left_out)
 
     mine = [i for i in range(rank, len(names), ranks) if not _file(out, i).exists()]
-    clips = Ahead(lambda k: load_clip(data / names[mine[k]], *size), READERS, len(mine))
+
+    def read(k):
+        if names[mine[k]] not in captions:
+            raise UserError("its caption is gone")
+        return load_clip(data / names[mine[k]], *size)
+
+    clips = Ahead(read, READERS, len(mine))
     for k, i in enumerate(tqdm(mine, unit="clip", disable=rank > 0)):
         about = {"class": "clip", "name": names[i], "caption": captions.get(names[i], "")}
         try:
-            if names[i] not in captions:
-                raise UserError("its caption is gone")
             video = clips(k)[None].to(device)  # (1, 3, F, H, W)
             tensors = {"text": text.encode([about["caption"]])[0].to(text.dtype)}  # (L, D)
         except UserError as e:
             tqdm.write(f"skipped: {names[i]}: {e}", sys.stderr)
             common.save_tensors(_file(out, i), {}, about)  # so that it is not tried again
             continue
-        try:
-            latents = vae.encode(video).half()  # (1, C, T, h, w)
-        except ValueError as e:  # it knows which sizes it takes
-            raise UserError(f"the VAE does not take such clips: {e}") from e
+        latents = vae.encode(video).half()  # (1, C, T, h, w)
         if reward:  # of what the latents hold, as training scores its samples (Eq. 14)
             pixels = vae.decode(latents.float()).float().clamp(-1, 1)
             tensors["reward"] = reward(pixels, [about["caption"]])[0].float()
         tensors["latents"] = latents[0]
         common.save_tensors(_file(out, i), tensors, about | {"shape": list(latents[0].shape)})
-    return sum("shape" in common.read_metadata(file, "clip") for file in out.glob("clip-*"))
+    heads = [common.read_metadata(file, "clip") for file in sorted(out.glob("clip-*"))]
+    changed = [head["name"] for head in heads if captions.get(head["name"], head["caption"]) != head["caption"]]
+    if changed and rank == 0:
+        print(f"{len(changed)} captions have changed since they were cached ({changed[0]}, ...): make a new cache")
+    return sum("shape" in head for head in heads)
 
 
 def _file(folder, i):
@@ -320,7 +329,8 @@ def encode(cfg):
     made |= {"vae": fingerprint(vae), "reward_weights": Path(cfg.reward_weights or "").name}
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     n = cache(cfg.data, cfg.out, vae.eval().to(device), text, made, reward, rank, ranks, device)
-    print(f"{cfg.out}: {n} clips")
+    if rank == 0:
+        print(f"{cfg.out}: {n} clips")
 
 
 def main():

@@ -54,13 +54,14 @@ class Ranks:
 def start(device=None, timeout_s=600):
     """Join torchrun's processes, or be the only one. Who waits longer than timeout_s for another rank fails."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index or int(os.environ.get("LOCAL_RANK", 0)))
     try:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # before anything touches a GPU, or all ranks would hold a part of the first
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"--device {device} cannot be used here: {str(e).splitlines()[0]}") from e
-    if device.type == "cuda":
-        device = torch.device("cuda", device.index or int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
     if (size := int(os.environ.get("WORLD_SIZE", 1))) == 1:
         return Ranks(0, 1, device)
     store, rank, _ = next(rendezvous("env://"))
@@ -137,9 +138,11 @@ def load_sharded(model, source):
         p = params.pop(name, None)
         if p is None or p.shape != whole.shape:
             raise UserError(f"these weights are of another model: {name} {list(whole.shape)} does not fit")
-        if isinstance(p, DTensor):  # cut as torch.chunk does
+        if isinstance(p, DTensor):
             mesh, dim = p.device_mesh, p.device_mesh.ndim - 1
-            whole = whole[mesh.get_local_rank(dim) * math.ceil(len(p) / mesh.size(dim)) :][: len(local(p))]
+            rows = math.ceil(len(p) / mesh.size(dim))  # as torch.chunk cuts
+            begin = mesh.get_local_rank(dim) * rows
+            whole = whole[begin : begin + len(local(p))]
         local(p).copy_(whole)
     if params:
         raise UserError(f"these weights are of another model: {min(params)} is not among them")
@@ -337,12 +340,19 @@ def _tensors(modules, optimizers):
 
 
 class Stopper:
-    """SIGTERM and SIGINT set a flag; `stopper()`, at the end of a step, says on all ranks alike whether any has one."""
+    """SIGTERM and SIGINT set a flag; `stopper()`, at the end of a step, says on all ranks alike whether any has one.
+
+    A second signal ends the process as it would without this.
+    """
 
     def __init__(self, ranks):
         self.ranks, self.flag = ranks, False
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: setattr(self, "flag", True))
+            signal.signal(number, self.set)
+
+    def set(self, number, _):
+        self.flag = True
+        signal.signal(number, signal.SIG_DFL)
 
     def __call__(self):
         return any_rank(self.flag, self.ranks)

@@ -27,6 +27,7 @@ from typing import Literal
 
 import torch
 
+import rewards
 from common import Machine, UserError, opt, parse, run, start, writable
 from evals import cost, experiments, people, pictures, tables, vbench
 from evals.metrics import Inception, diversity_of_folder, pixel_features, vendi, vendi_kernel
@@ -96,6 +97,8 @@ def world(cfg):
     generator = None if cfg.reference else cfg.load()
     for steps in [] if cfg.reference else cfg.steps:
         generator.steps(steps)  # refuse before the work, not after it
+    for name in cfg.rewards:
+        rewards.make(name)
     evaluator = Evaluator(cfg.judge, cfg.device, cfg.batch, cfg.precision)
     clips, prompts, named = held_out(cfg.prompts, style=cfg.captions)
     reference = evaluator.read(clips, shapes.render_batch, "reference")
@@ -119,9 +122,10 @@ class CostConfig(ModelConfig):
 
 def models(cfg):
     """[(label, generator, steps, w)]: the teacher first, then the student at each of its numbers of steps."""
-    pairs = [("student" if cfg.label == "" else cfg.label, cfg.load(), n, cfg.w) for n in cfg.steps]
-    for _, generator, n, _ in pairs:
-        generator.steps(n)
+    student = cfg.load()
+    pairs = [(cfg.label or "student", student, n, cfg.w) for n in cfg.steps]
+    for n in cfg.steps:
+        student.steps(n)
     if cfg.teacher.lower() == "none":
         return pairs
     if (teacher := cfg.load(cfg.teacher)).student:
@@ -173,6 +177,10 @@ class VideosConfig(ModelConfig):
     batch: int = opt(8, "The number of videos drawn at a time.")
 
 
+# what must not change while a folder of videos is being filled
+VIDEOS_BY = ("weights", "vae", "text", "w", "steps", "prompts", "long", "copies", "seed")
+
+
 def videos(cfg):
     """Draw what VBench wants, under its names. What is there already is kept, so a killed run just starts again."""
     if not cfg.out:
@@ -186,7 +194,7 @@ def videos(cfg):
     generator.steps(cfg.steps)
     fps = cfg.fps or generator.about.get("fps", shapes.FPS)
 
-    made = {k: v for k, v in asdict(cfg).items() if k in ("weights", "w", "steps", "prompts", "long", "copies", "seed")}
+    made = {k: v for k, v in asdict(cfg).items() if k in VIDEOS_BY}
     vbench.begin(out, made | {"fps": fps, "entries": entries, "videos": jobs})
     mine, broken = vbench.missing(jobs[rank::size], out)
     done = len(jobs[rank::size]) - len(mine)
@@ -208,10 +216,10 @@ def score_videos(cfg):
     missing = [d for d in vbench.DIMENSIONS if d not in scores and vbench.key(d) in cfg.dimensions]
     if cfg.videos and missing:
         plan, info = Path(cfg.videos) / "videos.json", cfg.prompts or vbench.full_info()
-        entries = json.loads(plan.read_text())["entries"] if plan.exists() else vbench.suite(info)
+        made = json.loads(plan.read_text()) if plan.exists() else {"entries": vbench.suite(info), "copies": 5}
         for dimension in missing:
             try:
-                left_out = vbench.run_package(cfg.videos, entries, dimension, info, cfg.results, cfg.device)
+                left_out = vbench.run_package(cfg.videos, made, dimension, info, cfg.results, cfg.device)
                 complaints += [f"{dimension}: {name} is missing or broken and left out" for name in left_out]
             except UserError as e:
                 complaints.append(str(e))
@@ -236,7 +244,7 @@ class VendiConfig(Config):
 
 def diversity_of_files(cfg):
     """Vendi diversity of video files (Eq. 17): mean and standard deviation over prompts."""
-    if not Path(cfg.videos).is_dir():
+    if not cfg.videos or not Path(cfg.videos).is_dir():
         raise UserError(f"--videos {cfg.videos or '(nothing)'} is no folder")
     kinds = {"pixel": pixel_features} | ({"inception": Inception(cfg.inception, cfg.device)} if cfg.inception else {})
     scores, left_out = diversity_of_folder(cfg.videos, kinds, cfg.copies, cfg.every, cfg.prompts, cfg.seed)
@@ -257,6 +265,8 @@ class PeopleConfig(Config):
 
 def people_(cfg):
     """One page on which a person compares the videos of two folders, pair by pair."""
+    if not cfg.a or not cfg.b:
+        raise UserError("name the two folders of videos with --a and --b")
     out = Path(cfg.out or "people.html")
     n, left_out = people.make_page(cfg.a, cfg.b, out, cfg.pairs, cfg.seed)
     for why in left_out[:20]:
@@ -295,8 +305,12 @@ class CompareConfig(ModelConfig):
 
 def compare(cfg):
     """The same prompts and noise by the teacher and by the student, side by side."""
-    models = [("teacher", cfg.load(cfg.teacher), n) for n in cfg.teacher_steps]
-    models += [("student", cfg.load(), n) for n in cfg.steps]
+    if Path(cfg.out).suffix not in (".gif", ".mp4"):
+        raise UserError(f"--out {cfg.out}: want FILE.gif or FILE.mp4")
+    teacher, student = cfg.load(cfg.teacher), cfg.load()
+    models = [("teacher", teacher, n) for n in cfg.teacher_steps] + [("student", student, n) for n in cfg.steps]
+    for _, generator, n in models:
+        generator.steps(n)
     words = held_out(cfg.prompts, style=cfg.captions)[1]
     columns = []
     for _, generator, n in models:

@@ -201,7 +201,7 @@ def read_student(cfg, teacher) -> Source:
             raise UserError(f"{cfg.student} is of another size or schedule than its teacher {cfg.teacher}")
         if about.get("kind") != "student":
             raise UserError(f"--student {cfg.student} is no student's file but a {about.get('kind', 'unknown')}'s")
-        if about.get("rank", 0) != cfg.rank and config == teacher.config:
+        if cfg.rank and about.get("rank") != cfg.rank and config == teacher.config:
             raise UserError(f"{cfg.student} has adapters of rank {about.get('rank')}: say --rank {about.get('rank')}")
         if (about.get("timesteps"), config.prediction) != (timesteps(cfg.steps), cfg.prediction or config.prediction):
             want = f"--steps {len(about.get('timesteps') or [])} --prediction {config.prediction}"

@@ -37,6 +37,7 @@ from world import shapes
 from world.judge import Judge, JudgeConfig, slow_motion
 
 WARMUP = 100  # steps
+MAY_CHANGE = ("out", "resume", "device", "precision", "threads", "save_every")  # of a run that is resumed
 DROP_TEXT = 0.1  # the share of captions left empty, for classifier-free guidance
 KL = 0.01  # the weight of the KL term in nats a pixel value, against the mean error of one
 GUIDANCE = 2.0  # the teacher's w, unless a user of it says another
@@ -164,10 +165,14 @@ def fit(cfg, model, loss_of, pictures=None, ema_decay=0.0):
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay), use_buffers=True)
     parts = {"model": model, "muon": muon, "adamw": adamw, "average": average}
     first, state_file = 0, out / "checkpoint.pt"
+    settings = {name: value for name, value in asdict(cfg).items() if name not in MAY_CHANGE}
     if cfg.resume:
         if not state_file.exists():
             raise UserError(f"{state_file} does not exist: leave out --resume, or name a run's --out")
-        state = torch.load(state_file, weights_only=True)
+        state = torch.load(state_file, weights_only=True, map_location=cfg.device)
+        other = [name for name, value in settings.items() if state["settings"].get(name) != value]
+        if other:
+            raise UserError(f"{state_file} was made with another --{other[0].replace('_', '-')}: repeat its flags")
         for name, part in parts.items():
             part.load_state_dict(state[name])
         first = state["step"]
@@ -199,7 +204,7 @@ def fit(cfg, model, loss_of, pictures=None, ema_decay=0.0):
         log.write(json.dumps({"step": step, "seconds": round(time.time() - begun, 1), **numbers}) + "\n")
         log.flush()
         if done % cfg.save_every == 0 or done == cfg.iterations:
-            state = {name: part.state_dict() for name, part in parts.items()} | {"step": done}
+            state = {name: part.state_dict() for name, part in parts.items()} | {"step": done, "settings": settings}
             with common.atomic(state_file) as file:
                 torch.save(state, file)
         if done % (5 * cfg.save_every) == 0:

@@ -14,7 +14,6 @@ checkpoints refuse another. `null` is the embedding of the empty prompt, which g
 import hashlib
 import json
 import math
-import re
 import warnings
 
 import torch
@@ -51,7 +50,7 @@ class WordTable:
         pad = len(self.index)
         tokens = torch.full((len(prompts), self.length), pad)
         for row, prompt in zip(tokens, prompts):
-            words = re.findall(r"\w+(?:['-]\w+)*", prompt.lower())
+            words = shapes.words_of(prompt)
             if len(words) > self.length:
                 warnings.warn(f"a prompt is longer than {self.length} words and was cut", stacklevel=2)
             for i, word in enumerate(words[: self.length]):

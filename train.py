@@ -82,7 +82,7 @@ class Config(Machine):
     beta_vsd: float = opt(1.0, "The weight of variational score distillation (Eq. 10-13). 0 leaves it out.")
     beta_cd: float = opt(0.5, "The weight of consistency distillation (Eq. 6-7). 0 leaves it out.")
     beta_ft: float = opt(1.0, "The weight of the latent reward, standardised (Eq. 15), where there is a --reward.")
-    ft_share: float = opt(0.3, "The reward's pull on a sample, as a share of VSD's. 0: beta_ft alone, as in the paper.")
+    ft_share: float = opt(1.0, "The reward's pull on a sample, as a share of VSD's. 0: beta_ft alone, as in the paper.")
     beta_kl: float = opt(0.0, "The weight of the distance to the student as it began (section 9). 0 leaves it out.")
     # the student
     student: str = opt("", "The student to go on from, as train.py wrote it. Empty: it begins as the teacher.")
@@ -446,7 +446,7 @@ def train(cfg: Config, ranks) -> None:
         checkpoints.save(state["step"], nets.modules, optimizers, about, wait, nets.buffer)
 
     first, in_a_row, teacher_videos = state["step"], 0, []
-    log, board = (open_log(out / "log.jsonl", first), tensorboard(out)) if ranks.main else (None, None)
+    log, board = (open_log(out / "log.jsonl", first), tensorboard(out, first)) if ranks.main else (None, None)
     begun = last = time.time()
     iterations = algorithm_1(cfg, ranks, nets, optimizers, accumulate, first)
     bar = tqdm(iterations, initial=first, total=cfg.iterations, disable=not ranks.main, dynamic_ncols=True)

@@ -230,18 +230,23 @@ class VAE3D(nn.Module):
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
 
+    def check(self, frames, height, width):
+        """ValueError for a video of a size that cannot be encoded."""
+        size, independent = self.config.chunk_frames, self.config.chunking == "independent"
+        if height % 8 or width % 8:
+            raise ValueError(f"height and width must be multiples of 8, got {height}x{width}")
+        if frames != 1 and (frames < size or frames % size > (0 if independent else 1)):
+            allowed = f"1 or {size}k" if independent else f"1, {size}k or {size}k + 1"
+            raise ValueError(f"{frames} frames cannot be encoded: a clip has {allowed} frames")
+
     def posterior(self, video):
         """video (B, 3, F, H, W) in [-1, 1] -> mean, log-variance of the posterior, unscaled, each (B, C, T, H/8, W/8).
 
         T is 1 for one frame; independent chunks: F = 16k gives 5k; streaming: 8k gives 2k, 8k + 1 gives 2k + 1.
         Raises ValueError for another F, or a height or width that is not a multiple of 8.
         """
+        self.check(*video.shape[2:])
         size, frames, independent = self.config.chunk_frames, video.shape[2], self.config.chunking == "independent"
-        if video.shape[3] % 8 or video.shape[4] % 8:
-            raise ValueError(f"height and width must be multiples of 8, got {video.shape[3]}x{video.shape[4]}")
-        if frames != 1 and (frames < size or frames % size > (0 if independent else 1)):
-            allowed = f"1 or {size}k" if independent else f"1, {size}k or {size}k + 1"
-            raise ValueError(f"{frames} frames cannot be encoded: a clip has {allowed} frames")
         chunks = in_chunks(video.to(self.encoder.conv_in.weight.dtype), size)
         if independent and frames > 1:
             chunks = [torch.cat([chunk[:, :, :1], chunk], 2) for chunk in chunks]

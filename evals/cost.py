@@ -2,8 +2,9 @@
 
 A GPU is told what to do and does it later. A clock that does not wait for it measures how long the telling took, which
 hardly depends on how much there is to do: so ratios far above the ratio of network evaluations can appear. Everything
-is therefore timed twice, waiting after each phase ("synchronised") and not ("launched"), and network evaluations stand
-beside the seconds. On a CPU, which does what it is told at once, the two agree.
+is therefore timed twice, waiting after each phase ("synchronised") and not ("launched"; fresh noise between steps,
+which comes from the CPU, is waited for all the same), and network evaluations stand beside the seconds. On a CPU, which
+does what it is told at once, the two agree.
 
 Also what a reward costs in memory when it is differentiated (Tables 1 and 10). Where no GPU is there to say so, this is
 counted: each operation is asked for its result's size alone ("meta" tensors: no numbers, so CLIP-H at 128 frames takes
@@ -104,33 +105,53 @@ def so_far(device):
     return 0
 
 
-def peak(work, device):
-    """Call work(); the most memory in use meanwhile, in bytes. None where the system does not tell."""
+def forget(device):
+    """Begin anew with `so_far`. Returns whether the system can."""
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    else:
-        gc.collect()
-        try:
-            Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-        except OSError:
-            device = None
+        return True
+    gc.collect()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+        return True
+    return False
+
+
+def peak(work, device):
+    """Call work(); the most memory in use meanwhile, in bytes. None where the system does not tell."""
+    told = forget(device)
     work()
-    return (so_far(device) or None) if device is not None else None
+    return so_far(device) or None if told else None
 
 
 def memory(models, prompt):
     """Peak memory of each phase: rows {"label", "steps", "weights", "text", "diffusion", "decoding"} in bytes.
 
-    "weights" is the size of the transformer's, the VAE's and the text encoder's parameters alone.
+    "weights" is the size of the transformer's, the VAE's and the text encoder's parameters alone. A model that is not
+    measured waits on the CPU.
     """
     rows = []
+    for _, generator, *_ in models:
+        place(generator, "cpu")
     for label, generator, steps, w in models:
-        parts = [generator.model, generator.vae, getattr(generator.encoder, "model", None)]
-        weights = sum(p.numel() * p.element_size() for part in parts if part is not None for p in part.parameters())
+        place(generator, generator.device)
+        weights = sum(p.numel() * p.element_size() for part in networks(generator) for p in part.parameters())
         work = phases(generator, prompt, steps, w)
         row = {name: peak(phase, generator.device) for name, phase in work.items()}
         rows.append({"label": label, "steps": steps, "weights": weights} | row)
+        place(generator, "cpu")
     return rows
+
+
+def networks(generator):
+    """The transformer, the VAE and, if it is one, the text encoder."""
+    text = getattr(generator.encoder, "model", None)
+    return [generator.model, generator.vae, *([text] if text else [])]
+
+
+def place(generator, device):
+    for network in networks(generator):
+        network.to(device)
 
 
 class Alive(TorchDispatchMode):

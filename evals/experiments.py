@@ -11,6 +11,8 @@ so that a machine with instructions for bfloat16 repeats what one without them h
 side by side on two cores. A stopped training goes on where it was. `eval.py tables` then writes docs/RESULTS.md.
 """
 
+import contextlib
+import fcntl
 import json
 import os
 import subprocess
@@ -23,7 +25,7 @@ from common import UserError
 from evals.metrics import mean_error, pm
 
 SEEDS, ALL = (0, 1, 2), ("4", "2", "1")
-MEASURE = "--prompts 256 --vendi-prompts 16 --no-dimensions --rewards agreement object_kept jpeg_compressibility"
+MEASURE = "--prompts 256 --vendi-prompts 16 --rewards agreement object_kept jpeg_compressibility"
 EQUAL = "--precision fp32 --threads 1"
 SHORT = "--batch 8 --global-batch 8 --iterations 100"  # half the default run's batch, and three quarters of its updates
 BASE = "--cd-target ema --w-vsd 2"  # what rows change one thing of; the defaults are what they have shown to be better
@@ -33,6 +35,7 @@ HOLD = "--beta-vsd 0 --beta-cd 0 --beta-kl 10"  # and are held by VSD + CD, or b
 TEACHER = "eval.py --weights weights/teacher.safetensors --steps 50"  # measured as it is
 STUDENT = "eval.py --weights weights/student.safetensors --steps 4"
 UNGUIDED = "--w-vsd 0 --w-cd 0"
+READING = f"{UNGUIDED} --reward agreement"
 POLICY = "ddpo.py --beta-kl 10 --reward object_kept"
 
 # table -> {label: flags of train.py, or a script and its flags}
@@ -66,10 +69,11 @@ TABLES = {
     },
     "agreement": {  # a reward that reads the prompt, where something is left to gain: distilled without guidance
         "VSD + CD": UNGUIDED,
-        "VSD + CD + LRM, scalar": f"{UNGUIDED} --reward agreement --lrm-labels scalar",
-        "VSD + CD + LRM, parts": f"{UNGUIDED} --reward agreement --lrm-labels parts",
-        "VSD + CD + LRM, parts, pulling as VSD does": f"{UNGUIDED} --reward agreement --lrm-labels parts --ft-share 1",
-        "VSD + CD + LRM, parts, pulling 3 times": f"{UNGUIDED} --reward agreement --lrm-labels parts --ft-share 3",
+        "VSD + CD + LRM, scalar": f"{READING} --lrm-labels scalar --ft-share 0.3",
+        "VSD + CD + LRM, scalar, pulling 3 times": f"{READING} --lrm-labels scalar --ft-share 3",
+        "VSD + CD + LRM, parts": f"{READING} --lrm-labels parts --ft-share 0.3",
+        "VSD + CD + LRM, parts, pulling as VSD does": f"{READING} --lrm-labels parts --ft-share 1",
+        "VSD + CD + LRM, parts, pulling 3 times": f"{READING} --lrm-labels parts --ft-share 3",
     },
     "steps": {  # Table 6
         "4 steps, VSD + CD": "",
@@ -138,10 +142,12 @@ def rows(table):
     return TABLES[table]
 
 
+ROWS = [(table, label) for table, labels in TABLES.items() for label in labels]
+
+
 def first_of(table, label):
     """Rows of the same flags are one run: (table, label) of the first of them."""
-    rows = [(t, l) for t, labels in TABLES.items() for l in labels]
-    return next((t, l) for t, l in rows if TABLES[t][l] == TABLES[table][label])
+    return next(row for row in ROWS if TABLES[row[0]][row[1]] == TABLES[table][label])
 
 
 def name_of(table, label, seed):
@@ -158,10 +164,10 @@ def file_of(table, label, seed):
 
 def chosen(names):
     """[(table, label, seed), ...] of names: "all", a table, or table/label; first seeds first. Raises UserError."""
-    rows = [(table, label) for table, labels in TABLES.items() for label in labels]
-    wanted = [(t, l) for t, l in rows if any(name in ("all", t, f"{t}/{l}") for name in names)]
+    means = lambda name, row: name in ("all", row[0], "/".join(row))
+    wanted = [row for row in ROWS if any(means(name, row) for name in names)]
     for name in names:
-        if name != "all" and not any(name in (t, f"{t}/{l}") for t, l in rows):
+        if not any(means(name, row) for row in ROWS):
             raise UserError(f"no experiment is called {name!r}; there are: all, {', '.join(TABLES)}, or TABLE/LABEL")
     return [(table, label, seed) for seed in SEEDS for table, label in wanted]
 
@@ -185,7 +191,7 @@ def commands(table, label, seed, out):
     flags = TABLES[table][label].split()
     script = flags.pop(0) if flags and flags[0].endswith(".py") else "train.py"
     measure = [sys.executable, "eval.py", "world", "--label", label, *MEASURE.split(), *EQUAL.split()]
-    measure += ["--out", str(file_of(table, label, seed))]
+    measure += ["--out", str(out / MEASURED)]
     if script == "eval.py":
         return [[*measure, *flags, "--seed", str(seed)]]
     if script == "train.py":
@@ -210,26 +216,35 @@ def run(names, hours=0.0):
         if hours and time.time() - begun > 3600 * hours:
             print(f"{hours:g} hours are over: the same command goes on from here")
             return
-        print(f"{table}/{label}, seed {seed}", flush=True)
-        made, minutes = commands(table, label, seed, out), []
-        for command in made:
-            begin = os.times()
-            if subprocess.run(command).returncode:
-                raise UserError(f"this failed: {' '.join(command)}")
-            end = os.times()
-            used = end.children_user + end.children_system - begin.children_user - begin.children_system
-            minutes.append(used / 60)
-        if len(made) > 1:
-            add_training(file, out, made[0], minutes[0])
+        out.mkdir(parents=True, exist_ok=True)
+        with open(out / "lock", "w") as lock, contextlib.suppress(BlockingIOError):  # another process makes this one
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            print(f"{table}/{label}, seed {seed}", flush=True)
+            common.write_json(file, make(commands(table, label, seed, out), out))
 
 
+def make(lines, out):
+    """Run the command lines of a run in the folder `out`. -> what results/ keeps of it"""
+    minutes = []
+    for command in lines:
+        begin = os.times()
+        if subprocess.run(command).returncode:
+            raise UserError(f"this failed: {' '.join(command)}")
+        end = os.times()
+        used = end.children_user + end.children_system - begin.children_user - begin.children_system
+        minutes.append(used / 60)
+    result = json.loads((out / MEASURED).read_text())
+    return common.tidy(result | training_of(out, lines[0], minutes[0])) if len(lines) > 1 else result
+
+
+MEASURED = "measured.json"  # in the folder of a run, what eval.py has found
 CURVES = ["score_gap", "vsd", "cd", "fake", "vsd_pull", "ft_pull"]  # what the log says of Algorithm 1, and of a reward
 CURVES += ["lrm", "true_reward", "lrm_estimate", "rank_correlation"]
 STRETCH = 10  # updates, over which a point of a curve is the mean
 
 
-def add_training(file, out, command, minutes):
-    """Put into a file of results its training: command, CPU minutes, last values of the log, curves, sizes of files."""
+def training_of(out, command, minutes):
+    """{"training": its command, CPU minutes, last values of the log, curves, sizes of files}."""
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     last = {name: value for line in lines for name, value in line.items()}
     curves = {name: curve for name in CURVES if (curve := curve_of(lines, name))}
@@ -237,7 +252,7 @@ def add_training(file, out, command, minutes):
     training = {"command": " ".join(["python", *command[1:]]), "log": last, "curves": curves, "bytes": sizes}
     if "--resume" not in command:  # or a part would stand for the whole
         training["cpu_minutes"] = minutes
-    common.write_json(file, common.tidy(json.loads(file.read_text()) | {"training": training}))
+    return {"training": training}
 
 
 def curve_of(lines, name):

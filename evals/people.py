@@ -42,8 +42,10 @@ def prompts_of(folder):
     for name in sorted([*captions, *skipped]):
         if Path(name).suffix.lower() not in VIDEOS:
             continue
-        key, ours = re.subn(r"^(student|teacher)\d+-seed\d+-(\d+-)?", r"\2", str(Path(name).with_suffix("")))
+        key, ours = re.subn(r"^(student|teacher)\d+-seed-?\d+-(\d+-)?", r"\2", str(Path(name).with_suffix("")))
         words = re.sub(r"^\d+-", "", key).replace("-", " ") if ours else re.sub(r"-\d+$", "", Path(key).name)
+        if key in found:
+            raise UserError(f"{found[key][0]} and {name} are two videos of one prompt: want a folder for each model")
         found[key] = Path(folder, name), captions.get(name, words)
     return found
 
@@ -88,7 +90,9 @@ def make_page(a, b, out, pairs=50, seed=0):
             made.append(pair)
     if not made:
         raise UserError(f"{a} and {b} have no readable pair of videos of the same name")
-    data = {"a": Path(a).name, "b": Path(b).name, "questions": QUESTIONS, "pairs": made}
+    names = [Path(folder).name for folder in (a, b)]
+    names = names if names[0] != names[1] else [str(a), str(b)]
+    data = {"a": names[0], "b": names[1], "questions": QUESTIONS, "pairs": made}
     data["page"] = hashlib.sha256(json.dumps(data).encode()).hexdigest()[:12]
     with atomic(out) as part:
         page = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
@@ -105,16 +109,18 @@ def read_votes(files):
 
     A vote is {"page", "rater", "a", "b", "pair", "time", "answers": {question: "a" | "b" | "equal"}, ...}.
     """
-    votes = {}
+    votes, raters = {}, {}  # a rater's name, as first spelled
     for file in files:
         try:
             saved = json.loads(read_text(file))
-            about = {key: saved[key] for key in ("page", "rater", "a", "b")}
+            about = {key: saved[key] for key in ("page", "a", "b")}
+            rater = saved["rater"].strip()
+            about["rater"] = raters.setdefault(rater.lower(), rater)
             for vote in saved["votes"]:
-                key = saved["page"], saved["rater"].strip().lower(), vote["pair"]
+                key = saved["page"], about["rater"], vote["pair"]
                 if key not in votes or votes[key]["time"] <= vote["time"]:
-                    votes[key] = about | vote
-        except (ValueError, KeyError, TypeError) as e:
+                    votes[key] = about | vote | {"answers": dict(vote["answers"])}
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise UserError(f"{file} is no file of votes: {e!r}") from e
     if not votes:
         raise UserError("no votes: name the files that the page saved")

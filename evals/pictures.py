@@ -48,12 +48,15 @@ def curves(table, out, names):
         for axis, name in zip(axes[0], names):
             points = {}
             for step, value in (point for run in runs for point in run.get(name, [])):
-                points.setdefault(step, []).append(value)
+                points.setdefault(step, []).extend([] if value is None else [value])
+            points = {step: values for step, values in points.items() if values}  # a correlation may be NaN
             if points:
                 scores = [mean_error(values) for values in points.values()]
                 line = [score["mean"] for score in scores]
                 axis.errorbar(list(points), line, [score["error"] for score in scores], label=label)
             axis.set(title=name.replace("_", " "), xlabel="update")
+    if not any(axis.has_data() for axis in axes[0]):
+        raise UserError(f"results/ has none of {', '.join(names)} of the table {table}")
     axes[0, 0].legend(fontsize=7)
     save(figure, out)
 

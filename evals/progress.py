@@ -31,10 +31,13 @@ READ_AT_ONCE = 32  # videos that the judge reads along with the pictures, and at
 
 
 def set_aside(folder, ranks):
-    """Another run's checkpoints: a new run must neither go on from them nor, counting from 0 again, clean them up."""
+    """Another run's checkpoints, and its log: a new run must neither go on from them nor, counting from 0 again, clean
+    them up."""
     if ranks.main and any(folder.glob("step_*")):
         old = next(old for n in itertools.count(1) if not (old := folder.with_name(f"{folder.name}.{n}")).exists())
         folder.rename(old)
+        if (log := folder.with_name("log.jsonl")).exists():
+            log.rename(old / log.name)
         print(f"the checkpoints of an earlier run are now in {old} (--resume would have gone on)")
     distributed.any_rank(False, ranks)  # wait for it
 
@@ -70,13 +73,13 @@ def check_resumed(newest, settings, nets, ranks):
             print(f"not as before: {', '.join(other)}")
 
 
-def tensorboard(out):
-    """The same numbers for TensorBoard, where it is installed."""
+def tensorboard(out, first):
+    """The same numbers for TensorBoard, where it is installed, without those of steps >= first."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(out / "tensorboard")
+    return SummaryWriter(out / "tensorboard", purge_step=first)
 
 
 def show_progress(nets, ranks, out, step, teacher_videos, n, batch):

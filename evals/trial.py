@@ -22,7 +22,7 @@ from data import PRESETS as CLIPS
 from dit import PRESETS as SIZES
 from dit import DiT
 from evals import tables
-from evals.cost import so_far
+from evals.cost import forget, so_far
 from nets import build
 
 CLIPS_IN_CACHE = 4  # all alike
@@ -67,6 +67,7 @@ def trial(cfg, ranks):
         if ranks.main:
             write_inputs(cfg.preset, Path(place[0]), ranks.device)
         distributed.any_rank(False, ranks)  # wait for it
+        forget(ranks.device)  # what making them took
         files = {"teacher": str(Path(place[0]) / "teacher.safetensors"), "data": str(Path(place[0]) / "cache")}
         run = replace(settled(cfg), vae="", text="", sample_every=0, fake_warmup=0, **files)
         nets = build(run, ranks)

@@ -134,7 +134,7 @@ def suite(prompts="", long=""):
         )
     entries, seen = {}, Counter()
     for (name, dimensions), prompt in zip(short, sampled):
-        if "/" in name or not name or len(name.encode()) > 240:
+        if "/" in name or not name or len(name.encode()) > 220:
             raise UserError(f"a file cannot be called like this prompt: {name!r}")
         if (name, prompt) in entries:  # the same video serves both
             entries[name, prompt]["dimensions"] += dimensions
@@ -145,7 +145,7 @@ def suite(prompts="", long=""):
     return list(entries.values())
 
 
-def files_of(entry, copies=5):
+def files_of(entry, copies):
     """The files of a prompt's videos, `copies` for most prompts; where they are filtered, five times as many."""
     n = copies * (5 if "temporal_flickering" in entry["dimensions"] else 1)
     return [str(Path(entry["folder"], f"{entry['name']}-{copy}.mp4")) for copy in range(n)]
@@ -215,16 +215,20 @@ def draw(generator, jobs, out, steps, w, fps, batch, quiet):
 # the scores
 
 
-def stage(videos, entries, dimension, folder):
-    """Fill `folder` with links to the files that `dimension` looks at. -> files that are missing or broken"""
-    files = [file for entry in entries if key(dimension) in entry["dimensions"] for file in files_of(entry)]
+def stage(videos, made, dimension, folder):
+    """Fill `folder` with links to the files that `dimension` looks at. -> files that are missing or broken
+
+    made: what videos.json says, the suite's "entries" and how many "copies" of each.
+    """
+    entries = [entry for entry in made["entries"] if key(dimension) in entry["dimensions"]]
+    files = [file for entry in entries for file in files_of(entry, made["copies"])]
     left_out = [file for file in files if not readable(Path(videos, file))]
     for file in set(files).difference(left_out):
         Path(folder, Path(file).name).symlink_to(Path(videos, file).resolve())
     return left_out
 
 
-def run_package(videos, entries, dimension, info, out, device):
+def run_package(videos, made, dimension, info, out, device):
     """Let the package `vbench` score one dimension; writes out/DIMENSION_eval_results.json. -> files left out
 
     Raises UserError where the package is missing or fails (several dimensions need detectron2, which pip has not).
@@ -236,7 +240,7 @@ def run_package(videos, entries, dimension, info, out, device):
             f"the package vbench cannot be used here ({e}): pip install vbench, or bring its results"
         ) from e
     with tempfile.TemporaryDirectory() as links, tempfile.TemporaryDirectory() as work:
-        left_out = stage(videos, entries, dimension, links)
+        left_out = stage(videos, made, dimension, links)
         if not any(Path(links).iterdir()):
             raise UserError(f"{videos} has no readable video for {dimension}")
         try:

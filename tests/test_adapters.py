@@ -147,6 +147,8 @@ def test_all_that_a_run_can_do_works_with_adapters_and_resumes_to_the_bit(tiny, 
     resumed, _, _ = fit(config(tiny, tmp_path / "b", **changes | {"resume": True}))
     assert straight.keys() == resumed.keys() and all(torch.equal(straight[k], resumed[k]) for k in straight)
     assert about["rank"] == 4 and len(lines) == 3
+    if not changes.keys() - {"rank"}:  # merged, it goes on as any other student
+        fit(config(tiny, tmp_path / "c", student=f"{tmp_path}/a/student.safetensors", iterations=1))
     teacher, _ = common.load_tensors(f"{tiny}/teacher.safetensors")
     moved = {name for name, p in teacher.items() if not torch.equal(p.half(), straight[name])}
     assert moved == {f"blocks.0.{name}.weight" for name in MAPS}

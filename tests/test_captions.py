@@ -29,6 +29,7 @@ def clips(tmp_path):
     rows = [("a.mp4", "A red ball"), ("sub/b.webm.mp4", "a blue ball"), ("d.png", "picture of\u2028a ball")]
     table = "\n".join([*(row(*pair) for pair in rows), row("gone.mp4", "a ball"), ""])
     files = {"metadata.jsonl": table, "c.txt": "A ball\n rolls\n", "E.txt": "picture of a red ball", "notes.pdf": ""}
+    files |= {"of.v1/README": ""}  # a folder with a dot in its name is none of the files
     files |= dict.fromkeys(("a.mp4", "sub/b.webm.mp4", "c.mkv", "d.png", "E.JPG", "silent.mp4", ".hidden.mp4"), b"")
     return make(tmp_path, files)
 
@@ -42,7 +43,7 @@ def test_captions_from_the_table_and_from_beside_the_file(clips):
     assert list(captions) == sorted(captions)
     assert skipped == {
         "gone.mp4": "it is not there, though a table names it", "silent.mp4": "it has no caption",
-        "notes.pdf": ".pdf files are not read",
+        "notes.pdf": ".pdf files are not read", "of.v1/README": "such files are not read",
     }  # fmt: skip
 
 

@@ -269,9 +269,11 @@ class ToyVAE(torch.nn.Module):
         super().__init__()
         self.config, self.weight = ToyConfig(scale), torch.nn.Parameter(torch.tensor([scale]))
 
+    def check(self, frames, height, width):
+        if frames > 16:
+            raise ValueError(f"{frames} frames cannot be encoded")
+
     def encode(self, video):
-        if video.shape[2] > 16:
-            raise ValueError(f"{video.shape[2]} frames cannot be encoded")
         return torch.nn.functional.avg_pool3d(video[:, :, ::4], (1, 8, 8)) * self.weight
 
     def decode(self, latents):
@@ -492,9 +494,11 @@ def test_the_command(clips, tmp_path):
     done = run("--reward", "agreement", "--reward-weights", judge)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
     assert "the reward agreement reads 16 frames of 64x64; 4 of 4 clips have others" in done.stderr
-    done = run("--frames", "20")
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert done.stderr.startswith("error: ") and "another frames" in done.stderr
+    for out, said in (([], "another frames"), (["--out", tmp_path / "new"], "the VAE does not take such clips")):
+        done = run("--frames", "20", *out)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+        assert done.stderr.startswith("error: ") and said in done.stderr
+    assert not (tmp_path / "new").exists()  # which could not be begun anew with other frames
 
 
 def test_presets_fit_the_models():

@@ -564,7 +564,12 @@ def test_temporal_flickering_is_filtered_before_it_is_scored(tmp_path, package, 
     monkeypatch.setitem(sys.modules, "vbench.common.static_filter", module)
     (tmp_path / "info.json").write_text("[]")
     run = lambda: vbench.run_package(
-        tmp_path, [entry], "Temporal Flickering", tmp_path / "info.json", tmp_path / "out", "cpu"
+        tmp_path,
+        {"entries": [entry], "copies": 5},
+        "Temporal Flickering",
+        tmp_path / "info.json",
+        tmp_path / "out",
+        "cpu",
     )
     assert run() == []
     (dimension, names, _), frames = package[0], [16 + i for i in still[:5]]
@@ -639,7 +644,7 @@ def test_vbench_leaves_out_broken_videos_and_names_them(info, tmp_path, package,
     entries = vbench.suite(info / "info.json", info / "long.txt")
     for job in vbench.plan(entries, 5, 0):
         write_video(out / job["file"], clip, 8)
-    (out / "videos.json").write_text(json.dumps({"entries": entries}))
+    (out / "videos.json").write_text(json.dumps({"entries": entries, "copies": 5}))
     (out / "a cat-2.mp4").write_bytes((out / "a cat-2.mp4").read_bytes()[:900])
     (out / "a cat-3.mp4").unlink()
     words = ["--videos", out, "--results", tmp_path / "scores", "--prompts", info / "info.json"]
@@ -742,6 +747,9 @@ def test_counterparts_of_sample_py(tmp_path):
     said = {"file_name": "student4-seed0-03-a-red-star.mp4", "text": "A red star."}
     (tmp_path / "a" / "metadata.jsonl").write_text(json.dumps(said) + "\n")
     assert people.prompts_of(tmp_path / "a")["03-a-red-star"][1] == "A red star."
+    write_video(tmp_path / "a" / "student1-seed-1-03-a-red-star.mp4", torch.zeros(3, 2, 16, 16), 8)
+    with pytest.raises(UserError, match="two videos of one prompt"):
+        people.prompts_of(tmp_path / "a")
 
 
 def test_wilson_interval():
@@ -766,12 +774,14 @@ def test_votes_count_once_and_ties_not_at_all(tmp_path, monkeypatch, capsys):
         rows = {(r["rater"], r["question"]): r for r in people.count(votes)}
         row = rows["all", "motion"]
         assert (row["a"], row["b"], row["equal"]) == (3, 1, 1) and row["rate"] == 0.75
+        assert {rater.lower() for rater, _ in rows} == {"all", "ann", "bob"} and len(rows) == 3 * 4
         assert (row["low"], row["high"]) == people.wilson(3, 4) and rows["Bob", "motion"]["rate"] == 0.5
     call(monkeypatch, "votes", ann, bob)
     assert "| ours against theirs | all | visual quality | 50.0 [" in capsys.readouterr().out
     (tmp_path / "4.json").write_text("no votes")
     (tmp_path / "5.json").write_text('{"votes": []}')
-    for bad in ("4.json", "5.json"):
+    (tmp_path / "6.json").write_text((tmp_path / "1.json").read_text().replace("answers", "replies"))
+    for bad in ("4.json", "5.json", "6.json"):
         with pytest.raises(UserError, match=f"{bad} is no file of votes"):
             people.read_votes([ann, tmp_path / bad])
 

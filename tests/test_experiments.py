@@ -1,5 +1,6 @@
 """evals/experiments.py: every row is a command that parses, what has run is not run again, and tables are means."""
 
+import fcntl
 import json
 import subprocess
 import sys
@@ -28,7 +29,7 @@ def test_every_row_is_a_command_of_its_script(tmp_path):
         *made, measured = commands(table, label, seed, tmp_path)
         cfg = common.parse(evaluation.WorldConfig, measured[3:], "")
         assert cfg.label == experiments.first_of(table, label)[1] and set(cfg.steps) <= {50, 4, 2, 1}
-        assert cfg.out == str(file_of(table, label, seed)) and cfg.precision == "fp32"
+        assert cfg.out == str(tmp_path / "measured.json") and cfg.precision == "fp32"
         if not made:  # bundled weights
             assert cfg.weights.startswith("weights/") and cfg.seed == seed
             continue
@@ -39,7 +40,7 @@ def test_every_row_is_a_command_of_its_script(tmp_path):
         assert (trained.iterations, trained.batch, trained.global_batch, trained.precision) == (100, 8, 8, "fp32")
         assert max(cfg.steps) == getattr(trained, "steps", 4)
         flags = str(replace(trained, seed=0))
-        assert runs.setdefault((cfg.out, flags), flags) == flags
+        assert runs.setdefault((file_of(table, label, seed), flags), flags) == flags
     assert len(SEEDS) >= 3
     files, flags = zip(*runs)
     assert len(set(files)) == len(files)  # a file is of one run
@@ -74,7 +75,6 @@ def test_what_is_missing_is_run_and_nothing_else(tmp_path, monkeypatch):
         ran.append(command)
         out = Path(command[command.index("--out") + 1])
         if command[1] == "train.py":
-            out.mkdir(parents=True)
             log = (
                 {"step": 0, "cd": 1, "true_reward": 0.5},
                 {"step": 9, "cd": 3},
@@ -103,16 +103,22 @@ def test_what_is_missing_is_run_and_nothing_else(tmp_path, monkeypatch):
         experiments.run(["steps"])
     with pytest.raises(UserError, match="no experiment is called"):
         experiments.run(["nothing"])
+    held = Path("runs/experiments/ablation-cd--from-the-teacher-0")
+    held.mkdir(parents=True)
+    with open(held / "lock", "w") as lock:  # as another process does that makes this row
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        monkeypatch.setattr(experiments, "SEEDS", (0,))
+        experiments.run(["ablation/CD, from the teacher"])
+    assert not file_of("ablation", "CD, from the teacher", 0).exists()
 
 
 def test_the_budget_ends_between_two_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     clock, ran = iter([0.0, 0.0, 3000.0, 4000.0]), []
     monkeypatch.setattr(experiments.time, "time", lambda: next(clock))
-    monkeypatch.setattr(subprocess, "run", lambda command: ran.append(command) or SimpleNamespace(returncode=0))
-    monkeypatch.setattr(experiments, "add_training", lambda *run: None)
+    monkeypatch.setattr(experiments, "make", lambda lines, out: ran.append(out) or {})
     experiments.run(["all"], hours=1.0)
-    assert len(ran) == 4 and "hours are over" in capsys.readouterr().out
+    assert len(ran) == 2 and "hours are over" in capsys.readouterr().out
 
 
 def test_a_table_has_means_over_seeds_and_says_what_has_not_run(tmp_path):
@@ -155,14 +161,19 @@ def test_curves_are_means_over_the_seeds(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("results").mkdir()
     for seed, x in ((0, 1.0), (1, 3.0)):
-        training = {"curves": {"true_reward": [[0, x], [10, 2 * x]]}}
+        training = {"curves": {"true_reward": [[0, x], [10, 2 * x], [20, None]]}}  # None: it was not finite
         file_of("overoptimised", "LRM alone", seed).write_text(json.dumps({"rows": [], "training": training}))
     file_of("overoptimised", "LRM and KL", 0).write_text('{"rows": []}')  # measured as it is, not trained
     drawn = []
-    monkeypatch.setattr(Axes, "errorbar", lambda axis, x, y, error, label: drawn.append((x, y, error, label)))
+    draw = Axes.errorbar
+    monkeypatch.setattr(
+        Axes, "errorbar", lambda *what, label: drawn.append((*what[1:], label)) or draw(*what, label=label)
+    )
     pictures.curves("overoptimised", "curves.png", ["true_reward", "lrm_estimate"])
     assert drawn == [([0, 10], [2.0, 4.0], [1.0, 2.0], "LRM alone")]
     assert Path("curves.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(UserError, match="has none of cd"):
+        pictures.curves("overoptimised", "other.png", ["cd"])
 
 
 def test_a_sheet_has_a_row_for_each_student_there_is(tmp_path, monkeypatch):

@@ -128,6 +128,8 @@ def test_teacher_resumes_to_the_bit(vae, tmp_path, monkeypatch, prediction):
     logs = [(tmp_path / out / "log.jsonl").read_text().splitlines() for out in ("unbroken", "resumed")]
     losses = [[json.loads(line)["loss"] for line in log] for log in logs]
     assert losses[0] == losses[1] and len(losses[0]) == 4
+    with pytest.raises(UserError, match="was made with another --iterations"):  # hence another cosine
+        pretrain.train_teacher(replace(cfg, resume=True, iterations=8))
 
 
 def test_judge_resumes_to_the_bit(tmp_path, monkeypatch):

@@ -194,6 +194,7 @@ def test_parse_keeps_the_two_objects_apart():
         "object2": "star", "scene": "checkerboard", "camera": "pan left",
     }  # fmt: skip
     assert parse("") == parse("something else") == {}
+    assert parse("A red star!") == parse("(a red star)") == {"object": "star", "colour": "red"}  # as WordTable reads it
 
 
 def test_every_value_of_every_factor_occurs():

@@ -28,6 +28,21 @@ def film(path, n=20, fps=25, height=48, width=64, codec="libx264", pixels="yuv42
     return path
 
 
+def test_sound_that_outlasts_the_picture_is_not_counted(tmp_path):
+    """A Matroska file says one length for both."""
+    with av.open(str(tmp_path / "a.mkv"), "w") as container:
+        pictures, sound = container.add_stream("libx264", 25), container.add_stream("pcm_s16le", 8000, layout="mono")
+        pictures.height, pictures.width, pictures.pix_fmt = 48, 64, "yuv420p"
+        for i in range(20):
+            container.mux(pictures.encode(av.VideoFrame.from_ndarray(np.full((48, 64, 3), 10 * i, np.uint8))))
+        container.mux(pictures.encode())
+        samples = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.int16), layout="mono")  # 2 s beside 0.8 s
+        samples.sample_rate = 8000
+        container.mux(sound.encode(samples))
+        container.mux(sound.encode())
+    assert len(read_video(tmp_path / "a.mkv")[0]) == 20
+
+
 def smooth(frames=9, height=33, width=47, seed=0):
     """A clip with soft colours that change all the time: (3, F, H, W) in [-1, 1]."""
     x = torch.rand(1, 3, 4, 4, 4, generator=torch.Generator().manual_seed(seed))

@@ -80,7 +80,10 @@ class Judge(nn.Module):
         return self.mixer(self.join(x.flatten(2).transpose(1, 2)) + self.place)
 
     def forward(self, video):
-        x = self.tokens(video)
+        return self.answers(self.tokens(video))
+
+    def answers(self, x):
+        """Tokens (B, 64, dim) -> logits of every factor."""
         x = self.pool(torch.cat([x.mean(1), x.amax(1), self.where(x).flatten(1)], 1))  # what is there, and where
         return {name: head(x).float() for name, head in zip(FACTORS, self.answer)}
 

@@ -8,7 +8,6 @@ and leave much open; a factor counts only where the prompt names it.
 import contextlib
 import math
 import random
-import time
 
 import torch
 from tqdm import tqdm
@@ -46,8 +45,9 @@ class Evaluator:
         """video (B, 3, F, H, W) -> {factor: probabilities (B, values)}, features (B, d), on the CPU."""
         video = video.to(self.device, memory_format=torch.channels_last_3d)
         with autocast(self.precision, self.device):
-            logits, features = self.judge(video), self.judge.features(video)
-        return {name: x.float().softmax(1).cpu() for name, x in logits.items()}, features.float().cpu()
+            tokens = self.judge.tokens(video)
+            logits = self.judge.answers(tokens)
+        return {name: x.softmax(1).cpu() for name, x in logits.items()}, tokens.float().mean(1).cpu()
 
     def keeps_its_object(self, video):
         """Whether the first and the last four frames, in slow motion, are read as the same object: (B,), 0 or 1."""
@@ -58,14 +58,12 @@ class Evaluator:
         """Read the videos draw(some of the jobs) -> (B, 3, F, H, W) of all jobs. One that is not finite is left out.
 
         -> {"beliefs": {factor: (m, values)}, "features": (m, d), "jobs": the m that were read, "broken": n - m,
-        "measured": {name: (m,)} of measure(video, its jobs), "seconds": of draw alone, a video}. UserError if
-        all are broken.
+        "measured": {name: (m,)} of measure(video, its jobs)}. UserError if all are broken.
         """
-        beliefs, features, measured, whole, seconds = [], [], [], [], 0.0
+        beliefs, features, measured, whole = [], [], [], []
         for i in tqdm(range(0, len(jobs), self.batch), desc=name, dynamic_ncols=True, leave=False):
-            some, start = jobs[i : i + self.batch], time.perf_counter()
+            some = jobs[i : i + self.batch]
             video = draw(some)
-            seconds += time.perf_counter() - start
             finite = video.flatten(1).isfinite().all(1)
             if not finite.any():
                 continue
@@ -79,7 +77,7 @@ class Evaluator:
         if not whole:
             raise UserError(f"none of {len(jobs)} videos is finite: these weights are broken")
         read = {"features": torch.cat(features), "beliefs": joined(beliefs), "measured": joined(measured)}
-        return read | {"jobs": whole, "broken": len(jobs) - len(whole), "seconds": seconds / len(jobs)}
+        return read | {"jobs": whole, "broken": len(jobs) - len(whole)}
 
 
 def joined(batches):
@@ -166,8 +164,7 @@ def reference_rows(cfg, evaluator, reference):
     rows, further = [], [job for job in clips if job[1]]
     for label, draw in (("rendered clips", render), ("the VAE's copies", encode_and_decode)):
         row = {"label": label, "steps": None, "nfe": None}
-        measured = measurements(cfg, evaluator, reference, draw, further, prompts, named)
-        rows.append(row | measured | {"seconds": None})
+        rows.append(row | measurements(cfg, evaluator, reference, draw, further, prompts, named))
         print(summary(rows[-1]), flush=True)
     scores = torch.cat(psnrs).sort().values
     rows[1] |= {"psnr": scores.mean().item(), "psnr_worst_tenth": scores[: max(1, len(scores) // 10)].mean().item()}
@@ -189,8 +186,7 @@ def measurements(cfg, evaluator, reference, draw, further, prompts, named):
     named, measured = [named[i] for i, _ in read["jobs"]], read["measured"]
     if len(named) < 20:
         raise UserError(f"{read['broken']} of {cfg.prompts} videos are not finite: these weights are broken")
-    row = {"seconds": read["seconds"], "broken": read["broken"]}
-    row |= accuracy(read["beliefs"], named) | likeness(read["features"], reference)
+    row = {"broken": read["broken"]} | accuracy(read["beliefs"], named) | likeness(read["features"], reference)
     single = torch.tensor(["relation" not in names for names in named])
     row["identity"] = mean_error(measured["identity"][single].double())
     row["motion"] = mean_error(measured["motion"].double())

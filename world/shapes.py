@@ -20,6 +20,7 @@ the mean over all that its caption allows, and a mean over places has no outline
 
 import math
 import random
+import re
 from dataclasses import dataclass
 
 import torch
@@ -335,6 +336,11 @@ for _factor, _table in TABLES.items():
 WORDS = sorted({word for phrase in [*PHRASES, "a", "an", "shape"] for word in phrase.split()})
 
 
+def words_of(prompt):
+    """The words of a prompt, in lower case and without punctuation."""
+    return re.findall(r"\w+(?:['-]\w+)*", prompt.lower())
+
+
 def caption(clip, style, rng=None, still=False):
     """Words for a clip, and the factors that they name: {factor: value}.
 
@@ -387,7 +393,7 @@ def parse(prompt):
     the world are passed over; what stands after a relation belongs to the other object. "a right of b" is read as "b
     left of a".
     """
-    words, names = prompt.lower().replace(",", " ").replace(".", " ").split(), {}
+    words, names = words_of(prompt), {}
     while words:
         lengths = [n for n in (3, 2, 1) if " ".join(words[:n]) in PHRASES]
         if lengths:
