@@ -383,7 +383,7 @@ def tune(cfg: Config, ranks) -> None:
             write_grid(out / f"step{step:06d}.png", list(videos), shown)
 
     words = isinstance(policy.generator.encoder, WordTable)
-    unseen = shapes.held_out_prompts(cfg.reward_samples) if words else policy.prompts
+    unseen = shapes.held_out(cfg.reward_samples)[1] if words else policy.prompts
     first, in_a_row = state["step"], 0
     if first % cfg.save_every == 0:
         picture(first)

@@ -35,7 +35,8 @@ from evals.vbench import vbench_scores
 from generate import Generator
 from video import write_video_grid
 from world import shapes
-from world.reading import Evaluator, held_out, model_rows, reference_rows
+from world.reading import Evaluator, model_rows, reference_rows
+from world.shapes import held_out
 
 __all__ = ["vbench_scores", "vendi", "vendi_kernel"]  # the names under which others look for them
 

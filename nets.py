@@ -30,7 +30,7 @@ from schedule import Schedule, timesteps
 from text import load_encoder
 from vae3d import VAE3D
 from world.judge import Judge
-from world.shapes import held_out_prompts
+from world.shapes import held_out
 
 COMPARED = 192  # prompts of the small world on which student and teacher are compared at the end
 BUFFER_SIZE, BUFFER_BYTES = 4096, 2**28  # samples that an LRM's buffer keeps on a rank, or as many as fit
@@ -157,7 +157,7 @@ def build(cfg, ranks) -> Nets:
     if cached:
         prompts = [prompt for prompt in encoder.known if prompt]
     else:
-        prompts = held_out_prompts(max(COMPARED, cfg.reward_samples)) if cfg.text == "words" else PROMPTS
+        prompts = held_out(max(COMPARED, cfg.reward_samples))[1] if cfg.text == "words" else PROMPTS
     return Nets(
         teacher_net, student_net, fake, ema, vae, encoder, data, about, ranks.device, prompts, judge,
         latent_reward and latent_reward.lrm, latent_reward, buffer, frozen, cfg.precision,

@@ -9,7 +9,7 @@ from common import UserError
 from evals import experiments
 from evals.metrics import mean_error
 from generate import Generator
-from world.reading import held_out
+from world.shapes import held_out
 
 MOMENTS = (0, 7, 15)  # the frames of a clip that are shown
 

@@ -7,7 +7,6 @@ and leave much open; a factor counts only where the prompt names it.
 
 import contextlib
 import math
-import random
 
 import torch
 from tqdm import tqdm
@@ -23,13 +22,6 @@ from world.judge import Judge, slow_motion
 
 MAIN = ("object", "object2", "colour", "action", "scene", "camera", "look")  # the factors that the headline averages
 ELSEWHERE = shapes.HELD_OUT + 1  # seed of further clips that nothing is trained on
-
-
-def held_out(n, seed=shapes.HELD_OUT, style="train"):
-    """n clips that nothing is trained on, a prompt for each (style: of shapes.caption), and the factors it names."""
-    clips = [shapes.Clip.make(seed, i) for i in range(n)]
-    words = [shapes.caption(clip, style, random.Random(f"held out {i}")) for i, clip in enumerate(clips)]
-    return clips, [prompt for prompt, _ in words], [named for _, named in words]
 
 
 class Evaluator:
@@ -144,7 +136,9 @@ def model_rows(cfg, label, evaluator, reference, generator, prompts, named):
 def reference_rows(cfg, evaluator, reference):
     """Other rendered clips, and what the VAE makes of them: two rows."""
     vae = common.load_model(cfg.vae, VAE3D, cfg.device)[0].to(memory_format=torch.channels_last_3d)
-    clips, prompts, named = held_out(cfg.prompts, ELSEWHERE, cfg.captions)  # a clip must not be compared with itself
+    clips, prompts, named = shapes.held_out(
+        cfg.prompts, ELSEWHERE, cfg.captions
+    )  # a clip must not be compared with itself
     clips, psnrs = {(i, 0): clip for i, clip in enumerate(clips)}, []
     for i, fixed in enumerate(named[: cfg.vendi_prompts]):  # further clips that the same prompt describes
         with contextlib.suppress(ValueError):  # a prompt that names very much has too few clips to be found

@@ -381,9 +381,11 @@ def caption(clip, style, rng=None, still=False):
     return " ".join(words), names
 
 
-def held_out_prompts(n):
-    """Captions, in the training style, of the first n clips that nothing is trained on."""
-    return [caption(Clip.make(HELD_OUT, i), "train", random.Random(f"held out {i}"))[0] for i in range(n)]
+def held_out(n, seed=HELD_OUT, style="train"):
+    """The first n clips that nothing is trained on, a prompt for each (style: of `caption`), and the factors it names."""
+    clips = [Clip.make(seed, i) for i in range(n)]
+    words = [caption(clip, style, random.Random(f"held out {i}")) for i, clip in enumerate(clips)]
+    return clips, [prompt for prompt, _ in words], [named for _, named in words]
 
 
 def parse(prompt):
