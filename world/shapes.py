@@ -382,7 +382,7 @@ def caption(clip, style, rng=None, still=False):
 
 
 def held_out(n, seed=HELD_OUT, style="train"):
-    """The first n clips that nothing is trained on, a prompt for each (style: of `caption`), and the factors it names."""
+    """The first n clips that nothing is trained on, a prompt of each (style: of `caption`), and what it names."""
     clips = [Clip.make(seed, i) for i in range(n)]
     words = [caption(clip, style, random.Random(f"held out {i}")) for i, clip in enumerate(clips)]
     return clips, [prompt for prompt, _ in words], [named for _, named in words]
