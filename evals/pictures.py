@@ -1,5 +1,6 @@
 """Pictures of the runs of experiments.py: what their students draw, side by side, and their curves."""
 
+import textwrap
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -29,13 +30,19 @@ def sheet(table, out, prompts=4):
             drawn[label] = generator.decode(latents)[:, :, MOMENTS]  # (prompts, 3, len(MOMENTS), H, W)
     if not drawn:
         raise UserError(f"runs/experiments has no student of the table {table}: python eval.py experiments {table}")
-    figure, axes = plt.subplots(len(drawn), squeeze=False, figsize=(10, 0.95 * len(drawn)), layout="constrained")
+    height = 8 / (prompts * len(MOMENTS)) + 0.05  # of a row, in inches
+    figure, axes = plt.subplots(
+        len(drawn), squeeze=False, figsize=(12, height * len(drawn) + 0.6), layout="constrained"
+    )
     for axis, (label, videos) in zip(axes[:, 0], drawn.items()):
         frames = videos.permute(3, 0, 2, 4, 1).flatten(1, 3)  # (H, prompts * moments * W, 3)
         axis.imshow((frames + 1) / 2, interpolation="nearest")
         axis.set(xticks=[], yticks=[])
+        of_prompt = frames.shape[1] / prompts  # pixels
         axis.set_ylabel(label, rotation=0, ha="right", va="center")
-    axes[0, 0].set_title("   |   ".join(words), fontsize=7)
+    places = [(i + 0.5) * of_prompt for i in range(prompts)]
+    axes[0, 0].set_xticks(places, [textwrap.fill(prompt, 22) for prompt in words], fontsize=7)
+    axes[0, 0].tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=0)
     save(figure, out)
 
 
