@@ -123,7 +123,7 @@ TABLES = {
         "average that stands": "--ema 0.9999",
     },
     "overoptimised": {  # Fig. 9, 14
-        "the student": f"{STUDENT}",
+        "the student": STUDENT,
         "LRM alone": f"{TUNE} --beta-vsd 0 --beta-cd 0 --reward jpeg_compressibility",
         "LRM and KL": f"{TUNE} {HOLD} --reward jpeg_compressibility",
     },
