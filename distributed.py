@@ -54,6 +54,7 @@ class Ranks:
 def start(device=None, timeout_s=600):
     """Join torchrun's processes, or be the only one. Who waits longer than timeout_s for another rank fails."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    asked = device
     if device.type == "cuda":
         device = torch.device("cuda", device.index or int(os.environ.get("LOCAL_RANK", 0)))
     try:
@@ -61,7 +62,7 @@ def start(device=None, timeout_s=600):
             torch.cuda.set_device(device)  # before anything touches a GPU, or all ranks would hold a part of the first
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as e:
-        raise UserError(f"--device {device} cannot be used here: {str(e).splitlines()[0]}") from e
+        raise UserError(f"--device {asked} cannot be used here: {str(e).splitlines()[0]}") from e
     if (size := int(os.environ.get("WORLD_SIZE", 1))) == 1:
         return Ranks(0, 1, device)
     store, rank, _ = next(rendezvous("env://"))

@@ -282,8 +282,9 @@ def test_tensorboard_gets_what_the_log_gets(tiny, tmp_path, monkeypatch):
     written = []
 
     class SummaryWriter:
-        def __init__(self, folder):
+        def __init__(self, folder, purge_step):
             self.folder = folder
+            assert purge_step == 0  # of a resumed run, the steps from there on are written again
 
         def add_scalar(self, name, value, step):
             written.append((self.folder, step, name, value))
