@@ -52,13 +52,9 @@ class Config(Machine):
 
 @dataclass
 class ModelConfig(Config):
-    weights: str = opt(
-        str(HERE / "student.safetensors"), "The weights: a teacher's or student's file, or a CogVideoX folder."
-    )
+    weights: str = opt(str(HERE / "student.safetensors"), "The weights: a .safetensors file, or a CogVideoX folder.")
     vae: str = opt(str(HERE / "vae.safetensors"), "The VAE: a file or folder.")
-    text: str = opt(
-        "", "The folder of a T5 encoder. Empty: the small world's words, or the one in the weights' folder."
-    )
+    text: str = opt("", "The folder of a T5 encoder. Empty: the world's words, or the one in the weights' folder.")
     w: float | None = opt(None, "The guidance of a teacher (Eq. 9). None: what its weights say.")
     label: str = opt("", "The name in tables. Empty: the file's.")
 
@@ -326,9 +322,7 @@ def compare(cfg):
 
 @dataclass
 class ExperimentsConfig:
-    names: tuple[str, ...] = opt(
-        (), "The tables or rows to make, or all. None: the list of what there is, and of what has run."
-    )
+    names: tuple[str, ...] = opt((), "The tables or rows to make, or all. None: the list of them, and what has run.")
     budget: float = opt(0.0, "The hours after which no further run begins. 0: no limit.")
 
 

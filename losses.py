@@ -82,8 +82,8 @@ def vsd_loss(x, real, fake, schedule, t, eps, weight="dmd"):
                                                                             each sample so that no noise level dominates
 
     The KL has no number here, only the gradient: loss = mean (x - sg(x - g))^2 / 2 has g / numel. Its value is half the
-    mean square of g and no measure of progress. A sample whose g is not finite is left out of
-    the mean.
+    mean square of g and no measure of progress. A sample whose g is not finite is left
+    out of the mean.
 
     info, tensors without dimensions: "dropped", how many were left out; "score_gap", mean |x_fake - x_real| relative to
     mean |x - x_real|: 0 when the two scores agree. ValueError for an unknown weight.

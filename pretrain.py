@@ -170,7 +170,7 @@ def fit(cfg, model, loss_of, pictures=None, ema_decay=0.0):
         if not state_file.exists():
             raise UserError(f"{state_file} does not exist: leave out --resume, or name a run's --out")
         state = torch.load(state_file, weights_only=True, map_location=cfg.device)
-        other = [name for name, value in settings.items() if state["settings"].get(name) != value]
+        other = [name for name, value in settings.items() if state.get("settings", {}).get(name) != value]
         if other:
             raise UserError(f"{state_file} was made with another --{other[0].replace('_', '-')}: repeat its flags")
         for name, part in parts.items():

@@ -58,10 +58,7 @@ LRM_LR = 1e-3  # the learning rate of the latent reward model
 
 @dataclass
 class Config(Machine):
-    preset: str = opt(
-        "shapes",
-        "The set of defaults: shapes, dollar, cogvideox-2b or cogvideox-5b. Its values replace some shown here.",
-    )
+    preset: str = opt("shapes", "The set of defaults: shapes, dollar, cogvideox-2b or cogvideox-5b (PRESETS below).")
     data: str = opt(
         "shapes", "The clips: shapes (rendered), a folder of captioned videos and images, or a cache made by data.py."
     )
@@ -99,10 +96,7 @@ class Config(Machine):
     w_vsd: float = opt(3.5, "The guidance of the real score (Eq. 9). Elsewhere guidance_scale = 1 + w.")
     vsd_weight: Literal["dmd", "score"] = opt("dmd", "The gradient's weight: normalised by sample, or the KL's own.")
     fake_updates: int = opt(5, "The number of fake-score updates a generator update.")
-    fake_warmup: int | None = opt(
-        None,
-        "The iterations in which the fake score learns and VSD waits. None: 20 with --student, else 0.",
-    )
+    fake_warmup: int | None = opt(None, "The updates in which VSD waits for the fake score. None: 20 with --student.")
     # CD
     w_cd: float = opt(7.5, "The guidance of CD's teacher steps (Eq. 9).")
     m: int = opt(5, "The number of teacher steps between CD's two points.")

@@ -136,9 +136,8 @@ def model_rows(cfg, label, evaluator, reference, generator, prompts, named):
 def reference_rows(cfg, evaluator, reference):
     """Other rendered clips, and what the VAE makes of them: two rows."""
     vae = common.load_model(cfg.vae, VAE3D, cfg.device)[0].to(memory_format=torch.channels_last_3d)
-    clips, prompts, named = shapes.held_out(
-        cfg.prompts, ELSEWHERE, cfg.captions
-    )  # a clip must not be compared with itself
+    # others than the reference's: a clip must not be compared with itself
+    clips, prompts, named = shapes.held_out(cfg.prompts, ELSEWHERE, cfg.captions)
     clips, psnrs = {(i, 0): clip for i, clip in enumerate(clips)}, []
     for i, fixed in enumerate(named[: cfg.vendi_prompts]):  # further clips that the same prompt describes
         with contextlib.suppress(ValueError):  # a prompt that names very much has too few clips to be found
