@@ -23,6 +23,7 @@ from pathlib import Path
 import common
 from common import UserError
 from evals.metrics import mean_error, pm
+from world.reading import MAIN
 
 SEEDS, ALL = (0, 1, 2), ("4", "2", "1")
 MEASURE = "--prompts 256 --vendi-prompts 16 --rewards agreement object_kept jpeg_compressibility"
@@ -319,3 +320,26 @@ def rows_of(name, folder="results"):
         lines.append(line)
     lines.sort(key=lambda line: list(TABLES[name]).index(line[0]))
     return ["", "steps", "seeds", *columns], lines
+
+
+def gains_of(name, folder="results"):
+    """Header and lines: what each row of a table has more than the first of the same seed, prompts and noise.
+
+    Means over the seeds that both have, and their standard errors; shares in points.
+    """
+    first, *others = TABLES[name]
+    reward, lines = REWARDS[name], []
+    for label in others:
+        gains = {}
+        for seed in SEEDS:
+            files = [Path(folder) / file_of(name, row, seed).name for row in (label, first)]
+            if all(file.exists() for file in files):
+                ours, base = (json.loads(file.read_text())["rows"][0] for file in files)
+                for what in ("main", *MAIN, "frechet", "vendi"):
+                    gains.setdefault(what, []).append(ours[what]["mean"] - base[what]["mean"])
+                gains.setdefault(reward, []).append(ours["rewards"][reward]["mean"] - base["rewards"][reward]["mean"])
+        if gains:
+            points = [pm(mean_error(gains[what]), 100) for what in ("main", *MAIN)]
+            other = [pm(mean_error(gains[what]), 1, 3) for what in (reward, "frechet", "vendi")]
+            lines.append([label, len(gains["main"]), *points, *other])
+    return ["more than in the first row", "seeds", "mean of 7", *MAIN, reward, "Frechet", "Vendi - 1"], lines

@@ -220,8 +220,12 @@ def table(results, kind=""):
 
 
 def block(name, folder="results"):
-    """The table NAME and below it the commands that made it, or NAME/KIND, another view; experiments/NAME: of these."""
+    """The table NAME and below it the commands that made it, or NAME/KIND, another view; experiments/NAME: of these,
+    experiments/NAME/gains: what its rows have more than the first.
+    """
     name, _, kind = name.partition("/")
+    if name == "experiments" and kind.endswith("/gains"):
+        return markdown(*experiments.gains_of(kind.removesuffix("/gains"), folder))
     if name == "experiments":
         return f"{markdown(*experiments.rows_of(kind, folder))}\n\n    python eval.py experiments {kind}"
     results = read(name, folder)

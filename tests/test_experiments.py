@@ -21,6 +21,7 @@ from common import UserError
 from distributed import Ranks
 from evals import experiments, pictures, tables
 from evals.experiments import SEEDS, TABLES, chosen, commands, file_of
+from world.reading import MAIN
 
 
 def test_every_row_is_a_command_of_its_script(tmp_path):
@@ -149,6 +150,21 @@ def test_a_table_has_means_over_seeds_and_says_what_has_not_run(tmp_path):
     assert "| VSD + CD | 2 |" in tables.block("experiments/ablation", tmp_path)
     write("ablation", "teacher", 0, 1.2, steps=50)
     assert "| 100.0±0.0 | 50±8 | 2.0±0.0 |" in tables.block("experiments/rank", tmp_path)
+
+
+def test_gains_are_of_pairs_of_one_seed(tmp_path):
+    def write(label, seed, x, agreement):
+        row = {what: {"mean": x} for what in ("main", *MAIN, "frechet", "vendi")}
+        row |= {"steps": 4, "camera": {"mean": x + agreement}, "rewards": {"agreement": {"mean": agreement}}}
+        (tmp_path / file_of("agreement", label, seed).name).write_text(json.dumps({"rows": [row]}))
+
+    for seed, base, more in ((0, 0.5, 0.1), (1, 0.7, 0.3), (2, 0.9, None)):  # the seeds differ more than the gains
+        write("VSD + CD", seed, base, 0.0)
+        if more:
+            write("VSD + CD + LRM, parts", seed, base + more, 0.2)
+    text = tables.block("experiments/agreement/gains", tmp_path)
+    assert text.count("\n") == 2 and "| VSD + CD + LRM, parts | 2 | 20.0±10.0 |" in text
+    assert "| 40.0±10.0 | 20.0±10.0 | 0.200±0.000 | 0.200±0.100 | 0.200±0.100 |" in text  # camera, look, reward, ...
 
 
 def test_rows_of_the_same_flags_are_one_run():
