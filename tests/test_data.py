@@ -350,7 +350,7 @@ t.cache({clips!r}, {out!r}, Slow(), t.TEXT, t.MADE)
 """
 
 
-def test_a_killed_run_goes_on_and_no_clip_is_lost_or_doubled(tmp_path):
+def test_a_killed_run_goes_on_and_no_clip_is_lost_or_doubled(tmp_path, capsys):
     clips, out = tmp_path / "clips", tmp_path / "cache"
     clips.mkdir()
     for i in range(16):
@@ -374,6 +374,10 @@ def test_a_killed_run_goes_on_and_no_clip_is_lost_or_doubled(tmp_path):
     (clips / "000.txt").write_text("a red ball")
     assert cache(clips, out, VAE, TEXT, MADE) == 17
     assert {p: p.stat().st_mtime_ns for p in made} == made  # what was finished is not made again
+    capsys.readouterr()
+    (clips / "03.txt").write_text("a blue ball")
+    cache(clips, out, VAE, TEXT, MADE)
+    assert "1 captions have changed since they were cached (03.png, ...)" in capsys.readouterr().out
     found, names = made_files(out)
     assert sorted(found) == sorted(names) == sorted(p.name for p in clips.glob("*.png"))
     got = LatentCache(out)

@@ -509,6 +509,16 @@ def move(modules, optimizers):
     optimizers["adam"].step()
 
 
+def test_a_second_signal_is_not_caught():
+    """It is for who does not want to wait for what comes after the last step."""
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    stopper = Stopper(Ranks(0, 1, torch.device("cpu")))
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stopper() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    for number, handler in zip((signal.SIGTERM, signal.SIGINT), before):
+        signal.signal(number, handler)
+
+
 def test_gradient_descent_clips_and_leaves_out_what_is_not_finite():
     alone, p = Ranks(0, 1, torch.device("cpu")), nn.Parameter(torch.zeros(2))
     module, sgd = nn.ParameterList([p]), torch.optim.SGD([p], 1.0)

@@ -423,6 +423,29 @@ def test_times_add_up(tiny, tmp_path, monkeypatch):
     assert share[0][3] == 100 and all(sum(s[:3]) == pytest.approx(s[3], abs=0.03) for s in share)
 
 
+def test_a_model_is_loaded_once_for_all_its_steps(tiny, monkeypatch):
+    """A second copy would be in what `memory` measures."""
+    loaded = []
+    load = lambda weights, *_: (
+        loaded.append(weights) or types.SimpleNamespace(student="student" in str(weights), steps=int)
+    )
+    monkeypatch.setattr(Generator, "load", load)
+    cfg = evaluation.CostConfig(weights="student", teacher="teacher", steps=(4, 2, 1))
+    assert [label for label, *_ in evaluation.models(cfg)] == ["teacher", *["student"] * 3]
+    assert loaded == ["student", "teacher"]
+
+
+def test_a_model_that_is_not_measured_waits_on_the_cpu(monkeypatch):
+    placed = []
+    monkeypatch.setattr(cost, "place", lambda generator, device: placed.append((generator.name, device)))
+    monkeypatch.setattr(cost, "networks", lambda generator: [])
+    monkeypatch.setattr(cost, "phases", lambda *_: {})
+    models = [(name, types.SimpleNamespace(name=name, device="cuda"), 1, None) for name in ("teacher", "student")]
+    cost.memory(models, "")
+    assert placed[:2] == [("teacher", "cpu"), ("student", "cpu")]
+    assert placed[2:] == [(name, place) for name in ("teacher", "student") for place in ("cuda", "cpu")]
+
+
 def test_teacher_and_student_side_by_side(tiny, tmp_path, monkeypatch, capsys):
     words = ["--teacher", tiny / "teacher.safetensors", "--teacher-steps", 2, 1, "--steps", 1, "--prompts", 2]
     call(monkeypatch, "compare", *flags(tiny, *words, judge=False), "--out", tmp_path / "c.gif")
@@ -645,6 +668,10 @@ def test_vbench_leaves_out_broken_videos_and_names_them(info, tmp_path, package,
     for job in vbench.plan(entries, 5, 0):
         write_video(out / job["file"], clip, 8)
     (out / "videos.json").write_text(json.dumps({"entries": entries, "copies": 5}))
+    fewer = {"entries": entries, "copies": 2}  # as many as were drawn are looked for, and no more
+    (tmp_path / "links").mkdir()
+    assert vbench.stage(out, fewer, "Object Class", tmp_path / "links") == []
+    assert {link.stem[-1] for link in (tmp_path / "links").iterdir()} == {"0", "1"}
     (out / "a cat-2.mp4").write_bytes((out / "a cat-2.mp4").read_bytes()[:900])
     (out / "a cat-3.mp4").unlink()
     words = ["--videos", out, "--results", tmp_path / "scores", "--prompts", info / "info.json"]
