@@ -38,6 +38,7 @@ STUDENT = "eval.py --weights weights/student.safetensors --steps 4"
 UNGUIDED = "--w-vsd 0 --w-cd 0"
 READING = f"{UNGUIDED} --reward agreement"
 POLICY = "ddpo.py --beta-kl 10 --reward object_kept"
+BRIEF = "--iterations 800 --images 400 --clips 4000 --stills 8000"  # of teachers: the bundled one had 12,000 steps
 
 # table -> {label: flags of train.py, or a script and its flags}
 TABLES = {
@@ -93,6 +94,9 @@ TABLES = {
         "student, short": f"{STUDENT} --captions short",
         "teacher, long": f"{TEACHER} --captions long",
         "student, long": f"{STUDENT} --captions long",
+    },
+    "velocity": {  # section 3.1: which of them is learned most easily; teachers, in 50 steps
+        name: f"pretrain.py teacher --prediction {name} {BRIEF}" for name in ("conjugate", "velocity", "epsilon")
     },
     "rank": {"full": ""}
     | {f"rank {r}": f"--rank {r}" for r in (8, 16, 32, 64)}
@@ -195,16 +199,17 @@ def commands(table, label, seed, out):
     measure += ["--out", str(out / MEASURED)]
     if script == "eval.py":
         return [[*measure, *flags, "--seed", str(seed)]]
+    weights, most = "student.safetensors", flags[flags.index("--steps") + 1] if "--steps" in flags else "4"
     if script == "train.py":
         flags = [*BASE.split(), *flags, "--sample-every", "0"]
-    flags += SHORT.split() + EQUAL.split()
-    resume = ["--resume"] if any((out / "checkpoints").glob("step_*")) else []
-    most = flags[flags.index("--steps") + 1] if "--steps" in flags else "4"
+    if script == "pretrain.py":
+        weights, most = "teacher.safetensors", "50"
+    else:
+        flags += SHORT.split()
+    begun = any((out / "checkpoints").glob("step_*")) or (out / "checkpoint.pt").exists()
+    flags += [*EQUAL.split(), "--seed", str(seed), "--out", str(out), *["--resume"] * begun]
     steps = [n for n in ALL if n <= most] if table == "ablation" else [most]
-    return [
-        [sys.executable, script, *flags, "--seed", str(seed), "--out", str(out), *resume],
-        [*measure, "--weights", str(out / "student.safetensors"), "--steps", *steps],
-    ]
+    return [[sys.executable, script, *flags], [*measure, "--weights", str(out / weights), "--steps", *steps]]
 
 
 def run(names, hours=0.0):

@@ -16,6 +16,7 @@ import common
 import ddpo
 import eval as evaluation
 import nets
+import pretrain
 import train
 from common import UserError
 from distributed import Ranks
@@ -33,6 +34,12 @@ def test_every_row_is_a_command_of_its_script(tmp_path):
         assert cfg.out == str(tmp_path / "measured.json") and cfg.precision == "fp32"
         if not made:  # bundled weights
             assert cfg.weights.startswith("weights/") and cfg.seed == seed
+            continue
+        if made[0][1:3] == ["pretrain.py", "teacher"]:
+            trained = common.parse(pretrain.TeacherConfig, made[0][3:], "")
+            assert trained.seed == seed and trained.out == str(tmp_path) and trained.precision == "fp32"
+            assert cfg.weights == f"{tmp_path}/teacher.safetensors" and cfg.steps == (50,)
+            assert trained.prediction == label
             continue
         config, presets = (train.Config, train.PRESETS) if made[0][1] == "train.py" else (ddpo.Config, None)
         trained = common.parse(config, made[0][2:], "", presets)
@@ -63,6 +70,10 @@ def test_a_stopped_run_goes_on(tmp_path):
     assert "--resume" not in commands("ablation", "VSD", 0, tmp_path)[0]
     (tmp_path / "checkpoints/step_00000050").mkdir(parents=True)
     assert "--resume" in commands("ablation", "VSD", 0, tmp_path)[0]
+    assert "--resume" not in commands("velocity", "epsilon", 0, tmp_path / "teacher")[0]
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher/checkpoint.pt").touch()
+    assert "--resume" in commands("velocity", "epsilon", 0, tmp_path / "teacher")[0]
 
 
 def test_what_is_missing_is_run_and_nothing_else(tmp_path, monkeypatch):
