@@ -41,13 +41,13 @@ AT_LEAST = {
     "text_length reward_frames truncate repeats every held_out",
     0: "rank ft_share threads global_batch fake_warmup lrm_warmup sample_every "
     "reward_every images vendi_prompts fps lr fake_lr beta_vsd beta_cd beta_ft beta_kl "
-    "object_weight ema betas",
+    "object_weight ema fake_pull",
     2: "colours",
     3: "reward_samples",
     -1: "w w_vsd w_cd",
     1e-6: "clip",
 }
-AT_MOST = {1: "ema", 0.9999: "betas", 255: "colours"}
+AT_MOST = {1: "ema fake_pull", 255: "colours"}
 
 
 def check_flags(config):

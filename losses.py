@@ -85,7 +85,7 @@ def vsd_loss(x, real, fake, schedule, t, eps, weight="dmd"):
     mean square of g and no measure of progress. A sample whose g is not finite is left
     out of the mean.
 
-    info, tensors without dimensions: "dropped", how many were left out; "score_gap", mean |x_fake - x_real| relative to
+    info, tensors without dimensions: "dropped", the share left out; "score_gap", mean |x_fake - x_real| relative to
     mean |x - x_real|: 0 when the two scores agree. ValueError for an unknown weight.
     """
     if weight not in ("dmd", "score"):
@@ -102,7 +102,7 @@ def vsd_loss(x, real, fake, schedule, t, eps, weight="dmd"):
             g = (a**2 / b**2).to(x.device, x.dtype) * (x_fake - x_real)  # Eqs. 12-13
         kept = g.isfinite().flatten(1).all(1)  # (B,)
         gap, scale = gap.where(kept, 0).sum(), scale.where(kept, 0).sum()
-        info = {"dropped": (~kept).sum(), "score_gap": gap / scale.clamp(min=FLOOR)}
+        info = {"dropped": 1 - kept.double().mean(), "score_gap": gap / scale.clamp(min=FLOOR)}
     d = torch.where(_rows(kept, x), x - (x - g).detach(), 0.0)
     return 0.5 * d.square().sum() / (kept.sum().clamp(min=1) * x[0].numel()), info
 

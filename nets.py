@@ -100,7 +100,6 @@ def check(cfg, ranks):
     learns = cfg.beta_vsd or cfg.beta_cd or cfg.reward != "none"
     for wrong, what in (
         (cfg.m >= len(GRID), f"--m: at most {len(GRID) - 1}, the steps of CD's grid"),
-        (len(cfg.betas) != 2, "--betas: two numbers"),
         (cfg.global_batch % (cfg.batch * ranks.size), "--global-batch is no multiple of --batch times the ranks"),
         (not learns, "nothing to learn: --beta-vsd and --beta-cd are 0, and there is no --reward"),
     ):
@@ -208,6 +207,8 @@ def read_student(cfg, teacher) -> Source:
             raise UserError(f"{cfg.student} was made with {want}: say so")
     if cfg.rank and config.prediction != teacher.config.prediction:
         raise UserError("--rank keeps the teacher's last layer, hence its prediction: leave out --prediction")
+    if cfg.fake_pull and config.prediction != teacher.config.prediction:
+        raise UserError("--fake-pull mixes networks of one prediction: leave out --prediction")
     if config.prediction == "epsilon" and Schedule(config.schedule, config.snr_shift).a[-1] == 0:
         raise UserError("--prediction epsilon cannot start from pure noise, where this teacher's schedule starts")
     return Source(cfg.student, config, lambda: cfg.student, about) if cfg.student else replace(teacher, config=config)

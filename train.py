@@ -91,11 +91,11 @@ class Config(Machine):
     ema: float = opt(0.999, "The decay of the student's average, which is what is exported. 0: the student itself.")
     lr: float | None = opt(None, "The learning rate of the student (AdamW). None: the preset's, LEARNING_RATES below.")
     fake_lr: float | None = opt(None, "The learning rate of the fake score. None: the preset's.")
-    betas: tuple[float, ...] = opt((0.9, 0.999), "AdamW's two betas, for student and fake score.")
     # VSD
     w_vsd: float = opt(3.5, "The guidance of the real score (Eq. 9). Elsewhere guidance_scale = 1 + w.")
     vsd_weight: Literal["dmd", "score"] = opt("dmd", "The gradient's weight: normalised by sample, or the KL's own.")
     fake_updates: int = opt(5, "The number of fake-score updates a generator update.")
+    fake_pull: float = opt(0.0, "The share of the student that the fake score takes over after these updates.")
     fake_warmup: int | None = opt(None, "The updates in which VSD waits for the fake score. None: 20 with --student.")
     # CD
     w_cd: float = opt(7.5, "The guidance of CD's teacher steps (Eq. 9).")
@@ -127,7 +127,7 @@ class Config(Machine):
 # edition, but for `transition` (docs/WORLD.md), `w_vsd` and `cd_target` (docs/RESULTS.md).
 PRESETS = {
     "shapes": {
-        "iterations": 130, "batch": 16, "betas": (0.0, 0.99), "ema": 0.95,
+        "iterations": 130, "batch": 16, "ema": 0.95,
         "fake_updates": 2, "transition": "ddim", "w_vsd": 1.0, "w_cd": 2.0, "cd_target": "teacher",
         "checkpoint_activations": False, "save_every": 50, "sample_every": 50, "reward_every": 25,
     },
@@ -137,6 +137,7 @@ PRESETS = {
 # (student, fake score), of whole networks and of adapters. 2e-5 is the paper's; the adapters beside it have LightX2V's
 # rates; the experiment `rank` compares those of the small world with others.
 LEARNING_RATES = dict.fromkeys(PRESETS, ((2e-5, 2e-5), (1e-4, 2e-5))) | {"shapes": ((1e-4, 2e-4), (1e-3, 2e-3))}
+BETAS = dict.fromkeys(PRESETS, (0.9, 0.999)) | {"shapes": (0.0, 0.99)}  # AdamW's, of student and fake score
 
 
 def settled(cfg: Config) -> Config:
@@ -168,6 +169,8 @@ def algorithm_1(cfg, ranks, nets, optimizers, accumulate=1, first=0):
         batches = [sample_batch(nets, ranks, step, i, accumulate, **of_batch) for i in range(accumulate)]  # 6
         x_hats, numbers = generator_step(nets, ranks, optimizers, batches, step, **of_generator)  # 7-11, 18-19
         fakes = [fake_score_step(nets, ranks, optimizers, batches, x_hats, j, **of_fake) for j in updates]  # 12-14
+        if cfg.fake_pull and nets.fake:
+            average(nets.fake, nets.student, 1 - cfg.fake_pull)
         lrm, scored = lrm_step(nets, ranks, optimizers, batches, x_hats, **of_lrm) if nets.lrm else ({}, 0)  # 15-17
         made = all(finite(part) for part in (numbers, *fakes, lrm))
         fake = mean_of(fakes) | {"fake_norm": fakes[-1]["fake_norm"]} if fakes else {}
@@ -218,8 +221,6 @@ def generator_step(
                 info["ft_pull"] = pulls(losses["ft"], x_hat).mean()
         if losses.keys() - {"kl"}:  # alone, the KL's gradient is rounding, of which AdamW would make full steps
             (sum(losses.values()) / len(batches)).backward()
-        if "dropped" in info:
-            info["dropped"] = info["dropped"] / len(x)  # the share of samples left out
         parts.append({name: value.item() for name, value in (losses | info).items()})
     numbers = mean_of(parts)
     norm = gradient_descent(nets.student, optimizers["student"], CLIP, ranks, finite(numbers))  # 11, 19
@@ -413,7 +414,7 @@ def train(cfg: Config, ranks) -> None:
     """What stands around Algorithm 1: resuming, the log, measurements, pictures, checkpoints, and an end in order."""
     cfg = settled(cfg)
     nets, out = build(cfg, ranks), Path(cfg.out)
-    optimizers = adam(nets, cfg.lr, cfg.fake_lr, cfg.betas)
+    optimizers = adam(nets, cfg.lr, cfg.fake_lr, BETAS[cfg.preset])
     forward = cfg.batch * ranks.size  # clips
     usual = 7 if nets.lrm and forward < 16 else 1  # section 4.1
     accumulate = cfg.global_batch // forward or usual
@@ -429,8 +430,6 @@ def train(cfg: Config, ranks) -> None:
         state = {name: saved[name] for name in state}
         if nets.lrm:
             nets.latent_reward.moments = Moments(**saved["moments"])
-        if ranks.main:
-            print(f"going on from {newest}")
     elif cfg.resume:
         raise UserError(f"{out} holds no checkpoint: leave out --resume to start")
 
@@ -461,7 +460,7 @@ def train(cfg: Config, ranks) -> None:
         if ranks.main:
             numbers = {name: round(value, 6) for name, value in numbers.items()} | {"skipped": state["skipped"]}
             numbers |= {"reward_evaluations": state["evaluated"]} if nets.lrm else {}
-            speed = {"seconds": time.time() - begun, "iteration_s": took, "samples_s": forward * accumulate / took}
+            speed = {"iteration_s": took, "samples_s": forward * accumulate / took}
             speed |= {"trained_s": state["trained"], "peak_gib": so_far(ranks.device) / 2**30}
             speed = {name: round(value, 3) for name, value in speed.items()}
             bar.set_postfix({name: f"{v:.3g}" for name, v in (numbers | speed).items()})
@@ -492,8 +491,9 @@ def adam(nets, lr, fake_lr, betas):
     fused = nets.device.type != "meta"  # where nothing is computed
     flags = {"student": (lr, betas), "fake": (fake_lr, betas), "lrm": (LRM_LR,)}
     made = {}
-    for name in [name for name in flags if name in nets.modules]:
-        made[name] = torch.optim.AdamW(nets.modules[name].parameters(), *flags[name], fused=fused)
+    for name, rates in flags.items():
+        if name in nets.modules:
+            made[name] = torch.optim.AdamW(nets.modules[name].parameters(), *rates, fused=fused)
     return made
 
 

@@ -108,6 +108,7 @@ TABLES = {
         "as it is": "",
         "1 fake update": "--fake-updates 1",
         "5 fake updates": "--fake-updates 5",
+        "fake score pulled to the student": "--fake-pull 0.03",  # LightX2V's
         "renoised between steps": "--transition renoise",
         "noised data": "--generator-input data",
         "the KL's own weight": "--vsd-weight score",

@@ -52,9 +52,9 @@ def read_extra(newest):
 
 
 def check_resumed(newest, settings, nets, ranks):
-    """UserError where a checkpoint is of another kind of student than this run's; says which other flags differ.
+    """Say that a run goes on, and which of its flags, `settings`, differ from before.
 
-    settings: the run's flags.
+    UserError where the checkpoint is of another kind of student than this run's.
     """
     said, config = read_extra(newest)
     same = all(said["about"].get(key) == nets.about.get(key) for key in ("timesteps", "transition", "rank"))
@@ -68,6 +68,7 @@ def check_resumed(newest, settings, nets, ranks):
         if flag not in ("resume", "precision") and old.get(flag) != value
     ]
     if ranks.main:
+        print(f"going on from {newest}")
         common.warn_of_precision(old.get("precision"), settings["precision"])
         if other:
             print(f"not as before: {', '.join(other)}")

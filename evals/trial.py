@@ -54,7 +54,7 @@ def trial(cfg, ranks):
     One row: the most memory in use, in bytes of the first rank, and the median seconds of an update, without the first.
     Raises UserError for flags that name files, and for a reward.
     """
-    from train import PRESETS, Config, adam, algorithm_1, settled  # here: train.py calls this
+    from train import BETAS, PRESETS, Config, adam, algorithm_1, settled  # here: train.py calls this
 
     plain = replace(Config(), **PRESETS[cfg.preset])
     given = [f"--{name}" for name in OF_FILES if getattr(cfg, name) != getattr(plain, name)]
@@ -71,7 +71,7 @@ def trial(cfg, ranks):
         files = {"teacher": str(Path(place[0]) / "teacher.safetensors"), "data": str(Path(place[0]) / "cache")}
         run = replace(settled(cfg), vae="", text="", sample_every=0, fake_warmup=0, **files)
         nets = build(run, ranks)
-        optimizers = adam(nets, run.lr, run.fake_lr, run.betas)
+        optimizers = adam(nets, run.lr, run.fake_lr, BETAS[run.preset])
         accumulate = max(1, run.global_batch // (run.batch * ranks.size))
         seconds, begun = [], time.perf_counter()
         for step, *_ in algorithm_1(run, ranks, nets, optimizers, accumulate):

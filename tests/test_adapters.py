@@ -84,7 +84,7 @@ def test_merged_weights_say_what_the_adapters_say():
 
 
 def test_a_run_has_one_base_and_adapters_for_every_role(tiny, tmp_path):
-    cfg, made = built(tiny, tmp_path)
+    _, made = built(tiny, tmp_path)
     count = lambda model: sum(p.numel() for p in model.parameters())
     assert all(getattr(made, name).base is made.teacher for name in ROLES)
     assert not any(p.requires_grad for p in made.teacher.parameters())
@@ -92,7 +92,7 @@ def test_a_run_has_one_base_and_adapters_for_every_role(tiny, tmp_path):
     assert all(count(getattr(made, name)) == depth * 4 * 18 * width for name in ROLES)  # 4 of 2 width, 2 of 5
     held = {p.data_ptr() for name in ROLES for p in getattr(made, name).parameters()}
     assert len(held) == 3 * depth * 2 * len(MAPS)  # no tensor serves two roles
-    learning = train.adam(made, 1e-3, 1e-3, cfg.betas)
+    learning = train.adam(made, 1e-3, 1e-3, (0.9, 0.999))
     assert learning.keys() == {"student", "fake"}
     ours = {name: {id(p) for group in o.param_groups for p in group["params"]} for name, o in learning.items()}
     assert ours["student"].isdisjoint(ours["fake"]) and len(ours["fake"]) == depth * 2 * len(MAPS)

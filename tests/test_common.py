@@ -140,7 +140,7 @@ def test_atomic_full_disk(tmp_path):
     [
         ("train.Config --batch 0", "--batch: at least 1, not 0"),
         ("train.Config --lr -1", "--lr: at least 0"),
-        ("train.Config --betas 0.9 1", "--betas: at most 0.9999"),
+        ("train.Config --fake-pull 2", "--fake-pull: at most 1"),
         ("train.Config --ema 1.5", "--ema: at most 1"),
         ("train.Config --w-vsd nan", "--w-vsd: a finite number"),
         ("train.Config --iterations 0", "--iterations: at least 1"),

@@ -23,7 +23,7 @@ from video import to_uint8, write_video
 from world import shapes
 from world.judge import Judge, JudgeConfig
 
-SPEED = {"seconds", "trained_s", "iteration_s", "samples_s", "peak_gib"}  # in the log, and never the same twice
+SPEED = {"trained_s", "iteration_s", "samples_s", "peak_gib"}  # in the log, and never the same twice
 
 
 def run(*args):
@@ -218,7 +218,7 @@ def test_what_cannot_be_meant_is_refused(tiny, tmp_path):
         ({"m": 51}, "--m: at most 50"),
         ({"save_every": 0}, "--save-every: at least 1, not 0"),
         ({"batch": 0}, "--batch: at least 1"),
-        ({"betas": (0.9,)}, "two numbers"),
+        ({"fake_pull": 0.03, "prediction": "sample"}, "--fake-pull mixes networks of one prediction"),
         ({"batch": 2, "global_batch": 3}, "no multiple"),
         ({"beta_vsd": 0.0, "beta_cd": 0.0}, "nothing to learn"),
     ):
@@ -226,6 +226,14 @@ def test_what_cannot_be_meant_is_refused(tiny, tmp_path):
             fit(config(tiny, tmp_path / "run", **changes))
     with pytest.raises(UserError, match="--device cuda cannot be used here"):
         train.distributed.start("cuda") if not torch.cuda.is_available() else pytest.skip("there is a GPU")
+
+
+def test_the_optimizers_are_the_presets(tiny, tmp_path, monkeypatch):
+    seen, adam = [], train.adam
+    monkeypatch.setattr(train, "adam", lambda nets, *rates: seen.append(rates) or adam(nets, *rates))
+    monkeypatch.setitem(train.BETAS, "shapes", (0.3, 0.6))
+    fit(config(tiny, tmp_path / "run", iterations=1, lr=None, fake_lr=3e-4))
+    assert seen == [(train.LEARNING_RATES["shapes"][0][0], 3e-4, (0.3, 0.6))]
 
 
 @pytest.fixture

@@ -57,7 +57,6 @@ def test_kl_is_the_distance_to_the_student_as_it_began(tiny, distilled, tmp_path
             "iterations": 3,
             "beta_kl": beta,
             "lr": 1e-3,
-            "betas": (0.9, 0.99),
             "beta_vsd": 0.0,
             "beta_cd": 0.0,
         }

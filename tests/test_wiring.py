@@ -217,6 +217,15 @@ def test_the_fake_score_learns_from_the_students_samples_at_all_steps(record):
     assert seen.parameter("fake") == pytest.approx(seen.start["fake"] - 3 * 2e-3, abs=1e-4)
 
 
+def test_the_fake_score_is_pulled_towards_the_student(record):
+    seen = record(fake_pull=0.25)
+    moved = seen.start["fake"] - 3 * 2e-3  # by its updates
+    assert seen.parameter("fake") == pytest.approx(0.75 * moved + 0.25 * seen.parameter("student"), abs=1e-4)
+    before, fake, student = (list(m.parameters())[-1] for m in (seen.before["fake"], seen.nets.fake, seen.nets.student))
+    torch.testing.assert_close(fake, 0.75 * before + 0.25 * student, rtol=1e-3, atol=1e-5)  # no gradient there
+    assert not torch.allclose(before, student, atol=1e-2)
+
+
 @pytest.mark.parametrize("known", [False, True])
 def test_the_lrm_learns_each_clips_own_reward(record, known):
     """In the order of the latents: real, then generated; of a cache that knows the real ones' rewards, these."""
