@@ -28,6 +28,10 @@ from world.judge import Judge, JudgeConfig
 
 ROOT = Path(__file__).parent.parent
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several side by side: a core each
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
