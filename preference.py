@@ -90,7 +90,8 @@ def hpsv2(file, device):
     """HPSv2 (arXiv:2306.09341): a CLIP ViT-H-14; versions 2.0 and 2.1 differ in their weights alone."""
     import open_clip
 
-    model = _fill(open_clip.CLIP(**open_clip.get_model_config("ViT-H-14")), _tensors(file), file, device)
+    tensors = _tensors(file)  # a wrong file is found before the network is made, which takes long
+    model = _fill(open_clip.CLIP(**open_clip.get_model_config("ViT-H-14")), tensors, file, device)
     size, context = model.visual.image_size[0], model.context_length
     return cosine(model.encode_image, model.encode_text, size, True, context, device)
 
