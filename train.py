@@ -79,7 +79,7 @@ class Config(Machine):
     beta_vsd: float = opt(1.0, "The weight of variational score distillation (Eq. 10-13). 0 leaves it out.")
     beta_cd: float = opt(0.5, "The weight of consistency distillation (Eq. 6-7). 0 leaves it out.")
     beta_ft: float = opt(1.0, "The weight of the latent reward, standardised (Eq. 15), where there is a --reward.")
-    ft_share: float = opt(1.0, "The reward's pull on a sample, as a share of VSD's. 0: beta_ft alone, as in the paper.")
+    ft_share: float = opt(1.0, "The reward's pull on a sample, as a share of VSD's. 0: beta_ft alone weighs it.")
     beta_kl: float = opt(0.0, "The weight of the distance to the student as it began (section 9). 0 leaves it out.")
     # the student
     student: str = opt("", "The student to go on from, as train.py wrote it. Empty: it begins as the teacher.")

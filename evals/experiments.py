@@ -38,7 +38,7 @@ STUDENT = "eval.py --weights weights/student.safetensors --steps 4"
 UNGUIDED = "--w-vsd 0 --w-cd 0"
 READING = f"{UNGUIDED} --reward agreement"
 POLICY = "ddpo.py --beta-kl 10 --reward object_kept"
-BRIEF = "--iterations 800 --images 400 --clips 4000 --stills 8000"  # of teachers: the bundled one had 12,000 steps
+BRIEF = "--iterations 800 --images 400 --clips 4000 --stills 8000"  # of teachers: the bundled one had 19,500 steps
 
 # table -> {label: flags of train.py, or a script and its flags}
 TABLES = {
@@ -53,6 +53,7 @@ TABLES = {
         "teacher": f"{TEACHER} 4 2 1",
     },
     "tuning": {  # Table 5
+        "the student": STUDENT,
         "VSD + CD": TUNE,
         "VSD + CD + LRM, scalar": f"{TUNE} --reward object_kept --lrm-labels scalar",
         "VSD + CD + LRM, parts": f"{TUNE} --reward object_kept --lrm-labels parts",
@@ -71,9 +72,9 @@ TABLES = {
     },
     "agreement": {  # a reward that reads the prompt, where something is left to gain: distilled without guidance
         "VSD + CD": UNGUIDED,
-        "VSD + CD + LRM, scalar": f"{READING} --lrm-labels scalar --ft-share 0.3",
+        "VSD + CD + LRM, scalar, pulling 0.3 times": f"{READING} --lrm-labels scalar --ft-share 0.3",
         "VSD + CD + LRM, scalar, pulling 3 times": f"{READING} --lrm-labels scalar --ft-share 3",
-        "VSD + CD + LRM, parts": f"{READING} --lrm-labels parts --ft-share 0.3",
+        "VSD + CD + LRM, parts, pulling 0.3 times": f"{READING} --lrm-labels parts --ft-share 0.3",
         "VSD + CD + LRM, parts, pulling as VSD does": f"{READING} --lrm-labels parts --ft-share 1",
         "VSD + CD + LRM, parts, pulling 3 times": f"{READING} --lrm-labels parts --ft-share 3",
     },
@@ -331,21 +332,24 @@ def rows_of(name, folder="results"):
 def gains_of(name, folder="results"):
     """Header and lines: what each row of a table has more than the first of the same seed, prompts and noise.
 
-    Means over the seeds that both have, and their standard errors; shares in points.
+    Means over the seeds that both have, and their standard errors; shares in points. A first row of bundled weights
+    has no seed of training: it is taken with that of the noise on which all students are measured.
     """
     first, *others = TABLES[name]
-    reward, lines = REWARDS[name], []
+    reward, lines, bundled = REWARDS[name], [], TABLES[name][first].startswith("eval.py")
     for label in others:
         gains = {}
         for seed in SEEDS:
-            files = [Path(folder) / file_of(name, row, seed).name for row in (label, first)]
+            pair = file_of(name, label, seed), file_of(name, first, 0 if bundled else seed)
+            files = [Path(folder) / file.name for file in pair]
             if all(file.exists() for file in files):
                 ours, base = (json.loads(file.read_text())["rows"][0] for file in files)
-                for what in ("main", *MAIN, "frechet", "vendi"):
+                for what in ("main", *MAIN, "identity", "frechet", "vendi"):
                     gains.setdefault(what, []).append(ours[what]["mean"] - base[what]["mean"])
                 gains.setdefault(reward, []).append(ours["rewards"][reward]["mean"] - base["rewards"][reward]["mean"])
         if gains:
-            points = [pm(mean_error(gains[what]), 100) for what in ("main", *MAIN)]
+            points = [pm(mean_error(gains[what]), 100) for what in ("main", *MAIN, "identity")]
             other = [pm(mean_error(gains[what]), 1, 3) for what in (reward, "frechet", "vendi")]
             lines.append([label, len(gains["main"]), *points, *other])
-    return ["more than in the first row", "seeds", "mean of 7", *MAIN, reward, "Frechet", "Vendi - 1"], lines
+    header = ["more than in the first row", "seeds", "mean of 7", *MAIN]
+    return [*header, "object kept", reward, "Frechet", "Vendi - 1"], lines

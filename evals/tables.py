@@ -20,6 +20,7 @@ from common import UserError
 from evals import experiments, vbench
 from evals.metrics import pm
 from world.reading import MAIN
+from world.shapes import FACTORS
 
 
 def save(cfg, kind, **content):
@@ -67,12 +68,12 @@ def _rows(results):
 
 def _world(results):
     """Shares in per cent; the rows of one model together, most steps first."""
-    header = ["", "steps", "NFE", *MAIN, f"mean of {len(MAIN)}", "Frechet"]
+    header = ["", "steps", "NFE", *FACTORS, f"mean of {len(MAIN)}", "Frechet"]
     header += ["precision", "coverage", "Vendi - 1", "object kept"]
     lines, rows = [], _rows(results)
     models = [row["label"] for row in rows]
     for row in sorted(rows, key=lambda row: (models.index(row["label"]), -(row["steps"] or 0))):
-        scores = [pm(row[f], 100) for f in (*MAIN, "main")] + [pm(row["frechet"], 1, 2)]
+        scores = [pm(row[f], 100) for f in (*FACTORS, "main")] + [pm(row["frechet"], 1, 2)]
         scores += [f"{100 * row[k]:.1f}" for k in ("precision", "coverage")] + [pm(row.get("vendi"), 1, 3)]
         scores.append(pm(row.get("identity"), 100))
         lines.append([row["label"], row["steps"] or "", row["nfe"] or "", *scores])

@@ -294,7 +294,7 @@ def test_generator_steps_and_noise(tiny):
 
 def test_world_table_keeps_a_models_rows_together_most_steps_first():
     score = {"mean": 0.5, "error": 0.1, "n": 9}
-    same = dict.fromkeys((*tables.MAIN, "main", "frechet", "vendi"), score) | {
+    same = dict.fromkeys((*tables.FACTORS, "main", "frechet", "vendi"), score) | {
         "precision": 1.0,
         "coverage": 1.0,
     }

@@ -164,18 +164,25 @@ def test_a_table_has_means_over_seeds_and_says_what_has_not_run(tmp_path):
 
 
 def test_gains_are_of_pairs_of_one_seed(tmp_path):
-    def write(label, seed, x, agreement):
-        row = {what: {"mean": x} for what in ("main", *MAIN, "frechet", "vendi")}
-        row |= {"steps": 4, "camera": {"mean": x + agreement}, "rewards": {"agreement": {"mean": agreement}}}
-        (tmp_path / file_of("agreement", label, seed).name).write_text(json.dumps({"rows": [row]}))
+    def write(table, label, seed, x, reward):
+        row = {what: {"mean": x} for what in ("main", *MAIN, "identity", "frechet", "vendi")}
+        row |= {"steps": 4, "camera": {"mean": x + reward}}
+        row |= {"rewards": {name: {"mean": reward} for name in ("agreement", "object_kept")}}
+        (tmp_path / file_of(table, label, seed).name).write_text(json.dumps({"rows": [row]}))
 
     for seed, base, more in ((0, 0.5, 0.1), (1, 0.7, 0.3), (2, 0.9, None)):  # the seeds differ more than the gains
-        write("VSD + CD", seed, base, 0.0)
+        write("agreement", "VSD + CD", seed, base, 0.0)
         if more:
-            write("VSD + CD + LRM, parts", seed, base + more, 0.2)
+            write("agreement", "VSD + CD + LRM, parts, pulling as VSD does", seed, base + more, 0.2)
+            write("tuning", "KL + ReFL", seed, base + more, 0.2)
     text = tables.block("experiments/agreement/gains", tmp_path)
-    assert text.count("\n") == 2 and "| VSD + CD + LRM, parts | 2 | 20.0±10.0 |" in text
-    assert "| 40.0±10.0 | 20.0±10.0 | 0.200±0.000 | 0.200±0.100 | 0.200±0.100 |" in text  # camera, look, reward, ...
+    assert text.count("\n") == 2 and "| VSD + CD + LRM, parts, pulling as VSD does | 2 | 20.0±10.0 |" in text
+    # camera, look, object kept, reward, Frechet, Vendi
+    assert "| 40.0±10.0 | 20.0±10.0 | 20.0±10.0 | 0.200±0.000 | 0.200±0.100 | 0.200±0.100 |" in text
+    for seed, x in enumerate((0.4, 0.9)):  # bundled weights: on the noise of the students, seed 0's
+        write("tuning", "the student", seed, x, 0.1)
+    text = tables.block("experiments/tuning/gains", tmp_path)
+    assert text.count("\n") == 2 and "| KL + ReFL | 2 | 40.0±20.0 |" in text and "| 0.100±0.000 |" in text
 
 
 def test_rows_of_the_same_flags_are_one_run():

@@ -228,6 +228,18 @@ def test_what_cannot_be_meant_is_refused(tiny, tmp_path):
         train.distributed.start("cuda") if not torch.cuda.is_available() else pytest.skip("there is a GPU")
 
 
+def test_what_is_exported_is_the_average(tiny, tmp_path):
+    """Of one update from the teacher: with a decay of 0 the student itself, else so much of the teacher is in it."""
+    one = {"iterations": 1, "lr": 0.1}
+    (itself, *_), (average, *_) = (fit(config(tiny, tmp_path / str(e), ema=e, **one)) for e in (0.0, 0.75))
+    teacher, _ = common.load_tensors(tiny / "teacher.safetensors")
+    for name, tensor in average.items():
+        torch.testing.assert_close(
+            tensor.float(), 0.75 * teacher[name] + 0.25 * itself[name].float(), rtol=0, atol=2e-3
+        )
+    assert any((itself[name] - teacher[name]).abs().max() > 0.05 for name in teacher)
+
+
 def test_the_optimizers_are_the_presets(tiny, tmp_path, monkeypatch):
     seen, adam = [], train.adam
     monkeypatch.setattr(train, "adam", lambda nets, *rates: seen.append(rates) or adam(nets, *rates))
