@@ -37,7 +37,7 @@ TEACHER = "eval.py --weights weights/teacher.safetensors --steps 50"  # measured
 STUDENT = "eval.py --weights weights/student.safetensors --steps 4"
 UNGUIDED = "--w-vsd 0 --w-cd 0"
 READING = f"{UNGUIDED} --reward agreement"
-POLICY = "ddpo.py --beta-kl 10 --reward object_kept"
+POLICY = "ddpo.py --lr 1e-4 --beta-kl 10 --reward object_kept"  # at the rate of the others
 BRIEF = "--iterations 800 --images 400 --clips 4000 --stills 8000"  # of teachers: the bundled one had 19,500 steps
 
 # table -> {label: flags of train.py, or a script and its flags}
