@@ -57,6 +57,7 @@ TABLES = {
         "VSD + CD": TUNE,
         "VSD + CD + LRM, scalar": f"{TUNE} --reward object_kept --lrm-labels scalar",
         "VSD + CD + LRM, parts": f"{TUNE} --reward object_kept --lrm-labels parts",
+        "VSD + CD + LRM, scalar, pulling 10 times": f"{TUNE} --reward object_kept --lrm-labels scalar --ft-share 10",
         "KL + LRM, scalar": f"{TUNE} {HOLD} --reward object_kept --lrm-labels scalar",
         "KL + LRM, parts": f"{TUNE} {HOLD} --reward object_kept --lrm-labels parts",
         "KL + DDPO": POLICY,
