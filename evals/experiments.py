@@ -170,6 +170,15 @@ def file_of(table, label, seed):
     return Path("results") / f"experiment-{name_of(table, label, seed)}.json"
 
 
+def weights_of(table, label):
+    """The weights of a row's first seed: bundled ones where nothing is trained."""
+    flags = TABLES[table][label].split()
+    if flags[:1] == ["eval.py"]:
+        return Path(flags[flags.index("--weights") + 1])
+    who = "teacher" if flags[:1] == ["pretrain.py"] else "student"
+    return Path("runs/experiments") / name_of(table, label, 0) / f"{who}.safetensors"
+
+
 def chosen(names):
     """[(table, label, seed), ...] of names: "all", a table, or table/label; first seeds first. Raises UserError."""
     means = lambda name, row: name in ("all", row[0], "/".join(row))

@@ -39,7 +39,7 @@ def test_every_row_is_a_command_of_its_script(tmp_path):
             trained = common.parse(pretrain.TeacherConfig, made[0][3:], "")
             assert trained.seed == seed and trained.out == str(tmp_path) and trained.precision == "fp32"
             assert cfg.weights == f"{tmp_path}/teacher.safetensors" and cfg.steps == (50,)
-            assert trained.prediction == label
+            assert trained.prediction == label and experiments.weights_of(table, label).name == "teacher.safetensors"
             continue
         config, presets = (train.Config, train.PRESETS) if made[0][1] == "train.py" else (ddpo.Config, None)
         trained = common.parse(config, made[0][2:], "", presets)
@@ -223,6 +223,11 @@ def test_a_sheet_has_a_row_for_each_student_there_is(tmp_path, monkeypatch):
     monkeypatch.setattr(Axes, "imshow", lambda axis, x, **how: drawn.append(x.shape) or show(axis, x, **how))
     pictures.sheet("rank", "sheet.png", 2)
     assert drawn == [(64, 2 * 3 * 64, 3)]  # two prompts, three frames of each
+    with pytest.raises(UserError, match="no student of the table overoptimised"):
+        pictures.sheet("overoptimised", "sheet.png")
+    (out.parent / experiments.name_of("overoptimised", "LRM alone", 0)).symlink_to(out.absolute())
+    pictures.sheet("overoptimised", "sheet.png", 1)
+    assert drawn[1:] == [(64, 3 * 64, 3)] * 2  # the bundled student that it began with stands above it
 
 
 def test_an_unknown_table_is_one_line(tmp_path):
