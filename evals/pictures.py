@@ -33,6 +33,7 @@ def sheet(table, out, prompts=4):
     figure, axes = plt.subplots(
         len(drawn), squeeze=False, figsize=(12, height * len(drawn) + 0.6), layout="constrained"
     )
+    figure.get_layout_engine().set(h_pad=0.01, hspace=0)
     for axis, (label, videos) in zip(axes[:, 0], drawn.items()):
         frames = videos.permute(3, 0, 2, 4, 1).flatten(1, 3)  # (H, prompts * moments * W, 3)
         axis.imshow((frames + 1) / 2, interpolation="nearest")
