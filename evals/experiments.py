@@ -127,7 +127,7 @@ TABLES = {
         "guidance off by one": "--w-vsd 3 --w-cd 3",
         "all for motion": "--reward dynamic_degree --ft-share 4",
         "all for small files": "--reward jpeg_compressibility --ft-share 4",
-        "LRM followed at once": "--reward object_kept --lrm-labels scalar --lrm-warmup 0 --ft-share 0 --beta-ft 10",
+        "a reward too strong": "--reward object_kept --lrm-labels scalar --lrm-warmup 0 --ft-share 0 --beta-ft 10",
         "average that stands": "--ema 0.9999",
     },
     "overoptimised": {  # Fig. 9, 14

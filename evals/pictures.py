@@ -49,7 +49,8 @@ def sheet(table, out, prompts=4):
 def curves(table, out, names):
     """Of each of `names`, numbers of the log, a panel: a line for each row, the mean over its seeds and their error."""
     figure, axes = plt.subplots(1, len(names), squeeze=False, figsize=(4 * len(names), 3.2), layout="constrained")
-    for label in experiments.rows(table):
+    drawn = {}  # a line of each row, in one colour in all panels
+    for i, label in enumerate(experiments.rows(table)):
         results = experiments.read(table, label, "results")
         runs = [result["training"]["curves"] for result in results if "training" in result]  # a teacher has none
         for axis, name in zip(axes[0], names):
@@ -60,11 +61,12 @@ def curves(table, out, names):
             if points:
                 scores = [mean_error(values) for values in points.values()]
                 line = [score["mean"] for score in scores]
-                axis.errorbar(list(points), line, [score["error"] for score in scores], label=label)
+                errors = [score["error"] for score in scores]
+                drawn[label] = axis.errorbar(list(points), line, errors, color=f"C{i}", label=label)
             axis.set(title=name.replace("_", " "), xlabel="update")
-    if not any(axis.has_data() for axis in axes[0]):
+    if not drawn:
         raise UserError(f"results/ has none of {', '.join(names)} of the table {table}")
-    axes[0, 0].legend(fontsize=7)
+    figure.legend(drawn.values(), drawn, loc="outside right upper", fontsize=7)
     save(figure, out)
 
 

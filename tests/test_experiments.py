@@ -200,11 +200,14 @@ def test_curves_are_means_over_the_seeds(tmp_path, monkeypatch):
     file_of("overoptimised", "LRM and KL", 0).write_text('{"rows": []}')  # measured as it is, not trained
     drawn = []
     draw = Axes.errorbar
-    monkeypatch.setattr(
-        Axes, "errorbar", lambda *what, label: drawn.append((*what[1:], label)) or draw(*what, label=label)
-    )
-    pictures.curves("overoptimised", "curves.png", ["true_reward", "lrm_estimate"])
-    assert drawn == [([0, 10], [2.0, 4.0], [1.0, 2.0], "LRM alone")]
+
+    def spy(*what, label, color):
+        drawn.append((*what[1:], label, color))
+        return draw(*what, label=label, color=color)
+
+    monkeypatch.setattr(Axes, "errorbar", spy)
+    pictures.curves("overoptimised", "curves.png", ["lrm_estimate", "true_reward"])
+    assert drawn == [([0, 10], [2.0, 4.0], [1.0, 2.0], "LRM alone", "C1")]  # the second row's colour, in every panel
     assert Path("curves.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(UserError, match="has none of cd"):
         pictures.curves("overoptimised", "other.png", ["cd"])
