@@ -169,7 +169,7 @@ def algorithm_1(cfg, ranks, nets, optimizers, accumulate=1, first=0):
         batches = [sample_batch(nets, ranks, step, i, accumulate, **of_batch) for i in range(accumulate)]  # 6
         x_hats, numbers = generator_step(nets, ranks, optimizers, batches, step, **of_generator)  # 7-11, 18-19
         fakes = [fake_score_step(nets, ranks, optimizers, batches, x_hats, j, **of_fake) for j in updates]  # 12-14
-        if cfg.fake_pull and nets.fake:
+        if cfg.fake_pull and nets.fake:  # not the paper's: LightX2V keeps the fake score near the student so
             average(nets.fake, nets.student, 1 - cfg.fake_pull)
         lrm, scored = lrm_step(nets, ranks, optimizers, batches, x_hats, **of_lrm) if nets.lrm else ({}, 0)  # 15-17
         made = all(finite(part) for part in (numbers, *fakes, lrm))

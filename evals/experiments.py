@@ -5,7 +5,7 @@
     python eval.py experiments all --budget 8             # what is missing, for 8 hours; begun again it goes on
 
 A row is a label and the flags that make it; everything else is BASE and SHORT below and the default of train.py. Each
-runs with SEEDS, for the same number of updates, its last weights are measured on the same prompts and the same noise,
+runs with SEEDS, for the same number of updates (the short teachers of `velocity` have BRIEF), its last weights are measured on the same prompts and the same noise,
 and results/ keeps one small file a run. Rows of the same flags share their runs. All compute in float32 on one thread,
 so that a machine with instructions for bfloat16 repeats what one without them has found, and two tables can be made
 side by side on two cores. A stopped training goes on where it was. `eval.py tables` then writes docs/RESULTS.md.
@@ -211,16 +211,17 @@ def commands(table, label, seed, out):
     measure += ["--out", str(out / MEASURED)]
     if script == "eval.py":
         return [[*measure, *flags, "--seed", str(seed)]]
-    weights, most = "student.safetensors", flags[flags.index("--steps") + 1] if "--steps" in flags else "4"
+    most = flags[flags.index("--steps") + 1] if "--steps" in flags else "4"
     if script == "train.py":
         flags = [*BASE.split(), *flags, "--sample-every", "0"]
     if script == "pretrain.py":
-        weights, most = "teacher.safetensors", "50"
+        most = "50"
     else:
         flags += SHORT.split()
-    begun = any((out / "checkpoints").glob("step_*")) or (out / "checkpoint.pt").exists()
-    flags += [*EQUAL.split(), "--seed", str(seed), "--out", str(out), *["--resume"] * begun]
-    steps = [n for n in ALL if n <= most] if table == "ablation" else [most]
+    flags += [*EQUAL.split(), "--seed", str(seed), "--out", str(out)]
+    if any((out / "checkpoints").glob("step_*")) or (out / "checkpoint.pt").exists():
+        flags.append("--resume")
+    steps, weights = [n for n in ALL if n <= most] if table == "ablation" else [most], weights_of(table, label).name
     return [[sys.executable, script, *flags], [*measure, "--weights", str(out / weights), "--steps", *steps]]
 
 

@@ -17,18 +17,17 @@ MOMENTS = (0, 7, 15)  # the frames of a clip that are shown
 def sheet(table, out, prompts=4):
     """A row for each run of a table with seed 0: three frames of the first held-out prompts, all from the same noise.
 
-    Needs the runs' weights in runs/experiments; bundled weights are there. Raises UserError where no run is.
+    Needs the runs' weights in runs/experiments; bundled weights are there. Raises UserError where there are none.
     """
     words, drawn = held_out(prompts)[1], {}
-    files = {label: experiments.weights_of(table, label) for label in experiments.rows(table)}
-    if not any(file.exists() for file in files.values() if file.parts[0] == "runs"):
-        raise UserError(f"runs/experiments has no student of the table {table}: python eval.py experiments {table}")
-    for label, file in files.items():
-        if file.exists():
+    for label in experiments.rows(table):
+        if (file := experiments.weights_of(table, label)).exists():
             generator = Generator.load(file, "weights/vae.safetensors", precision="fp32")
             steps = len(generator.trained) if generator.student else 50
             latents = generator.latents(generator.encoder.encode(words), range(prompts), steps)
             drawn[label] = generator.decode(latents)[:, :, MOMENTS]  # (prompts, 3, len(MOMENTS), H, W)
+    if not drawn:
+        raise UserError(f"runs/experiments has no student of the table {table}: python eval.py experiments {table}")
     height = 8 / (prompts * len(MOMENTS)) + 0.05  # of a row, in inches
     figure, axes = plt.subplots(
         len(drawn), squeeze=False, figsize=(12, height * len(drawn) + 0.6), layout="constrained"
