@@ -5,10 +5,11 @@
     python eval.py experiments all --budget 8             # what is missing, for 8 hours; begun again it goes on
 
 A row is a label and the flags that make it; everything else is BASE and SHORT below and the default of train.py. Each
-runs with SEEDS, for the same number of updates (the short teachers of `velocity` have BRIEF), its last weights are measured on the same prompts and the same noise,
-and results/ keeps one small file a run. Rows of the same flags share their runs. All compute in float32 on one thread,
-so that a machine with instructions for bfloat16 repeats what one without them has found, and two tables can be made
-side by side on two cores. A stopped training goes on where it was. `eval.py tables` then writes docs/RESULTS.md.
+runs with SEEDS, for the same number of updates (the short teachers of `velocity` have BRIEF), its last weights are
+measured on the same prompts and the same noise, and results/ keeps one small file a run. Rows of the same flags share
+their runs. All compute in float32 on one thread, so that a machine with instructions for bfloat16 repeats what one
+without them has found, and two tables can be made side by side on two cores. A stopped training goes on where it was.
+`eval.py tables` then writes docs/RESULTS.md.
 """
 
 import contextlib
