@@ -5,11 +5,11 @@
     python eval.py experiments all --budget 8             # what is missing, for 8 hours; begun again it goes on
 
 A row is a label and the flags that make it; everything else is BASE and SHORT below and the default of train.py. Each
-runs with SEEDS, for the same number of updates (the short teachers of `velocity` have BRIEF), its last weights are
-measured on the same prompts and the same noise, and results/ keeps one small file a run. Rows of the same flags share
-their runs. All compute in float32 on one thread, so that a machine with instructions for bfloat16 repeats what one
-without them has found, and two tables can be made side by side on two cores. A stopped training goes on where it was.
-`eval.py tables` then writes docs/RESULTS.md.
+runs with SEEDS, for the same number of updates (but `updates`, and the short teachers of `velocity`), its last weights
+are measured on the same prompts and the same noise, and results/ keeps one small file a run. Rows of the same flags
+share their runs. All compute in float32 on one thread, so that a machine with instructions for bfloat16 repeats what
+one without them has found, and two tables can be made side by side on two cores. A stopped training goes on where it
+was. `eval.py tables` then writes docs/RESULTS.md.
 """
 
 import contextlib
@@ -119,6 +119,13 @@ TABLES = {
         "four times the CD": "--beta-cd 2",
         "guidance of 1, CD from the teacher": "--w-vsd 1 --cd-target teacher",  # the default
     },
+    "updates": {  # a healthy run, as it goes on
+        "1 update": "--iterations 1",
+        "25 updates": "--iterations 25",
+        "50 updates": "--iterations 50",
+        "100 updates": "",
+        "200 updates": "--iterations 200",
+    },
     "troubles": {  # each brought about on purpose: docs/TROUBLESHOOTING.md
         "healthy": "",
         "student too fast": "--beta-cd 0 --lr 1e-3 --fake-updates 1",
@@ -213,12 +220,12 @@ def commands(table, label, seed, out):
     if script == "eval.py":
         return [[*measure, *flags, "--seed", str(seed)]]
     most = flags[flags.index("--steps") + 1] if "--steps" in flags else "4"
-    if script == "train.py":
-        flags = [*BASE.split(), *flags, "--sample-every", "0"]
     if script == "pretrain.py":
         most = "50"
     else:
-        flags += SHORT.split()
+        flags = [*SHORT.split(), *flags]
+    if script == "train.py":
+        flags = [*BASE.split(), *flags, "--sample-every", "0"]
     flags += [*EQUAL.split(), "--seed", str(seed), "--out", str(out)]
     if any((out / "checkpoints").glob("step_*")) or (out / "checkpoint.pt").exists():
         flags.append("--resume")

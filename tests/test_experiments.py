@@ -45,7 +45,8 @@ def test_every_row_is_a_command_of_its_script(tmp_path):
         trained = common.parse(config, made[0][2:], "", presets)
         assert trained.seed == seed and cfg.seed == 0  # all students are measured on one noise
         assert trained.out == str(tmp_path) and cfg.weights == f"{tmp_path}/student.safetensors"
-        assert (trained.iterations, trained.batch, trained.global_batch, trained.precision) == (100, 8, 8, "fp32")
+        updates = int(label.split()[0]) if table == "updates" else 100
+        assert (trained.iterations, trained.batch, trained.global_batch, trained.precision) == (updates, 8, 8, "fp32")
         assert max(cfg.steps) == getattr(trained, "steps", 4)
         flags = str(replace(trained, seed=0))
         assert runs.setdefault((file_of(table, label, seed), flags), flags) == flags
@@ -108,7 +109,7 @@ def test_what_is_missing_is_run_and_nothing_else(tmp_path, monkeypatch):
     assert training["curves"] == {"true_reward": [[0, 0.5]], "cd": [[0, 2.0], [10, 5.0]]}
     assert training["log"] == {"step": 10, "cd": 5.0, "true_reward": 0.5, "trained_s": 2.0}  # the last of each
     assert training["bytes"] == {"student.safetensors": 7}
-    assert training["command"].startswith(f"python train.py {experiments.BASE} --beta-cd 0")
+    assert training["command"].startswith(f"python train.py {experiments.BASE} {experiments.SHORT} --beta-cd 0")
     assert "--seed 2" in training["command"]
     monkeypatch.setattr(subprocess, "run", lambda command: SimpleNamespace(returncode=1))
     with pytest.raises(UserError, match="this failed"):
