@@ -69,12 +69,15 @@ class Adapted(nn.Module):
 
 
 def merge(base: dict, adapters: dict) -> dict:
-    """The state dict of a DiT in which W + B A stands for W. base: a DiT's state dict; adapters: an Adapted's."""
+    """The state dict of a DiT in which W + B A stands for W, in float32: half of a small B A would be lost in bfloat16.
+
+    base: a DiT's state dict; adapters: an Adapted's.
+    """
     merged = dict(base)
     for name, A in adapters.items():
         if name.endswith(".A"):
             _, block, linear, _ = name.split(".")  # adapters.<block>.<linear>.A
             key = f"blocks.{block}.{linear}.weight"
             change = adapters[name.removesuffix("A") + "B"].float() @ A.float()
-            merged[key] = (base[key].float() + change).to(base[key].dtype)
+            merged[key] = base[key].float() + change
     return merged

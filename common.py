@@ -128,7 +128,8 @@ def warn_of_precision(before, now):
 def uses_bfloat16(precision, device):
     """Whether `device` computes in bfloat16. precision: "auto", "bf16" or "fp32"."""
     if precision == "auto":
-        return torch.device(device).type != "cpu" or has_bfloat16()
+        kind = torch.device(device).type
+        return has_bfloat16() if kind == "cpu" else torch.cuda.is_bf16_supported(including_emulation=False)
     return precision == "bf16"
 
 

@@ -42,11 +42,11 @@ import distributed
 import rewards
 from adapters import merge
 from cogvideox import load_vae
-from common import Machine, UserError, autocast, open_log, opt, parse, read_prompts, run
+from common import Machine, UserError, autocast, open_log, opt, parse, read_prompts, run, uses_bfloat16
 from dit import DiT
 from evals import watch
 from evals.progress import PATIENCE, set_aside
-from generate import Generator
+from generate import Generator, load_network
 from nets import Source, adapters_on, network
 from schedule import denoise, log_prob, timesteps
 from text import WordTable, load_encoder
@@ -307,7 +307,7 @@ def load(cfg, ranks):
     if cfg.rank:
         student = adapters_on(student, cfg, ranks)
 
-    vae = load_vae(cfg.vae)
+    vae = load_vae(cfg.vae, None if uses_bfloat16(cfg.precision, ranks.device) else torch.float32)
     if vae.config.latent_channels != config.channels:
         raise UserError(f"{cfg.vae} decodes {vae.config.latent_channels} channels, {cfg.weights} has {config.channels}")
     vae = vae.to(ranks.device, memory_format=torch.channels_last_3d).eval().requires_grad_(False)
@@ -426,10 +426,10 @@ def tune(cfg: Config, ranks) -> None:
 def write_student(policy, file, cfg, evaluations):
     """Write the tuned student, adapters merged into it; its metadata say how it was tuned."""
     weights = distributed.gather(policy.student)
-    if cfg.rank:
-        weights = merge(distributed.gather(policy.student.base), weights)
     if not policy.ranks.main:
         return
+    if cfg.rank:
+        weights = merge(load_network(cfg.weights)[0].state_dict(), weights)
     with torch.device("meta"):
         model = DiT(policy.generator.config)
     model.load_state_dict(weights, assign=True)

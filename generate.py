@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import common
-from adapters import merge
+from adapters import Adapted
 from cogvideox import load_dit, load_vae, read_dit_about
 from common import UserError, autocast, uses_bfloat16
 from data import fingerprint
@@ -42,14 +42,15 @@ class Generator:
 
         adapter: file of a student's adapters on these weights, as train.py --rank writes it.
         vae: file or folder (default: the one in the weights' folder); text: folder of a T5 encoder (default: likewise,
-        or the word table of the small world); precision: of common.py; published half-precision weights are kept as
-        they are where the device computes in bfloat16. Raises UserError where a part is missing or does not fit.
+        or the word table of the small world); precision: of common.py; published weights stay in half precision where
+        the device computes in bfloat16. Raises UserError where a part is missing or does not fit.
         """
-        model, about = load_network(weights)
+        base, about = load_network(weights)
+        model, half = base, uses_bfloat16(precision, device)
         if adapter:
-            model, about = add_adapters(model, adapter, weights)
+            model, about = add_adapters(base, adapter, weights)
         c, vae = model.config, vae or weights
-        coder = load_vae(vae)
+        coder = load_vae(vae, None if half else torch.float32)
         if c.channels != coder.config.latent_channels:
             said = f"{weights} draws {c.channels} latent channels, {vae} decodes {coder.config.latent_channels}"
             raise UserError(f"{said}: name the weights' own VAE with --vae")
@@ -57,8 +58,11 @@ class Generator:
         encoder = load_encoder(text, c.text_dim, c.text_length, device, precision)
         if encoder.dim != c.text_dim or about.get("text_fingerprint", encoder.fingerprint) != encoder.fingerprint:
             raise UserError(f"{weights} was trained with another text encoder: name it with --text FOLDER")
-        if not uses_bfloat16(precision, device):
-            model, coder = model.float(), coder.float()
+        if not half:
+            base.float()
+        elif base.patch_in.weight.dtype == torch.float16:  # which autocast to bfloat16 refuses
+            base.bfloat16()
+        base.to(device).eval()
         coder = coder.to(device, memory_format=torch.channels_last_3d)
         return cls(model.to(device).eval(), coder.eval(), about, encoder, device, precision)
 
@@ -140,9 +144,13 @@ def save_adapters(file, weights, base, **about):
 
 
 def add_adapters(base, file, weights):
-    """-> (the student that a file of adapters makes of a DiT, what the file says of it). weights: the base's name."""
+    """-> (the student that a file of adapters makes of a DiT, what the file says of it). weights: the base's name.
+
+    They are not merged: a base in bfloat16 would lose what is small in them.
+    """
     about = common.read_metadata(file, "Adapted")
     if about["base"] != fingerprint(base, torch.bfloat16):
         raise UserError(f"{file} holds adapters of other weights than {weights}: name the teacher of their run")
-    base.load_state_dict(merge(base.state_dict(), common.load_tensors(file)[0]))
-    return base, about
+    model = Adapted(base, about["rank"])
+    model.load_state_dict(common.load_tensors(file)[0])
+    return model, about

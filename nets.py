@@ -126,7 +126,8 @@ def build(cfg, ranks) -> Nets:
     check(cfg, ranks)
     teacher = read_teacher(cfg)
     student = read_student(cfg, teacher)
-    vae = load_vae(cfg.vae) if cfg.vae else None
+    half = common.uses_bfloat16(cfg.precision, ranks.device)
+    vae = load_vae(cfg.vae, None if half else torch.float32) if cfg.vae else None
     if vae and vae.config.latent_channels != teacher.config.channels:
         there = vae.config.latent_channels
         raise UserError(f"{cfg.vae} makes {there} latent channels, {cfg.teacher} takes {teacher.config.channels}")

@@ -37,7 +37,9 @@ from dit import Prediction
 from evals.cost import so_far
 from evals.progress import (
     PATIENCE,
+    SHOWN,
     check_resumed,
+    draw_videos,
     export,
     finish,
     measure_reward,
@@ -438,7 +440,9 @@ def train(cfg: Config, ranks) -> None:
         about |= {"moments": nets.lrm and asdict(nets.latent_reward.moments), **state}
         checkpoints.save(state["step"], nets.modules, optimizers, about, wait, nets.buffer)
 
-    first, in_a_row, teacher_videos = state["step"], 0, []
+    first, in_a_row, teacher_videos = state["step"], 0, None
+    if cfg.sample_every and nets.vae:  # before the first update: a GPU too small for it tells now
+        teacher_videos = draw_videos(nets, "teacher", nets.prompts[:SHOWN], 0, 50, cfg.batch)
     log, board = (open_log(out / "log.jsonl", first), tensorboard(out, first)) if ranks.main else (None, None)
     begun = last = time.time()
     iterations = algorithm_1(cfg, ranks, nets, optimizers, accumulate, first)
@@ -455,7 +459,11 @@ def train(cfg: Config, ranks) -> None:
         if nets.lrm and (final or (cfg.reward_every and step % cfg.reward_every == 0)):
             how = cfg.steps, cfg.reward_samples, cfg.batch, cfg.lrm_warmup
             numbers |= measure_reward(nets, ranks, state["watched"], step, *how)
-        if cfg.sample_every and (step + 1) % cfg.sample_every == 0 and not ending:
+        stuck = in_a_row >= PATIENCE
+        shown = cfg.sample_every and (step + 1) % cfg.sample_every == 0 and not ending
+        if (step + 1) % cfg.save_every == 0 or stuck or ending or final:  # before the pictures, which may fail
+            save(wait=bool(shown or stuck or ending or final))
+        if shown:
             numbers |= show_progress(nets, ranks, out, step + 1, teacher_videos, cfg.steps, cfg.batch)
         if ranks.main:
             numbers = {name: round(value, 6) for name, value in numbers.items()} | {"skipped": state["skipped"]}
@@ -467,11 +475,8 @@ def train(cfg: Config, ranks) -> None:
             print(json.dumps({"step": step, **speed, **numbers}), file=log, flush=True)
             for name, value in (numbers | speed).items() if board else ():
                 board.add_scalar(name, value, step)
-        if in_a_row >= PATIENCE:
-            save(wait=True)  # a descent that was not finite has not touched its network
+        if stuck:  # a descent that was not finite has not touched its network
             raise UserError(f"{in_a_row} updates in a row were not finite: stopped, and saved in {out}")
-        if (step + 1) % cfg.save_every == 0 or ending or final:
-            save(wait=ending or final)
         if ending:
             if ranks.main:
                 print(f"stopped after step {step + 1}, saved: go on with --resume --out {out}")
@@ -479,7 +484,7 @@ def train(cfg: Config, ranks) -> None:
         last = time.time()
     if ranks.main and nets.clips:
         print(f"waited for clips in {nets.clips.waited / (time.time() - begun):.1%} of the time")
-    rows = finish(nets, ranks, out, asdict(cfg), cfg.steps, cfg.batch, cfg.sample_every > 0)
+    rows = finish(nets, ranks, out, asdict(cfg), cfg.steps, cfg.batch, teacher_videos)
     if rows:
         from evals import tables  # here, since training needs none of it
 

@@ -18,6 +18,7 @@ what lets two CPU cores train one.
 """
 
 from dataclasses import dataclass, replace
+from functools import wraps
 from typing import Literal
 
 import torch
@@ -219,6 +220,20 @@ class Decoder(nn.Module):
         return F.pixel_shuffle(x.transpose(1, 2), self.patch).transpose(1, 2)
 
 
+def without_autocast_in_half(method):
+    """Weights in half precision compute in it: autocast would let every norm give out float32, in twice the memory, and
+    does not mix float16 with bfloat16."""
+
+    @wraps(method)
+    def call(self, x):
+        if self.decoder.conv_in.weight.dtype == torch.float32:
+            return method(self, x)
+        with torch.autocast(x.device.type, enabled=False):
+            return method(self, x)
+
+    return call
+
+
 class VAE3D(nn.Module):
     """Videos (B, 3, F, H, W) in [-1, 1] to latents (B, C, T, H/8, W/8) and back; results have the input's dtype."""
 
@@ -239,6 +254,7 @@ class VAE3D(nn.Module):
             allowed = f"1 or {size}k" if independent else f"1, {size}k or {size}k + 1"
             raise ValueError(f"{frames} frames cannot be encoded: a clip has {allowed} frames")
 
+    @without_autocast_in_half
     def posterior(self, video):
         """video (B, 3, F, H, W) in [-1, 1] -> mean, log-variance of the posterior, unscaled, each (B, C, T, H/8, W/8).
 
@@ -259,6 +275,7 @@ class VAE3D(nn.Module):
         """video (B, 3, F, H, W) in [-1, 1] -> latents (B, C, T, H/8, W/8): posterior mean times scaling_factor."""
         return self.posterior(video)[0] * self.config.scaling_factor
 
+    @without_autocast_in_half
     def decode(self, latents):
         """latents (B, C, T, h, w) as `encode` gives them -> video (B, 3, F, 8h, 8w), not clamped.
 

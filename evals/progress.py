@@ -27,6 +27,7 @@ from video import write_grid, write_video_grid
 from world.shapes import HELD_OUT, Clip, render_batch
 
 PATIENCE = 5  # updates in a row that may be skipped because they are not finite
+SHOWN = 4  # prompts, in pictures on the way
 READ_AT_ONCE = 32  # videos that the judge reads along with the pictures, and at the end at a time: they are large
 
 
@@ -84,14 +85,12 @@ def tensorboard(out, first):
 
 
 def show_progress(nets, ranks, out, step, teacher_videos, n, batch):
-    """Draw the student in its n steps, beside it the teacher in 50, and have the judge read some of the student's.
+    """Draw the student in its n steps, beside it the teacher's videos, and have the judge read some of the student's.
 
-    teacher_videos: an empty list, which keeps the teacher's for the next time. Returns {"judge": share of right
-    readings} where there is a judge.
+    Returns {"judge": share of right readings} where there is a judge.
     """
-    prompts = nets.prompts[:4]
+    prompts = nets.prompts[:SHOWN]
     if nets.vae:
-        teacher_videos += [] if teacher_videos else draw_videos(nets, "teacher", prompts, 0, 50, batch)
         videos = draw_videos(nets, "student", prompts, 0, n, batch)
         if ranks.main:
             words = [f"{who}: {prompt}" for prompt in prompts for who in (f"student, {n}", "teacher, 50")]
@@ -136,22 +135,22 @@ def measure_reward(nets, ranks, watched, step, steps, samples, batch, lrm_warmup
     return found
 
 
-def write_student(out, config, weights, settings, about, base=None):
+def write_student(out, config, weights, settings, about):
     """student.safetensors for sample.py, and of a CogVideoX also a folder for diffusers. settings: the run's flags.
 
-    weights: the student's state dict, of a DiT, or of adapters on a teacher with the state dict `base`: these are
-    written as they are, adapter.safetensors, and merged.
+    weights: the student's state dict, of a DiT, or with --rank of adapters on the teacher: these are written as they
+    are, adapter.safetensors, and merged with the teacher's own file, which is finer than what a GPU has of it.
     """
     made = {"command": " ".join(["python", *sys.argv]), "date": time.strftime("%Y-%m-%d"), "settings": settings}
-    with torch.device("meta"):
-        teacher, student = DiT(config), DiT(config)
-    if base:
-        teacher.load_state_dict(base, assign=True)
+    if settings["rank"]:
+        teacher, _ = load_network(settings["teacher"])
         save_adapters(out / "adapter.safetensors", weights, teacher, **about | made)
         print(f"wrote {out / 'adapter.safetensors'}")
         if Path(settings["teacher"]).is_dir():
             print(save_lora(out / "lora", weights))
-        weights = merge(base, weights)
+        weights = merge(teacher.state_dict(), weights)
+    with torch.device("meta"):
+        student = DiT(config)
     student.load_state_dict(weights, assign=True)
     file = out / "student.safetensors"
     common.save_model(file, student, torch.float16, **about | made)
@@ -166,16 +165,12 @@ def export(out):
         raise UserError(f"{out} holds no checkpoint")
     checkpoints = distributed.Checkpoints(out / "checkpoints")
     said, config = read_extra(newest)
-    settings, rank = said["config"], said["about"].get("rank")
+    rank = said["config"]["rank"]
     with torch.device("meta"):
-        student = DiT(config)
-    base = None
-    if rank:
-        teacher, _ = load_network(settings["teacher"])
-        student, base = Adapted(student, rank), teacher.state_dict()
+        student = Adapted(DiT(config), rank) if rank else DiT(config)
     student.to_empty(device="cpu")
     checkpoints.load(newest, {"ema": student}, {})
-    write_student(out, config, student.state_dict(), settings, said["about"], base)
+    write_student(out, config, student.state_dict(), said["config"], said["about"])
 
 
 @torch.no_grad()
@@ -217,25 +212,25 @@ def compare_with_teacher(nets, steps, batch):
     return rows
 
 
-def finish(nets, ranks, out, settings, n, batch, pictures):
-    """Write the student and, with pictures, what a person would look at; in the small world, say what it has gained.
+def finish(nets, ranks, out, settings, n, batch, teacher_videos):
+    """Write the student and, beside the teacher's videos, if there are any, what a person would look at; in the small
+    world, say what it has gained.
 
     settings: the run's flags, for the student's file. Returns the rows of `compare_with_teacher`, [] without a judge.
     """
     weights = distributed.gather(nets.ema)
-    base = distributed.gather(nets.teacher) if settings["rank"] else None
     if ranks.main:
-        write_student(out, nets.student.config, weights, settings, nets.about, base)
-    if not nets.vae or not pictures:
+        write_student(out, nets.student.config, weights, settings, nets.about)
+    if teacher_videos is None:
         return []
     prompts = nets.prompts[:3]
     few = [k for k in (4, 2, 1) if k <= n]
-    columns = [("teacher", 50), ("teacher", n), *(("student", k) for k in few)]
-    videos = [draw_videos(nets, who, prompts, 0, k, batch) for who, k in columns]
+    columns = [("teacher", n), *(("student", k) for k in few)]
+    videos = [teacher_videos[:3], *(draw_videos(nets, who, prompts, 0, k, batch) for who, k in columns)]
     compared = compare_with_teacher(nets, few, batch) if nets.judge else []
     if not ranks.main:
         return []
-    titles = [f"{who}, {k} step{'s' * (k > 1)}" for who, k in columns]
+    titles = [f"{who}, {k} step{'s' * (k > 1)}" for who, k in [("teacher", 50), *columns]]
     rows, words = list(zip(*videos)), [f"{title}: {prompt}" for prompt in prompts for title in titles]
     write_video_grid(out / "compare.mp4", [list(row) for row in rows], nets.about["fps"], titles=titles)
     write_grid(out / "compare.png", [video for row in rows for video in row], words)

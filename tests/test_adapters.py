@@ -44,6 +44,21 @@ def learned(model, seed=1):
     return model
 
 
+@torch.no_grad()
+def test_what_is_small_beside_the_base_is_kept():
+    """In bfloat16 a weight of 1 has no neighbour nearer than 1/128: merged in it, these adapters would be gone."""
+    base = perturbed(dtype=torch.float32).bfloat16()
+    model = learned(Adapted(base, 4))
+    for p in model.parameters():
+        p *= 0.01
+    merged, weights = merge(base.state_dict(), model.state_dict()), base.state_dict()
+    for i, block in enumerate(model.adapters):
+        for name, linear in block.items():
+            change, key = linear.B @ linear.A, f"blocks.{i}.{name}.weight"
+            error = (merged[key].float() - weights[key].float() - change).norm() / change.norm()
+            assert error < 0.01
+
+
 def inputs(dtype=torch.float64, seed=2):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(2, 12, 5, 8, 8, generator=generator).to(dtype)
@@ -186,6 +201,8 @@ def test_adapters_alone_and_merged_draw_the_same(tiny, tmp_path, monkeypatch):
     assert alone.student and alone.about["timesteps"] == merged.about["timesteps"]
     draw = lambda generator: generator.latents(generator.encoder.encode(["a red star"]), [0], 4)
     torch.testing.assert_close(draw(alone), draw(merged), rtol=0.02, atol=0.02)  # each was rounded to half precision
+    untouched = common.load_model(base, dit.DiT)[0].state_dict()  # a base in half precision would lose what is small
+    assert all(torch.equal(p, untouched[name]) for name, p in alone.model.base.state_dict().items())
     assert (draw(merged) - draw(Generator.load(base, vae))).abs().max() > 0.05
     sample.main(["--weights", base, "--vae", vae, "--adapter", file, "--steps", "4", "--out", f"{tmp_path}/s.gif"])
     assert (tmp_path / "s.gif").stat().st_size

@@ -32,7 +32,10 @@ def test_the_cpu_is_asked_for_its_instructions(monkeypatch, architecture, capabi
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able | {"architecture": architecture})
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     assert has_bfloat16() is answer
-    assert uses_bfloat16("auto", "cpu") is answer and uses_bfloat16("auto", "cuda:0")
+    assert uses_bfloat16("auto", "cpu") is answer
+    for gpu in (True, False):  # a V100 and a T4 have none, and would emulate it
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, gpu=gpu: gpu)
+        assert uses_bfloat16("auto", "cuda:0") is gpu
     for device in ("cpu", "cuda"):
         assert uses_bfloat16("bf16", device) and not uses_bfloat16("fp32", device)
 

@@ -293,3 +293,11 @@ def test_a_cogvideox_folder(call, seen, tmp_path):
     assert call(*flags, "student.mp4")[0] == 0 and seen == [[999], [499]]
     assert read_video("student.mp4")[1] == pytest.approx(12)
     assert call(*flags, "student.mp4", "--vae", "nothing")[0] == 2
+    # published weights in half precision, of a DiT that autocast to bfloat16 could not mix with its activations
+    cogvideox.save_dit(cogvideox.load_dit(Path("all/transformer")).half(), "half/transformer")
+    cogvideox.save_vae(cogvideox.load_vae("all").half(), "half/vae")
+    drawn = {}
+    for precision in ("bf16", "fp32"):
+        model = Generator.load("half", device="cpu", text="all", precision=precision)
+        drawn[precision] = model.decode(model.latents(model.encoder.encode(["panda"]), [0], 2))
+    torch.testing.assert_close(drawn["bf16"], drawn["fp32"], rtol=0, atol=0.1)

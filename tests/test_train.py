@@ -196,6 +196,24 @@ def test_nan_stops_the_run_and_keeps_what_was_good(tiny, tmp_path, monkeypatch):
     assert all(t.isfinite().all() for t in tensors.values())
 
 
+def test_a_checkpoint_is_older_than_the_pictures_of_its_step(tiny, tmp_path, monkeypatch):
+    """They may not fit into a GPU; the teacher's are drawn before the first update, so that this is known early."""
+    order, draw = [], progress.draw_videos
+
+    def fails(*args):
+        order.append("student")
+        raise MemoryError
+
+    monkeypatch.setattr(train, "draw_videos", lambda nets, who, *args: order.append(who) or draw(nets, who, *args))
+    monkeypatch.setattr(train, "show_progress", fails)
+    with pytest.raises(MemoryError):
+        fit(config(tiny, tmp_path / "run", sample_every=2, save_every=2))
+    assert order == ["teacher", "student"]
+    monkeypatch.undo()
+    _, _, lines = fit(config(tiny, tmp_path / "run", sample_every=0, save_every=2, resume=True))
+    assert [line["step"] for line in lines] == [0, 2]  # the log lacks what the failure has swallowed
+
+
 @pytest.mark.parametrize(
     "words, said",
     [

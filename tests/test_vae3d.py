@@ -281,6 +281,19 @@ def test_half_weights_take_and_return_any_precision():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
+def test_half_weights_compute_as_they_are_under_autocast_too(dtype):
+    """On a GPU autocast would let norms give out float32, and it mixes no float16 with bfloat16."""
+    vae, video = make(SMALL, dtype=dtype), noise(1, 3, 16, 16, 16)
+    latents = vae.encode(video)
+    want, kept = vae.decode(latents), []
+    vae.decoder.conv_out.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(vae.encode(video), latents) and torch.equal(vae.decode(latents), want)
+    assert kept == [dtype]
+
+
+@torch.no_grad()
 def test_log_variance_is_clamped():
     vae = make(SMALL)
     vae.encoder.conv_out.bias.data.fill_(1e4)
