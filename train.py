@@ -37,9 +37,8 @@ from dit import Prediction
 from evals.cost import so_far
 from evals.progress import (
     PATIENCE,
-    SHOWN,
     check_resumed,
-    draw_videos,
+    draw_teacher,
     export,
     finish,
     measure_reward,
@@ -423,7 +422,8 @@ def train(cfg: Config, ranks) -> None:
     going_on = cfg.resume or distributed.restarted(ranks)
     if not going_on:
         set_aside(out / "checkpoints", ranks)
-    checkpoints, stopper = distributed.Checkpoints(out / "checkpoints"), distributed.Stopper(ranks)
+    checkpoints = distributed.Checkpoints(out / "checkpoints")
+    stopper = distributed.Stopper(ranks)
     # seconds of training, evaluations of the reward, updates left out, measurements of the reward
     state = {"step": 0, "trained": 0.0, "evaluated": 0, "skipped": 0, "watched": []}
     if going_on and (newest := checkpoints.newest()):
@@ -440,9 +440,9 @@ def train(cfg: Config, ranks) -> None:
         about |= {"moments": nets.lrm and asdict(nets.latent_reward.moments), **state}
         checkpoints.save(state["step"], nets.modules, optimizers, about, wait, nets.buffer)
 
-    first, in_a_row, teacher_videos = state["step"], 0, None
-    if cfg.sample_every and nets.vae:  # before the first update: a GPU too small for it tells now
-        teacher_videos = draw_videos(nets, "teacher", nets.prompts[:SHOWN], 0, 50, cfg.batch)
+    first = state["step"]
+    in_a_row = 0
+    teacher_videos = draw_teacher(nets, cfg.batch) if cfg.sample_every else None  # a GPU too small for it tells now
     log, board = (open_log(out / "log.jsonl", first), tensorboard(out, first)) if ranks.main else (None, None)
     begun = last = time.time()
     iterations = algorithm_1(cfg, ranks, nets, optimizers, accumulate, first)
@@ -451,20 +451,21 @@ def train(cfg: Config, ranks) -> None:
         numbers = distributed.means(mine, ranks)
         took, ending = time.time() - last, stopper()
         in_a_row = 0 if made else in_a_row + 1
-        state["step"] = step + 1
+        state["step"] = done = step + 1
         state["trained"] += took
         state["evaluated"] += scored * ranks.size
         state["skipped"] += not made
-        final = step + 1 == cfg.iterations
+        final = done == cfg.iterations
         if nets.lrm and (final or (cfg.reward_every and step % cfg.reward_every == 0)):
             how = cfg.steps, cfg.reward_samples, cfg.batch, cfg.lrm_warmup
             numbers |= measure_reward(nets, ranks, state["watched"], step, *how)
+        shown = cfg.sample_every and done % cfg.sample_every == 0 and not ending
         stuck = in_a_row >= PATIENCE
-        shown = cfg.sample_every and (step + 1) % cfg.sample_every == 0 and not ending
-        if (step + 1) % cfg.save_every == 0 or stuck or ending or final:  # before the pictures, which may fail
-            save(wait=bool(shown or stuck or ending or final))
+        leaving = stuck or ending or final
+        if done % cfg.save_every == 0 or leaving:  # before the pictures, which may fail
+            save(wait=shown or leaving)
         if shown:
-            numbers |= show_progress(nets, ranks, out, step + 1, teacher_videos, cfg.steps, cfg.batch)
+            numbers |= show_progress(nets, ranks, out, done, teacher_videos, cfg.steps, cfg.batch)
         if ranks.main:
             numbers = {name: round(value, 6) for name, value in numbers.items()} | {"skipped": state["skipped"]}
             numbers |= {"reward_evaluations": state["evaluated"]} if nets.lrm else {}
@@ -479,7 +480,7 @@ def train(cfg: Config, ranks) -> None:
             raise UserError(f"{in_a_row} updates in a row were not finite: stopped, and saved in {out}")
         if ending:
             if ranks.main:
-                print(f"stopped after step {step + 1}, saved: go on with --resume --out {out}")
+                print(f"stopped after step {done}, saved: go on with --resume --out {out}")
             return
         last = time.time()
     if ranks.main and nets.clips:

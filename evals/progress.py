@@ -84,13 +84,18 @@ def tensorboard(out, first):
     return SummaryWriter(out / "tensorboard", purge_step=first)
 
 
+def draw_teacher(nets, batch):
+    """The teacher's videos (N, 3, F, H, W) in 50 steps, which stand in all pictures of a run. None without a VAE."""
+    return draw_videos(nets, "teacher", nets.prompts[:SHOWN], 0, 50, batch) if nets.vae else None
+
+
 def show_progress(nets, ranks, out, step, teacher_videos, n, batch):
     """Draw the student in its n steps, beside it the teacher's videos, and have the judge read some of the student's.
 
     Returns {"judge": share of right readings} where there is a judge.
     """
     prompts = nets.prompts[:SHOWN]
-    if nets.vae:
+    if teacher_videos is not None:
         videos = draw_videos(nets, "student", prompts, 0, n, batch)
         if ranks.main:
             words = [f"{who}: {prompt}" for prompt in prompts for who in (f"student, {n}", "teacher, 50")]

@@ -204,7 +204,7 @@ def test_a_checkpoint_is_older_than_the_pictures_of_its_step(tiny, tmp_path, mon
         order.append("student")
         raise MemoryError
 
-    monkeypatch.setattr(train, "draw_videos", lambda nets, who, *args: order.append(who) or draw(nets, who, *args))
+    monkeypatch.setattr(progress, "draw_videos", lambda nets, who, *args: order.append(who) or draw(nets, who, *args))
     monkeypatch.setattr(train, "show_progress", fails)
     with pytest.raises(MemoryError):
         fit(config(tiny, tmp_path / "run", sample_every=2, save_every=2))
