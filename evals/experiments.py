@@ -142,6 +142,8 @@ TABLES = {
         "the student": STUDENT,
         "LRM alone": f"{TUNE} --beta-vsd 0 --beta-cd 0 --reward jpeg_compressibility",
         "LRM and KL": f"{TUNE} {HOLD} --reward jpeg_compressibility",
+        "LRM of motion alone": f"{TUNE} --beta-vsd 0 --beta-cd 0 --reward dynamic_degree",
+        "LRM of motion and KL": f"{TUNE} {HOLD} --reward dynamic_degree",
     },
 }
 
