@@ -297,7 +297,8 @@ def test_a_cogvideox_folder(call, seen, tmp_path):
     cogvideox.save_dit(cogvideox.load_dit(Path("all/transformer")).half(), "half/transformer")
     cogvideox.save_vae(cogvideox.load_vae("all").half(), "half/vae")
     drawn = {}
-    for precision in ("bf16", "fp32"):
+    for precision, dtype in (("bf16", torch.float16), ("fp32", torch.float32)):
         model = Generator.load("half", device="cpu", text="all", precision=precision)
+        assert {p.dtype for p in model.vae.parameters()} == {dtype}
         drawn[precision] = model.decode(model.latents(model.encoder.encode(["panda"]), [0], 2))
     torch.testing.assert_close(drawn["bf16"], drawn["fp32"], rtol=0, atol=0.1)
