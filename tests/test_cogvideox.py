@@ -292,7 +292,7 @@ def test_an_iteration_at_full_scale(preset, monkeypatch):
     ],
 )
 def test_memory_is_said_beforehand(preset, size, shard, gib):
-    cfg = common.parse(train.Config, ["--preset", preset, "--shard", shard], "", train.PRESETS)
+    cfg = common.parse(train.Config, ["--preset", preset, "--shard", shard, "--precision", "bf16"], "", train.PRESETS)
     config = dit.PRESETS[preset]
     said = nets.memory(cfg, config, Ranks(0, size, torch.device("cuda")), config.latents)
     assert f"GPU, of {size}" in said and "activations" in said
