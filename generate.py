@@ -13,7 +13,7 @@ import torch
 
 import common
 from adapters import Adapted
-from cogvideox import load_dit, load_vae, read_dit_about
+from cogvideox import below, load_dit, load_vae, read_dit_about
 from common import UserError, autocast, uses_bfloat16
 from data import fingerprint
 from dit import DiT
@@ -130,9 +130,7 @@ def load_network(weights):
     """-> (DiT, what is said of it) of a file of weights or of a CogVideoX folder of diffusers. Raises UserError."""
     if not Path(weights).is_dir():
         return common.load_model(weights, DiT)
-    folder = Path(weights) / "transformer"
-    if not folder.is_dir():
-        raise UserError(f"{weights} has no transformer/: want a .safetensors file or a CogVideoX folder")
+    folder = below(weights, "transformer")
     about = {"kind": "teacher", "w": 5.0}  # published weights are made for a guidance scale of 6
     return load_dit(folder), about | read_dit_about(folder)
 
