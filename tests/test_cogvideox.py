@@ -180,6 +180,16 @@ def test_a_cache_spares_vae_and_text_encoder_and_a_student_may_predict_otherwise
     torch.testing.assert_close(again.model(x, t, text), held.ema(x, t, text))
 
 
+def test_adapters_on_a_pipeline_or_its_transformer_alone(cogvideox, cache, tmp_path):
+    """The teacher's own files are read once more at the end, to merge the adapters with them."""
+    rank = ("--rank", 4, "--iterations", 1, "--vae", "", "--text", "")
+    for name, teacher in (("a", cogvideox), ("b", cogvideox / "transformer")):
+        program(train, *settings(cogvideox, cache, tmp_path / name, *rank, "--teacher", teacher))
+    ours, theirs = (common.load_tensors(tmp_path / name / "student.safetensors")[0] for name in ("a", "b"))
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert (tmp_path / "b/lora/pytorch_lora_weights.safetensors").exists() and (tmp_path / "b/diffusers").is_dir()
+
+
 def test_a_reward_kept_in_the_cache_spares_the_decoding_of_real_clips(cogvideox, clips, tmp_path, monkeypatch):
     encode(cogvideox, clips, tmp_path / "cache", "--reward", "jpeg_compressibility")
     words = settings(cogvideox, tmp_path / "cache", tmp_path / "run", "--vae", cogvideox, "--reward")
