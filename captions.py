@@ -14,7 +14,7 @@ import os
 import unicodedata
 from pathlib import Path
 
-from common import UserError, read_text
+from common import UserError, atomic, read_text
 from video import IMAGES, VIDEOS
 
 TABLES = ("metadata.jsonl", "metadata.csv")
@@ -50,6 +50,12 @@ def list_clips(folder):
         else:
             skipped[name] = "it has no caption"
     return captions, skipped
+
+
+def write_caption(clip, caption):
+    """Write a clip's caption where `list_clips` finds it, in a .txt beside the clip. Raises UserError."""
+    with atomic(Path(clip).with_suffix(".txt")) as part:
+        part.write_text(caption, encoding="utf-8")
 
 
 def _same(name):

@@ -14,7 +14,6 @@ the same noise. What can be wrong with a command is found before the first step 
 import math
 import random
 import re
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 import common
+from captions import write_caption
 from common import Machine, UserError, opt, parse, run, start
 from generate import Generator
 from text import T5
@@ -72,8 +72,7 @@ def choose_steps(cfg, generator):
         usual = len(generator.trained) if generator.student else 50
         return generator.steps(usual if cfg.steps is None else cfg.steps)
     asked, own = list(cfg.timesteps), generator.trained if generator.student else []
-    descending = asked == sorted(set(asked), reverse=True)
-    if not descending or not set(asked) <= set(own) or cfg.steps not in (None, len(asked)):
+    if asked != sorted(set(asked), reverse=True) or not set(asked) <= set(own) or cfg.steps not in (None, len(asked)):
         raise UserError(f"--timesteps {asked}: want some of a student's own {own}, descending, as many as --steps")
     generator.about["timesteps"] = asked
     return asked
@@ -107,7 +106,7 @@ def main(argv=None):
     start(cfg)
     if isinstance(generator.encoder, T5):
         generator.encoder.close()  # it is larger than all that follows
-    begun, videos, total = time.perf_counter(), [], len(prompts) * generator.evaluations(len(steps))
+    videos, total = [], len(prompts) * generator.evaluations(len(steps))
     with tqdm(total=total, desc=name, unit="evaluation", dynamic_ncols=True, leave=False) as bar:
         generator.model.register_forward_pre_hook(lambda _, args: bar.update(len(args[0])) and None)
         for i, (prompt, video) in enumerate(zip(prompts, draw(generator, text, len(steps), cfg.seed))):
@@ -115,12 +114,11 @@ def main(argv=None):
                 videos.append(video)
             if not one_file:
                 words = re.sub(r"[^a-z0-9]+", "-", prompt.lower())[:50].strip("-")
-                write_video(out / f"{name}-{i:02d}-{words}.mp4", video, fps)
-    seconds = time.perf_counter() - begun
-    if not one_file:
-        write_grid(sheet, videos, prompts[: len(videos)])
-        print(f"{out / name}-*.mp4 and, to look at them together, {sheet}")
-    else:
+                file = out / f"{name}-{i:02d}-{words}.mp4"
+                write_video(file, video, fps)
+                write_caption(file, prompt)  # the name has no room for all of a prompt
+    seconds = bar.format_dict["elapsed"]
+    if one_file:
         if len(videos) == 1:
             write_video(out, videos[0], fps)
         else:
@@ -128,6 +126,9 @@ def main(argv=None):
             rows = [slice(i, i + columns) for i in range(0, len(videos), columns)]
             write_video_grid(out, [videos[row] for row in rows], fps, [" | ".join(prompts[row]) for row in rows])
         print(out)
+    else:
+        write_grid(sheet, videos, prompts[: len(videos)])
+        print(f"{out / name}-*.mp4 and, to look at them together, {sheet}")
     how = f"{kind}, {len(steps)} steps" + (f" guided with w = {w:g}" if w else "")
     print(f"{how}: {bar.n // len(prompts)} network evaluations a video, {bar.n} in all, {seconds:.1f} s")
     print(f"{len(prompts)} videos, (channels, frames, height, width) = {tuple(video.shape)}")
