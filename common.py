@@ -150,8 +150,8 @@ def parse(config, argv, description, presets=None):
     """Read flags into the dataclass `config`, whose fields all have defaults. argv None: the command line.
 
     Fields are int, float, str, bool (`--flag`, `--no-flag`), Literal, one of these or None, and tuple[..., ...] of int,
-    float, str (`--steps 999 749` or `--steps 999,749`). `presets` maps a name to field values: those of the field
-    `preset` replace the defaults, and explicit flags win.
+    float, str (`--steps 999 749` or `--steps 999,749`; said again, a flag adds to them). `presets` maps a name to field
+    values: those of the field `preset` replace the defaults, and explicit flags win.
     Raises UserError for an unknown flag, a value of the wrong type or beyond its limits, and a device that is not here.
     """
     hints = typing.get_type_hints(config)
@@ -181,7 +181,7 @@ def _argument(hint):
         def numbers(word):  # also joined by commas; in a text a comma is part of it
             return [word] if args[0] is str else [args[0](x) for x in word.split(",")]
 
-        return {"type": numbers, "nargs": "+", "metavar": args[0].__name__.upper()}
+        return {"type": numbers, "nargs": "+", "action": "extend", "metavar": args[0].__name__.upper()}
     if origin in (typing.Union, types.UnionType):
         return _argument(args[0])
     return {"type": hint, "metavar": hint.__name__.upper()}

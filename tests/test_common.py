@@ -44,6 +44,7 @@ def test_defaults_and_every_type():
         prompts=("a red, round thing", "b"),
     )  # fmt: skip
     assert isinstance(got.lr, float) and read("--steps", "999,749", "4").steps == (999, 749, 4)
+    assert read("--steps", "4", "--steps", "2", "1").steps == (4, 2, 1)  # none is lost without a word
 
 
 def test_preset_stands_between_defaults_and_flags():
