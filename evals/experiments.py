@@ -50,6 +50,7 @@ TABLES = {
         "CD, from the student": "--beta-vsd 0 --cd-target student",
         "CD, from the teacher": "--beta-vsd 0 --cd-target teacher",
         "VSD + CD, from the teacher": "--cd-target teacher",
+        "VSD + LRM": "--beta-cd 0 --reward object_kept",
         "VSD + CD + LRM": "--reward object_kept",
         "teacher": f"{TEACHER} 4 2 1",
     },

@@ -39,6 +39,14 @@ def test_the_reward_is_measured_on_fresh_samples(tiny, distilled):
     assert lines[-1]["reward_evaluations"] == 2 * 2 * 2  # iterations, real and generated, clips
 
 
+def test_with_a_reward_an_update_sums_seven_small_forwards(tiny, tmp_path):
+    """Section 4.1; each clip, real and generated, is scored once. From 16 clips a forward on, one is an update."""
+    for batch, clips in ((1, 7), (16, 16)):
+        small = {"batch": batch, "global_batch": 0, "iterations": 1}
+        *_, lines = fit(config(tiny, tmp_path / str(batch), **JPEG | small))
+        assert lines[0]["reward_evaluations"] == 2 * clips
+
+
 def test_tuning_goes_on_from_a_student(tiny, distilled, tmp_path):
     """Where nothing is learned, what comes out is what went in."""
     began = str(distilled / "student.safetensors")
