@@ -6,7 +6,7 @@
 `Folder` reads files of any size, length and frame rate as clips of one size: `frames` frames at `fps` from a section
 chosen by seed, the shorter side resized, the centre cut out. An image is a clip of one frame. `LatentCache` reads
 what `cache` wrote: each clip's latents, its caption's embedding, and the reward of its decoded pixels, made once, so
-that training holds neither VAE nor text encoder in memory.
+that training needs no text encoder in memory, and a VAE for rewards and pictures alone.
 
 A cache is a list of names (index.json), written first, and a numbered file a clip, which appears whole or not at all.
 So a killed run goes on with the clips that are missing, and processes share the list without speaking to each other.
@@ -90,8 +90,12 @@ class Shapes:
     def batch(self, indices, step=0):
         """-> video (B, 3, F, H, W) in [-1, 1], list of B captions."""
         clips = [shapes.Clip.make(self.seed, i) for i in indices]
-        words = [random.Random(f"caption {self.seed} {i}") for i in indices]
-        return shapes.render_batch(clips), [shapes.caption(c, "train", w)[0] for c, w in zip(clips, words)]
+        return shapes.render_batch(clips), [caption(self.seed, i) for i in indices]
+
+
+def caption(seed, i):
+    """The caption of the rendered clip (seed, i)."""
+    return shapes.caption(shapes.Clip.make(seed, i), "train", random.Random(f"caption {seed} {i}"))[0]
 
 
 class Folder(Samples):

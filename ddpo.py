@@ -27,7 +27,6 @@ step, the KL divergence of the moves.
 
 import json
 import math
-import random
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -43,12 +42,13 @@ import rewards
 from adapters import merge
 from cogvideox import load_vae
 from common import Machine, UserError, autocast, open_log, opt, parse, read_prompts, run, uses_bfloat16
+from data import caption
 from dit import DiT
 from evals import watch
 from evals.progress import PATIENCE, set_aside
 from generate import Generator, load_network
 from nets import Source, adapters_on, network
-from schedule import denoise, log_prob, timesteps
+from schedule import denoiser, log_prob, timesteps
 from text import WordTable, load_encoder
 from video import write_grid
 from world import shapes
@@ -119,12 +119,13 @@ class Policy:
 
     def denoiser(self, model, text):
         """f(x_t, t) -> x_0."""
+        predict = denoiser(model, self.schedule, text)
 
-        def predict(x_t, t):
+        def cast(x_t, t):
             with self.autocast():
-                return denoise(model, self.schedule, x_t, t, text, self.generator.config.prediction)
+                return predict(x_t, t)
 
-        return predict
+        return cast
 
     def sample(self, captions, key, numbers, first=None, last=None):
         """Lines 5-8: text (B, L, D) and `walk`'s path. Noise follows from key and a sample's number alone."""
@@ -155,8 +156,7 @@ class Clips:
 
 def sample_clips(policy, step, micro, first=None, last=None):
     """Lines 4-11, the part `micro` of an iteration: clips and their reward, with gradient from step `first` on."""
-    begin = (micro * policy.ranks.size + policy.ranks.rank) * policy.batch
-    numbers = list(range(begin, begin + policy.batch))
+    numbers = distributed.sample_numbers(policy.ranks, micro, policy.batch)
     keys = [(policy.seed, step, "prompt", number) for number in numbers]
     captions = [policy.prompts[distributed.randint(len(policy.prompts), key)] for key in keys]
     text, path = policy.sample(captions, (policy.seed, step), numbers, first, last)  # 5-10
@@ -222,7 +222,7 @@ def descend(policy, optimizer, reward, parts):
     norm = distributed.gradient_descent(policy.student, optimizer, policy.clip, policy.ranks, finite)
     names = parts[0] if parts else ()
     numbers = {name: sum(part[name].item() / policy.accumulate for part in parts) for name in names}
-    return reward, numbers | {"grad_norm": norm}, math.isfinite(norm)
+    return reward, distributed.means(numbers, policy.ranks) | {"grad_norm": norm}, math.isfinite(norm)
 
 
 def of_all_ranks(parts, ranks):
@@ -321,8 +321,7 @@ def captions(prompts, seed):
     """D of Algorithm 2: a list of prompts. Raises UserError where there is none."""
     if prompts != "shapes":
         return read_prompts(prompts)
-    clips = [shapes.Clip.make(seed, i) for i in range(4096)]  # those that data.py renders
-    return [shapes.caption(clip, "train", random.Random(f"caption {seed} {i}"))[0] for i, clip in enumerate(clips)]
+    return [caption(seed, i) for i in range(4096)]
 
 
 def build(cfg, ranks):
@@ -445,7 +444,7 @@ def main():
     common.start(cfg)
     ranks = distributed.start(cfg.device)
     tune(cfg, ranks)
-    distributed.stop(ranks)
+    distributed.stop()
 
 
 if __name__ == "__main__":

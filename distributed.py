@@ -72,7 +72,7 @@ def start(device=None, timeout_s=600):
     return Ranks(rank, size, device, _mesh(device.type, size, size))
 
 
-def stop(ranks):
+def stop():
     """Leave in order. After an error just exit instead: this would wait for ranks that may be gone."""
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -172,9 +172,11 @@ def clip_gradients(model, max_norm):
     square = torch.nn.utils.get_total_norm(parts).square()
     if grads and isinstance(grads[0], DTensor):
         dist.all_reduce(square, group=grads[0].device_mesh.get_group(grads[0].device_mesh.ndim - 1))
+    norm = square.sqrt()
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1)
     for part in parts:
-        part *= (max_norm / (square.sqrt() + 1e-6)).clamp(max=1)
-    return square.sqrt().item()
+        part *= scale
+    return norm.item()
 
 
 def gradient_descent(module, optimizer, max_norm, ranks, finite=True):
@@ -189,6 +191,11 @@ def gradient_descent(module, optimizer, max_norm, ranks, finite=True):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return math.nan if skipped else norm
+
+
+def sample_numbers(ranks, micro, batch):
+    """The numbers that this rank's samples have among those of all ranks, of its part `micro` of an update."""
+    return [(micro * ranks.size + ranks.rank) * batch + i for i in range(batch)]
 
 
 def means(numbers, ranks):

@@ -14,8 +14,8 @@ Where a token stands is told by a fixed sine-cosine table added once (the 2B fam
 (the 5B family). Nothing of it is learned, so clips of any size work. The tables are made when first needed and kept
 outside the network: `.to(bfloat16)` cannot round them, and building on the meta device cannot lose them.
 
-What a network predicts, and on which schedule, belongs to its weights: the config says it.
-Forward pass and defaults are those of diffusers' `CogVideoXTransformer3DModel`; the 1.5 and image-to-video models have
+What a network predicts, and on which schedule, belongs to its weights: the config says it. The forward pass is that of
+diffusers' `CogVideoXTransformer3DModel`, the defaults are the small world's; the 1.5 and image-to-video models have
 other patches or inputs and are refused. Sources: CogVideoX, arXiv:2408.06072; DiT, arXiv:2212.09748 (adaLN).
 """
 
@@ -55,7 +55,7 @@ class DiTConfig:
     def __post_init__(self):
         object.__setattr__(self, "latents", tuple(self.latents))  # a list when it comes out of JSON
         if self.width % self.heads or (self.width // self.heads if self.rotary else self.width) % 16:
-            raise ValueError(f"width {self.width} is no multiple of {self.heads} heads and of 16 (rotary: of 16 heads)")
+            raise ValueError(f"width {self.width} is no multiple of {self.heads} heads and of 16 (rotary: a head's is)")
 
 
 _2B = DiTConfig(

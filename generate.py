@@ -17,23 +17,22 @@ from cogvideox import below, load_dit, load_vae, read_dit_about
 from common import UserError, autocast, uses_bfloat16
 from data import fingerprint
 from dit import DiT
-from schedule import Schedule, ddim, denoise, few_step, timesteps
-from text import WordTable, load_encoder
-from world import shapes
+from schedule import Schedule, ddim, denoiser, few_step, timesteps
+from text import load_encoder
 
 
 class Generator:
     """A text-to-video model: transformer, its schedule, its text encoder and its VAE.
 
-    model: a DiT; vae: a VAE3D, both on `device`; about: the metadata of the model's file; encoder: of text.py (default:
-    the word table); precision: of common.py.
+    model: a DiT; vae: a VAE3D, both on `device`; about: the metadata of the model's file; encoder: of text.py;
+    precision: of common.py.
     """
 
-    def __init__(self, model, vae, about, encoder=None, device="cpu", precision="auto"):
+    def __init__(self, model, vae, about, encoder, device="cpu", precision="auto"):
         self.config, self.about, self.device, self.precision = model.config, about, device, precision
         self.model, self.vae = model, vae
         self.schedule = Schedule(self.config.schedule, self.config.snr_shift)
-        self.encoder = encoder or WordTable(shapes.WORDS, self.config.text_dim, self.config.text_length)
+        self.encoder = encoder
         self.null = self.encoder.encode([""]).to(device)  # (1, L, D)
 
     @classmethod
@@ -108,16 +107,12 @@ class Generator:
         def noise(step=None):  # of the start, or on leaving a step
             return torch.stack([torch.randn(self.shape, generator=g) for g in sources]).to(self.device)
 
-        text = text.to(self.device)
-
-        def predict(x, t):
-            with autocast(self.precision, self.device):
-                return denoise(self.model, self.schedule, x, t, text, self.config.prediction, w, self.null)
-
-        if self.student:
-            transition = self.about.get("transition", "renoise")
-            return few_step(predict, self.schedule, noise(), self.steps(n), noise, transition)
-        return ddim(predict, self.schedule, noise(), self.steps(n))
+        predict = denoiser(self.model, self.schedule, text.to(self.device), w, self.null)
+        with autocast(self.precision, self.device):
+            if self.student:
+                transition = self.about.get("transition", "renoise")
+                return few_step(predict, self.schedule, noise(), self.steps(n), noise, transition)
+            return ddim(predict, self.schedule, noise(), self.steps(n))
 
     @torch.no_grad()
     def decode(self, latents):
@@ -131,8 +126,7 @@ def load_network(weights):
     if not Path(weights).is_dir():
         return common.load_model(weights, DiT)
     folder = below(weights, "transformer")
-    about = {"kind": "teacher", "w": 5.0}  # published weights are made for a guidance scale of 6
-    return load_dit(folder), about | read_dit_about(folder)
+    return load_dit(folder), read_dit_about(folder)
 
 
 def save_adapters(file, weights, base, **about):

@@ -81,9 +81,8 @@ def vsd_loss(x, real, fake, schedule, t, eps, weight="dmd"):
         g      = (x_fake - x_real) / max(mean |x - x_real|, floor)          weight "dmd": the same direction, scaled for
                                                                             each sample so that no noise level dominates
 
-    The KL has no number here, only the gradient: loss = mean (x - sg(x - g))^2 / 2 has g / numel. Its value is half the
-    mean square of g and no measure of progress. A sample whose g is not finite is left
-    out of the mean.
+    Only the KL's gradient is known, not its value: loss = mean (x - sg(x - g))^2 / 2, whose gradient is g / numel and
+    whose value says nothing of progress. A sample whose g is not finite is left out of the mean.
 
     info, tensors without dimensions: "dropped", the share left out; "score_gap", mean |x_fake - x_real| relative to
     mean |x - x_real|: 0 when the two scores agree. ValueError for an unknown weight.

@@ -1,9 +1,9 @@
 """What a distillation takes for given, and whether it fits together: teacher, VAE, text encoder, data, reward.
 
 Everything a user names is read and compared here before the first step: weights with the preset, the VAE and the data
-with the weights, a cache with the VAE and text encoder it was made by. Student, its average and the fake score begin as
-copies of the teacher, or of `--student`. What all this will hold in memory is said before it is held, so that a run too
-large for its GPUs tells.
+with the weights, a cache with the VAE and text encoder it was made by. The student and its average begin as copies of
+the teacher, or of `--student`, the fake score always as the teacher. What all this will hold in memory is said before
+it is held, so that a run too large for its GPUs tells.
 """
 
 import math
@@ -173,8 +173,7 @@ def read_teacher(cfg) -> Source:
         def tensors():
             return read_dit_weights(place, config)
 
-        # published weights are made for a guidance scale of 6
-        about |= {"w": 5.0, "weights_dtype": str(next(tensors())[1].dtype)}
+        about["weights_dtype"] = str(next(tensors())[1].dtype)
     else:
         about = common.read_metadata(cfg.teacher, "DiT")
         config, about["w"] = DiT.Config(**about["config"]), about.get("w", 2.0)
@@ -274,7 +273,7 @@ def make_latent_reward(cfg, ranks, data, encoder, config, latents):
     lrm = kind(seed=cfg.seed, **sizes).to(ranks.device)
     latent_reward = lrms.LatentReward(lrm, reward, rewards.Moments(), parts)
     text = tuple(encoder.encode([""]).shape[1:]) if latent_reward.reads_text else (0, 0)
-    kept = min(BUFFER_SIZE, BUFFER_BYTES // (2 * config.channels * math.prod(latents)))
+    kept = min(BUFFER_SIZE, BUFFER_BYTES // (2 * (config.channels * math.prod(latents) + math.prod(text))))  # in half
     labels = reward.size_of_parts if parts else 1
     return latent_reward, lrms.Buffer(kept, (config.channels, *latents), labels, text)
 

@@ -31,9 +31,10 @@ from world.shapes import FACTORS, FRAMES, SIZE
 class Reward:
     """One reward, ready to be called; `make` builds it.
 
-    Some scores are made of parts that do not depend on the prompt: their product with what the prompt asks for. Of a
-    judge the parts are the probabilities of all values of all factors, and a prompt asks for the mean of those that it
-    names. Of a CLIP they are the image's embedding, mean over the frames, and a prompt asks for the text's.
+    Some scores are the dot product of two vectors: *parts*, which depend on the clip alone, and a *direction*, which
+    depends on the prompt alone. A judge's parts are the probabilities of all values of all factors, and the direction
+    takes the mean of those that the prompt names. A CLIP's are the embeddings of the image, mean over the frames, and
+    of the text.
     """
 
     name: str
@@ -93,7 +94,7 @@ class Reward:
 
     def from_parts(self, parts, prompts):
         """The reward (B,) of parts (B, P), with gradient with respect to them."""
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(parts.device.type, enabled=False):  # as in `_of`
             direction = self.score[1](prompts).to(parts)
         return (parts * direction).sum(1)
 

@@ -14,6 +14,7 @@ the same noise. What can be wrong with a command is found before the first step 
 import math
 import random
 import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,10 +106,16 @@ def main(argv=None):
     common.writable(out if one_file else sheet)  # find out now, not after the work
     start(cfg)
     if isinstance(generator.encoder, T5):
-        generator.encoder.close()  # it is larger than all that follows
+        generator.encoder.close()  # it is as large as the transformer
     videos, total = [], len(prompts) * generator.evaluations(len(steps))
+    calls, begun = [], time.perf_counter()
+
+    def count(_, args):  # a bar can be switched off
+        calls.append(len(args[0]))
+        bar.update(len(args[0]))
+
     with tqdm(total=total, desc=name, unit="evaluation", dynamic_ncols=True, leave=False) as bar:
-        generator.model.register_forward_pre_hook(lambda _, args: bar.update(len(args[0])) and None)
+        generator.model.register_forward_pre_hook(count)
         for i, (prompt, video) in enumerate(zip(prompts, draw(generator, text, len(steps), cfg.seed))):
             if one_file or i < ON_SHEET:
                 videos.append(video)
@@ -117,7 +124,7 @@ def main(argv=None):
                 file = out / f"{name}-{i:02d}-{words}.mp4"
                 write_video(file, video, fps)
                 write_caption(file, prompt)  # the name has no room for all of a prompt
-    seconds = bar.format_dict["elapsed"]
+    seconds = time.perf_counter() - begun
     if one_file:
         if len(videos) == 1:
             write_video(out, videos[0], fps)
@@ -130,7 +137,7 @@ def main(argv=None):
         write_grid(sheet, videos, prompts[: len(videos)])
         print(f"{out / name}-*.mp4 and, to look at them together, {sheet}")
     how = f"{kind}, {len(steps)} steps" + (f" guided with w = {w:g}" if w else "")
-    print(f"{how}: {bar.n // len(prompts)} network evaluations a video, {bar.n} in all, {seconds:.1f} s")
+    print(f"{how}: {sum(calls) // len(prompts)} network evaluations a video, {sum(calls)} in all, {seconds:.1f} s")
     print(f"{len(prompts)} videos, (channels, frames, height, width) = {tuple(video.shape)}")
 
 

@@ -9,8 +9,8 @@ predict whichever it likes, and the samplers only ever speak of x_0.
     flow       a = 1 - tau, b = tau, tau = (t + 1) / 1000                        (rectified flow; a^2 + b^2 is not 1)
 
 The paper predicts the *conjugate* velocity v = x_0 - eps (Eq. 4): x_t divided by a + b is a point of the rectified
-flow, whose velocity does not change with t. Nothing here divides by the a of a step it is at, which is 0 at the last of
-two of the schedules, but the step from eps to x_0, and that one raises an error there.
+flow, whose velocity does not change with t. At the last step of two of the schedules a is 0: only the way from eps to
+x_0 divides by it, and raises an error there.
 
 t is an int or an int64 tensor (B,), 0..999; -1 is x_0 itself (a = 1, b = 0). Coefficients are made in float64 and then
 applied in the dtype of the tensors. A sub-sequence of steps is a schedule of its own: wherever the paper has alpha_t,
@@ -174,18 +174,23 @@ def timesteps(n):
 def denoise(model, schedule, x_t, t, text, prediction, w=0.0, null=None):
     """x_0 as the network sees it: x_t (B, C, T, H, W), text (B, L, D) -> (B, C, T, H, W), float32 (float64 stays).
 
-    model(x_t, t, text) is called once: on the doubled batch for w != 0, when null, (1, L, D) or (B, L, D), is the
-    encoded empty prompt. Guidance acts on the raw output (Eq. 9), before it becomes x_0 (Eq. 8).
+    model(x_t, t, text) is called once. For w != 0 the batch is doubled, its second half with null, the encoded empty
+    prompt, (1, L, D) or (B, L, D). Guidance acts on the raw output (Eq. 9), before it becomes x_0 (Eq. 8).
     """
-    steps = torch.full(x_t.shape[:1], t, device=x_t.device) if isinstance(t, int) else t  # (B,)
+    ts = torch.full(x_t.shape[:1], t, device=x_t.device) if isinstance(t, int) else t  # (B,)
     if w == 0:
-        out = at_least_float32(model(x_t, steps, text))
+        out = at_least_float32(model(x_t, ts, text))
     elif null is None:
         raise ValueError("guidance (w != 0) needs null, the encoded empty prompt")
     else:
         both = torch.cat([text, null.expand_as(text)])  # (2B, L, D)
-        out = guide(*at_least_float32(model(torch.cat([x_t, x_t]), torch.cat([steps, steps]), both)).chunk(2), w)
+        out = guide(*at_least_float32(model(torch.cat([x_t, x_t]), torch.cat([ts, ts]), both)).chunk(2), w)
     return schedule.to_x0(out, at_least_float32(x_t), t, prediction)
+
+
+def denoiser(model, schedule, text, w=0.0, null=None):
+    """A network as the losses and samplers want it: f(x_t, t) -> x_0; with w, guided (Eq. 9)."""
+    return lambda x_t, t: denoise(model, schedule, x_t, t, text, model.config.prediction, w, null)
 
 
 def at_least_float32(x):
@@ -198,17 +203,13 @@ def at_least_float32(x):
 # i, so that the caller decides on seeds. Only simulate turns gradients off by itself.
 
 
-def ddim(predict, schedule, x, steps, eta=0.0, noise=None):
-    """Deterministic (eta = 0) or stochastic DDIM (Eq. 5) from x at steps[0] through the descending steps to x_0."""
-    for i, (t, t_next) in enumerate(zip(_descending(steps), [*steps[1:], -1])):
-        x0 = predict(x, torch.full(x.shape[:1], t, device=x.device))
-        if t_next >= 0:
-            x = schedule.ddim_step(x, x0, t, t_next, eta, noise(i) if eta > 0 else None)
-    return x0
+def ddim(predict, schedule, x, steps):
+    """DDIM (Eq. 5 with sigma = 0) from x at steps[0] through the descending steps to x_0."""
+    return few_step(predict, schedule, x, steps, None, "ddim")
 
 
 def few_step(predict, schedule, x, steps, noise, transition="renoise"):
-    """The student's sampler: x at steps[0] -> x_0 after len(steps) calls; gradient flows through the last call only."""
+    """The student's sampler: x at steps[0] -> x_0 after len(steps) calls; gradient flows through the last one alone."""
     x = simulate(predict, schedule, x, steps, len(steps) - 1, noise, transition)
     return predict(x, torch.full(x.shape[:1], steps[-1], device=x.device))
 

@@ -32,7 +32,7 @@ import common
 import distributed
 from common import Machine, UserError, autocast, open_log, opt, parse, run
 from data import READERS, Ahead
-from distributed import gradient_descent
+from distributed import gradient_descent, sample_numbers
 from dit import Prediction
 from evals.cost import so_far
 from evals.progress import (
@@ -50,7 +50,7 @@ from evals.trial import trial
 from losses import GRID, conjugate_velocity_loss, consistency_loss, lrm_loss, reward_loss, vsd_loss
 from nets import build, memory_table
 from rewards import Moments
-from schedule import denoise, simulate, timesteps
+from schedule import denoiser, simulate, timesteps
 
 T_RANGE = 20, 980  # the noise steps of VSD: 0.02 T to 0.98 T (section 3.3)
 CLIP = 1.0  # the largest gradient norm; a larger gradient is scaled down to it
@@ -206,7 +206,7 @@ def generator_step(
                 losses["vsd"] = beta_vsd * vsd
             if beta_cd:  # 9-10: Eq. 6-7
                 guided = denoiser(nets.teacher, schedule, text, w_cd, nets.null)
-                theta = {"ema": nets.ema, "student": nets.student}.get(cd_target)  # whose f gives the target
+                theta = {"ema": nets.ema, "student": nets.student, "teacher": None}[cd_target]
                 target = denoiser(theta, schedule, text) if theta else guided
                 n = batch.integers(0, len(GRID) - 1 - m, "n")
                 cd = consistency_loss(student, target, guided, schedule, x, n, batch.noise("cd"), m, loss=cd_loss)
@@ -231,7 +231,7 @@ def generator_step(
 
 
 def fake_score_step(nets, ranks, optimizers, batches, x_hats, j, *, steps, generator_input, transition):
-    """Lines 12-14: the fake score learns to denoise what the student makes, from every step and without guidance.
+    """Lines 12-14: the fake score learns to denoise what the student makes, at whichever step, and without guidance.
 
     Section 4.1 has five of these for one of the student's. The first (j = 0) takes the generator's own samples x_hats,
     the others fresh ones. Returns the numbers of the log.
@@ -257,18 +257,18 @@ def lrm_step(nets, ranks, optimizers, batches, x_hats, *, lrm_updates):
 
     Labels cost a decoding, so each is used again: of `lrm_updates` descents the first takes the fresh samples, the
     others what the buffer has kept. Returns the numbers of the log, and how many clips the true reward has scored: of a
-    cache that keeps the rewards of its clips, the generated ones alone.
+    cache that keeps the rewards of its clips, the generated ones alone, where the LRM learns the number.
     """
     latent_reward, fresh, rewards, numbers, scored = nets.latent_reward, [], [], [], 0
     for batch, x_hat in zip(batches, x_hats):
         x, text = torch.cat([batch.x, x_hat]), torch.cat([batch.text, batch.text])  # 16: x~ = x u x^
-        labels, reward, found = label(nets, ranks, batch, x)
+        labels, means, found = label(nets, ranks, batch, x)
         nets.buffer.add(x, labels, text)
         fresh.append((x, labels, text))
-        rewards.append({"reward": reward})
+        rewards.append(means)
         scored += found
     for j in range(lrm_updates):
-        parts = []
+        losses = []
         for i, batch in enumerate(batches):
             x, labels, text = fresh[i]
             if j and nets.buffer.count:
@@ -276,29 +276,31 @@ def lrm_step(nets, ranks, optimizers, batches, x_hats, *, lrm_updates):
                 x, labels, text = (kept.to(ranks.device) for kept in nets.buffer.sample(len(x), seed))
             loss = lrm_loss(nets.lrm, x, latent_reward.target(labels), text if latent_reward.reads_text else None)
             (loss / len(batches)).backward()
-            parts.append({"lrm": loss.item()})
-        parts = mean_of(parts)
-        norm = gradient_descent(nets.lrm, optimizers["lrm"], CLIP, ranks, finite(parts))  # 17
-        numbers.append(parts | {"lrm_norm": norm})
-    return numbers[0] | mean_of(rewards), scored
+            losses.append({"lrm": loss.item()})
+        loss = mean_of(losses)
+        norm = gradient_descent(nets.lrm, optimizers["lrm"], CLIP, ranks, finite(loss))  # 17
+        numbers.append(loss | {"lrm_norm": norm})
+    norm = {"lrm_norm": mean_of(numbers)["lrm_norm"]}  # NaN where one of the descents was left out
+    return numbers[0] | norm | mean_of(rewards), scored
 
 
 def label(nets, ranks, batch, x):
     """The true reward of latents x, real and generated (2B, C, T, h, w), as the LRM learns it: labels (2B, n).
 
-    Keeps the running moments up to date. Returns the labels, the mean reward of the generated ones in its own units,
-    and how many clips the true reward has scored.
+    Keeps the running moments up to date. Returns the labels, the mean reward of the generated and of the real ones in
+    its own units, and how many clips the true reward has scored.
     """
     latent_reward, half = nets.latent_reward, len(batch.x)
     known = batch.reward is not None and not latent_reward.parts
     unknown, captions = (x[half:], batch.captions) if known else (x, batch.captions * 2)
     with torch.no_grad(), autocast(nets.precision, ranks.device):
-        pixels = [nets.vae.decode(z).float().clamp(-1, 1) for z in unknown.split(half)]  # what is large
+        pixels = [nets.vae.decode(z).float().clamp(-1, 1) for z in unknown.split(half)]  # half at a time: this is large
     found = latent_reward.labels(torch.cat(pixels), captions)
     labels = torch.cat([batch.reward.to(found).view(half, -1), found]) if known else found  # (2B, n)
     scores = latent_reward.scores(labels, batch.captions * 2)
     latent_reward.moments.update(scores, ranks)
-    return labels, scores[half:].mean().item(), len(found)
+    means = {"reward": scores[half:].mean().item(), "reward_real": scores[:half].mean().item()}
+    return labels, means, len(found)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -347,11 +349,6 @@ def read_ahead(nets, ranks, accumulate, *, seed, batch, data, iterations):
     return Ahead(read, 0 if data == "shapes" else READERS, iterations * accumulate)  # a rendered clip waits for no file
 
 
-def sample_numbers(ranks, micro, batch):
-    """The numbers that this rank's samples have in the global batch, of its part `micro`."""
-    return [(micro * ranks.size + ranks.rank) * batch + i for i in range(batch)]
-
-
 def sample_batch(nets, ranks, step, micro, accumulate, *, seed, batch):
     """Line 6: (c, i) ~ D, x = Encoder(i); the part `micro` of `accumulate` of it."""
     clips = nets.clips(step * accumulate + micro)
@@ -378,11 +375,6 @@ def generate(nets, batch, j, steps, generator_input, transition):
         renoise = lambda i: batch.noise("renoise", j, i)
         x_t = simulate(student, nets.schedule, batch.noise("start", j), nodes, k, renoise, transition)
     return student(x_t, t), x_t, t
-
-
-def denoiser(model, schedule, text, w=0.0, null=None):
-    """A network as the losses and samplers want it: f(x_t, t) -> x_0; with w, guided (Eq. 9)."""
-    return lambda x_t, t: denoise(model, schedule, x_t, t, text, model.config.prediction, w, null)
 
 
 @torch.no_grad()
@@ -513,7 +505,7 @@ def main():
     common.start(cfg)
     ranks = distributed.start(cfg.device)
     trial(cfg, ranks) if word == "trial" else train(cfg, ranks)
-    distributed.stop(ranks)
+    distributed.stop()
 
 
 if __name__ == "__main__":

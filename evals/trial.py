@@ -57,7 +57,7 @@ def trial(cfg, ranks):
     from train import BETAS, PRESETS, Config, adam, algorithm_1, settled  # here: train.py calls this
 
     plain = replace(Config(), **PRESETS[cfg.preset])
-    given = [f"--{name}" for name in OF_FILES if getattr(cfg, name) != getattr(plain, name)]
+    given = [f"--{name.replace('_', '-')}" for name in OF_FILES if getattr(cfg, name) != getattr(plain, name)]
     if given:
         raise UserError(f"a trial has weights and clips of its own, random ones: leave out {', '.join(given)}")
     with tempfile.TemporaryDirectory() as folder:

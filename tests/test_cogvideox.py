@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,10 +18,10 @@ import dit
 import nets
 import train
 import vae3d
-from cogvideox import load_dit, save_pipeline
+from cogvideox import load_dit, save_dit, save_pipeline
 from distributed import Ranks
 from evals import watch
-from generate import Generator
+from generate import Generator, load_network
 from schedule import few_step, timesteps
 from video import write_video
 
@@ -178,6 +179,14 @@ def test_a_cache_spares_vae_and_text_encoder_and_a_student_may_predict_otherwise
     assert again.student and again.config == held.student.config and again.config.prediction == "conjugate"
     x, t, text = torch.randn(1, 16, 3, 4, 4), torch.tensor([499]), held.null
     torch.testing.assert_close(again.model(x, t, text), held.ema(x, t, text))
+
+
+def test_a_teachers_folder_says_its_own_guidance(cogvideox, tmp_path):
+    model = load_dit(cogvideox / "transformer")
+    for said, w in (({}, 5.0), ({"kind": "teacher", "w": 3.0}, 3.0)):  # published ones: a guidance scale of 6
+        save_dit(model, tmp_path / str(w), **said)
+        cfg = replace(train.Config(), preset="cogvideox-2b", teacher=str(tmp_path / str(w)))
+        assert load_network(tmp_path / str(w))[1]["w"] == nets.read_teacher(cfg).about["w"] == w
 
 
 def test_adapters_on_a_pipeline_or_its_transformer_alone(cogvideox, cache, tmp_path):

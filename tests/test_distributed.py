@@ -174,7 +174,7 @@ def answer(folder, load=None, other=None):
         others = build(ranks, other)
         out["other bytes"] = sum(local(p).nbytes for p in others[0]["student"].parameters())
         out[other] = [update(*others, ranks, 0), update(*others, ranks, 1)]
-    stop(ranks)
+    stop()
     return out
 
 
@@ -240,7 +240,7 @@ def trouble(folder):
     checkpoints.save(3, saved(modules), optimizers, {}, wait=True)
     mean(0, ranks)
     out["again"] = sorted(path.name for path in folder.iterdir())
-    stop(ranks)
+    stop()
     return out
 
 
@@ -258,7 +258,7 @@ def memory(config):
     slots = [t for slot in optimizer.state.values() for t in slot.values()]
     held = [sum(local(t).nbytes for t in ts) for ts in (params, [p.grad for p in params], slots)]
     first = distributed.gather(distributed.materialise(model, ranks, 3))
-    stop(ranks)
+    stop()
     return held, first
 
 
@@ -312,7 +312,7 @@ def half_precision():
     with torch.no_grad():
         outputs = [modules["student"](x, t, text) for modules in (full, half)]
     kinds, found = {p.grad.dtype for p in half["student"].parameters()}, [gradients(full), gradients(half)]
-    stop(ranks)
+    stop()
     return teacher, student, kinds, outputs, *found
 
 
@@ -414,7 +414,7 @@ def load(path):
     fill(modules, seed=1)
     Checkpoints(path.parent).load(path, saved(modules), optimizers)
     found = state(modules, optimizers)
-    stop(ranks)
+    stop()
     return found
 
 

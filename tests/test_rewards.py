@@ -345,6 +345,8 @@ def test_hpsv2(tmp_path, monkeypatch):
     assert reward.has_parts and reward.size_of_parts == parts.shape[1]
     assert torch.allclose(reward.from_parts(parts, PROMPTS), expected, atol=1e-5)
     assert torch.allclose(reward.from_parts(image, PROMPTS), expected, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):  # of the training around it
+        assert torch.allclose(reward.from_parts(image, PROMPTS), expected, atol=1e-5)
     video = still(images[0], 2).clone().requires_grad_()
     assert torch.autograd.grad(reward(video, PROMPTS[:1], with_grad=True).sum(), video)[0].abs().sum() > 0
 

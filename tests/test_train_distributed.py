@@ -134,7 +134,7 @@ def several(folder, runs):
     """One process of a group: the runs [(out, changes)] one after the other."""
     ranks = start("cpu", 1800)
     answers = [distil(ranks, folder, out, **changes) for out, changes in runs]
-    stop(ranks)
+    stop()
     return answers
 
 

@@ -228,5 +228,17 @@ def test_one_clip_without_a_reward_costs_one_update_of_the_lrm(tiny, tmp_path, m
     assert lines[-1]["skipped"] == 1
 
 
+def test_a_later_update_of_the_lrm_that_is_left_out_is_counted(tiny, tmp_path, monkeypatch):
+    losses, really = [], train.lrm_loss
+
+    def loss(*given):
+        losses.append(really(*given))
+        return losses[-1] * (math.nan if len(losses) == 3 else 1)
+
+    monkeypatch.setattr(train, "lrm_loss", loss)
+    *_, lines = fit(config(tiny, tmp_path, **JPEG | {"reward_every": 0, "lrm_updates": 3, "global_batch": 2}))
+    assert len(losses) == 9 and [line["skipped"] for line in lines] == [1, 1, 1]
+
+
 def test_moments_of_nothing_leave_a_score_as_it_is():
     assert rewards.Moments().standardise(torch.tensor(3.0)) == 3

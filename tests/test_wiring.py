@@ -246,6 +246,7 @@ def test_the_lrm_learns_each_clips_own_reward(record, known):
     torch.testing.assert_close(given, standardised, rtol=1e-4, atol=1e-4)
     assert seen.scored == (4 if known else 8)
     assert seen.numbers["reward"] == pytest.approx(torch.cat([scores[2:4], scores[6:]]).mean().item(), abs=1e-3)
+    assert seen.numbers["reward_real"] == pytest.approx(torch.cat([scores[:2], scores[4:6]]).mean().item(), abs=1e-3)
     assert seen.gradients["lrm"] == [1.0]
     assert seen.parameter("lrm") == pytest.approx(seen.start["lrm"] - 4e-3, abs=1e-4)
 
@@ -318,6 +319,12 @@ def test_further_lrm_updates_take_what_was_kept(record):
         for x in call["x"]:
             assert (fresh.bfloat16() == x).flatten(1).all(1).any()
     assert len({tuple(call["x"].flatten().tolist()) for call in calls}) == 6 and len(labels) == 8
+
+
+def test_the_buffer_counts_the_text_it_keeps(record, monkeypatch):
+    a_sample = 2 * (12 * 5 * 8 * 8 + 32 * 128)  # bytes
+    monkeypatch.setattr(nets, "BUFFER_BYTES", 3 * a_sample)
+    assert len(record().nets.buffer.x) == 3
 
 
 def test_warmups_hold_the_student_back(record):
