@@ -7,7 +7,6 @@ a model does not know it.
 """
 
 import csv
-import glob
 import io
 import json
 import os
@@ -28,7 +27,7 @@ def list_clips(folder):
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"no such folder: {folder}")
-    names = sorted(name for name in glob.glob("**/*", root_dir=folder, recursive=True) if (folder / name).is_file())
+    names = sorted(_files(folder))
     said = {}
     for table in names:
         if Path(table).name in TABLES:
@@ -56,6 +55,18 @@ def write_caption(clip, caption):
     """Write a clip's caption where `list_clips` finds it, in a .txt beside the clip. Raises UserError."""
     with atomic(Path(clip).with_suffix(".txt")) as part:
         part.write_text(caption, encoding="utf-8")
+
+
+def _files(folder):
+    """The names of all files below a folder, also behind links, of which one may lead into itself."""
+    seen = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        if os.path.realpath(place) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(place))
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (os.path.relpath(os.path.join(place, name), folder) for name in files if not name.startswith("."))
 
 
 def _same(name):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+import common
 from common import UserError, atomic, load_model, open_tensors, save_tensors
 from dit import PRESETS, DiT, DiTConfig
 from schedule import Schedule
@@ -244,12 +245,9 @@ def below(folder, name):
 
 
 def read_json(path):
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"there is no {path}: want a pipeline of diffusers, or its transformer/ or vae/") from None
-    except (OSError, ValueError) as e:
-        raise UserError(f"cannot read {path}: {e}") from e
+    if not path.exists():
+        raise UserError(f"there is no {path}: want a pipeline of diffusers, or its transformer/ or vae/")
+    return common.read_json(path)
 
 
 def read_config(file, name, defaults, fixed):

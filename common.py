@@ -12,6 +12,7 @@ float32 elsewhere. Without them PyTorch emulates bfloat16, 20 to 170 times slowe
 import argparse
 import contextlib
 import errno
+import fcntl
 import itertools
 import json
 import math
@@ -46,8 +47,9 @@ AT_LEAST = {
     3: "reward_samples",
     -1: "w w_vsd w_cd",
     1e-6: "clip",
+    -(2**31): "seed",
 }
-AT_MOST = {1: "ema fake_pull", 255: "colours"}
+AT_MOST = {1: "ema fake_pull", 255: "colours", 2**31 - 1: "seed"}
 
 
 def check_flags(config):
@@ -57,7 +59,7 @@ def check_flags(config):
         low, high = least.get(name, -math.inf), most.get(name, math.inf)
         for x in value if isinstance(value, tuple) else (value,):
             wrong = ""
-            if isinstance(x, (int, float)) and not math.isfinite(x):
+            if isinstance(x, float) and not math.isfinite(x):
                 wrong = "a finite number"
             elif isinstance(x, (int, float)) and x < low:
                 wrong = f"at least {low}"
@@ -211,6 +213,14 @@ def read_text(path):
     return text
 
 
+def read_json(path):
+    """What a file of JSON holds. Raises UserError as `read_text`, and for what is no JSON."""
+    try:
+        return json.loads(read_text(path))
+    except ValueError as e:
+        raise UserError(f"{path} is no JSON: {e}") from e
+
+
 def read_prompts(path):
     """The lines of a text file, a prompt each; empty ones are passed over. Raises UserError as `read_text`."""
     prompts = [line.strip() for line in read_text(path).splitlines() if line.strip()]
@@ -234,9 +244,10 @@ def atomic(path):
         part.touch()  # find out now, not after the work
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "it is a folder")
-        inside = True
+        usual, inside = part.stat().st_mode, True
         yield part
         inside = False
+        part.chmod(usual)  # safetensors would keep others from reading
         os.replace(part, path)
     except OSError as e:
         if inside and e.errno not in (errno.ENOSPC, errno.EDQUOT):  # the body's own error is not ours to explain
@@ -245,6 +256,29 @@ def atomic(path):
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
+
+
+@contextlib.contextmanager
+def claimed(folder):
+    """A context in which no other run writes into a folder. UserError where one does, or nothing can be written."""
+    writable(Path(folder) / "log.jsonl")
+    place = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"another run is writing into {folder}: name another --out") from None
+        yield
+    finally:
+        os.close(place)
+
+
+def check_spared(file, *inputs):
+    """UserError where a run would write its result, `file`, over one of its inputs (paths, or empty)."""
+    for path in inputs:
+        if path and Path(path).resolve() == Path(file).resolve():
+            raise UserError(f"{path} would be written over by the result: name another --out")
 
 
 class _Enough(Exception):
@@ -333,6 +367,8 @@ def save_model(path, model, dtype=None, **made):
     dtype: what floating-point weights are stored in (torch.float16 halves the file), None to leave them as they are.
     """
     tensors = {k: t.to(dtype or t.dtype) if t.is_floating_point() else t for k, t in model.state_dict().items()}
+    if not all(t.isfinite().all() for t in tensors.values()):
+        raise UserError(f"{path} is not written, for its weights are not finite: train again with a lower --lr")
     save_tensors(path, tensors, {"class": type(model).__name__, "config": asdict(model.config), **made})
 
 
@@ -342,12 +378,11 @@ def load_model(path, cls, device="cpu"):
     Raises UserError if the file cannot be read, or holds another class, or other weights than its config asks for.
     """
     metadata, (tensors, _) = read_metadata(path, cls.__name__), load_tensors(path)
+    config = config_of(path, metadata, cls)
     try:
-        model = cls(cls.Config(**metadata["config"]))
+        model = cls(config)
         model.load_state_dict(tensors)
-    except KeyError:
-        raise UserError(f"{path} has no config in its metadata") from None
-    except (RuntimeError, TypeError, ValueError) as e:  # missing, unknown or misshapen weights; unknown config fields
+    except (RuntimeError, ValueError) as e:  # missing, unknown or misshapen weights
         said = [line.strip() for line in str(e).splitlines() if line.strip()]
         first = textwrap.shorten(said[min(1, len(said) - 1)], 160, placeholder=" ...")  # after PyTorch's own headline
         raise UserError(f"{path} does not fit this {cls.__name__}: {first}") from e
@@ -358,9 +393,18 @@ def read_metadata(path, name):
     """The metadata of a file of weights alone, without its tensors. name: the class it must hold. Raises UserError."""
     with open_tensors(path) as (_, found):
         pass
-    if found.get("class") != name:
-        raise UserError(f"{path} holds {found.get('class', 'weights of no class')}, where {name} is needed")
+    if (there := found.get("class", "weights of no class")) != name:
+        hint = "; adapters (Adapted) are for sample.py --adapter and train.py --rank" * ("Adapted" in (there, name))
+        raise UserError(f"{path} holds {there}, where {name} is needed{hint}")
     return found
+
+
+def config_of(path, metadata, cls):
+    """The cls.Config that a file's metadata has. UserError where they have none, or one that is not known here."""
+    try:
+        return cls.Config(**metadata["config"])
+    except (KeyError, TypeError, ValueError) as e:
+        raise UserError(f"{path} has no config of this {cls.__name__} in its metadata ({e})") from e
 
 
 def _to_text(value):

@@ -308,6 +308,9 @@ class Config(Machine):
 
 def look(cfg):
     """Draw a sheet of eight clips as training sees them, at most 256 pixels wide and high: the crop, the frames."""
+    if not cfg.out.endswith(".png"):
+        raise UserError(f"--out {cfg.out}: want a file NAME.png")
+    common.writable(cfg.out)
     shrink = min(1, 256 / max(cfg.height, cfg.width))
     folder = Folder(cfg.data, cfg.frames, round(cfg.height * shrink), round(cfg.width * shrink), cfg.fps, cfg.seed)
     report(cfg.data, len(folder), folder.left_out)
@@ -333,12 +336,16 @@ def encode(cfg):
     made |= {"vae": fingerprint(vae), "reward_weights": Path(cfg.reward_weights or "").name}
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     n = cache(cfg.data, cfg.out, vae.eval().to(device), text, made, reward, rank, ranks, device)
+    if not n:
+        raise UserError(f"{cfg.out} holds no clip: none could be encoded")
     if rank == 0:
         print(f"{cfg.out}: {n} clips")
 
 
 def main():
     command, *words = sys.argv[1:] or [""]
+    if command in ("-h", "--help"):
+        return print(__doc__)
     cfg = common.parse(Config, words, "Draw captioned clips as training sees them, or encode them once.", PRESETS)
     if command not in ("look", "cache") or not cfg.data or not cfg.out:
         raise UserError(

@@ -25,6 +25,7 @@ distilled student's x_0 at the same x_t, summed over the steps with gradient: fo
 step, the KL divergence of the moves.
 """
 
+import contextlib
 import json
 import math
 import sys
@@ -45,7 +46,7 @@ from common import Machine, UserError, autocast, open_log, opt, parse, read_prom
 from data import caption
 from dit import DiT
 from evals import watch
-from evals.progress import PATIENCE, set_aside
+from evals.progress import PATIENCE, say_resumed, set_aside
 from generate import Generator, load_network
 from nets import Source, adapters_on, network
 from schedule import denoiser, log_prob, timesteps
@@ -299,7 +300,7 @@ def load(cfg, ranks):
     about = common.read_metadata(cfg.weights, "DiT")
     if about.get("kind") != "student":
         raise UserError(f"{cfg.weights} is no few-step student (its kind: {about.get('kind')}): make one with train.py")
-    config = DiT.Config(**about["config"])
+    config = common.config_of(cfg.weights, about, DiT)
     source = Source(cfg.weights, config, lambda: cfg.weights, about)
     student, frozen = network(cfg, ranks, source, trainable=cfg.rank == 0), None
     if cfg.beta_kl:
@@ -335,6 +336,7 @@ def build(cfg, ranks):
     accumulate = cfg.global_batch // forward or (7 if forward < 16 else 1)
     if ddpo and cfg.advantage == "batch" and forward * accumulate < 2:
         raise UserError("--advantage batch needs a --global-batch of 2 or more")
+    common.check_spared(Path(cfg.out, "student.safetensors"), cfg.weights)
     prompts = captions(cfg.prompts, cfg.seed)
     reward = rewards.make(cfg.reward, cfg.reward_weights, cfg.reward_frames, ranks.device)
     if not (ddpo or reward.differentiable):
@@ -368,8 +370,10 @@ def tune(cfg: Config, ranks) -> None:
     state = {"step": 0, "trained_s": 0.0, "reward_evaluations": 0, "skipped": 0}
     if going_on and (newest := checkpoints.newest()):
         state = checkpoints.load(newest, *saved)
+        if "method" not in (old := state.pop("config", {})):
+            raise UserError(f"{newest} is not of ddpo.py: name another --out")
         if ranks.main:
-            common.warn_of_precision(state["precision"], cfg.precision)
+            say_resumed(newest, old, asdict(cfg))
     elif cfg.resume:
         raise UserError(f"{out} holds no checkpoint: leave out --resume to start")
 
@@ -398,7 +402,6 @@ def tune(cfg: Config, ranks) -> None:
         trained, evaluated = state["trained_s"] + time.time() - begun, state["reward_evaluations"] + len(reward)
         counts = {"trained_s": round(trained, 3), "reward_evaluations": evaluated}
         state |= {"step": step + 1, "skipped": state["skipped"] + (not made), **counts}
-        state["precision"] = cfg.precision
         final = step + 1 == cfg.iterations
         if final or (cfg.reward_every and step % cfg.reward_every == 0):
             how = len(policy.steps), cfg.reward_samples, cfg.batch
@@ -410,7 +413,7 @@ def tune(cfg: Config, ranks) -> None:
             print(json.dumps(line), file=log, flush=True)
         stuck, ending, saving = in_a_row >= PATIENCE, stopper(), final or (step + 1) % cfg.save_every == 0
         if saving or stuck or ending:
-            checkpoints.save(step + 1, *saved, state, wait=stuck or ending or final)
+            checkpoints.save(step + 1, *saved, state | {"config": asdict(cfg)}, wait=stuck or ending or final)
         if stuck:  # none of the skipped updates has touched the weights
             raise UserError(f"{in_a_row} iterations in a row were not finite: stopped, and saved the state in {out}")
         if ending:
@@ -443,7 +446,8 @@ def main():
     cfg = parse(Config, None, __doc__.splitlines()[0])
     common.start(cfg)
     ranks = distributed.start(cfg.device)
-    tune(cfg, ranks)
+    with common.claimed(cfg.out) if ranks.main else contextlib.nullcontext():
+        tune(cfg, ranks)
     distributed.stop()
 
 

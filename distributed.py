@@ -244,6 +244,9 @@ def randint(high, key):
     return _hash(("randint", *key)) % high
 
 
+STEP = "step_" + 8 * "[0-9]"  # the names of checkpoints, and of nothing that a user has put beside them
+
+
 class Checkpoints:
     """folder/step_00001000, ..., the newest keep_last of them. For all ranks."""
 
@@ -257,7 +260,7 @@ class Checkpoints:
 
     def newest(self):
         """The newest complete checkpoint's path, or None."""
-        return max(self.folder.glob("step_*"), default=None)
+        return max(self.folder.glob(STEP), default=None)
 
     def save(self, step, modules, optimizers, extra, wait=False, own=None):
         """Copy all to the CPU, then write it in the background, extra as JSON. Raises as `wait`, of the save before.
@@ -293,12 +296,12 @@ class Checkpoints:
         except CheckpointException as e:
             self._clean()
             cause = str(e).strip().splitlines()[-1]  # after DCP's traceback
-            raise UserError(f"cannot save in {self.folder}: is the disk full? ({cause}); older ones are whole") from e
+            raise UserError(f"cannot save in {self.folder} ({cause}); older checkpoints are whole") from e
 
     def _clean(self):
         """Remove what is no longer kept, and what a killed or failed save left."""
         if self.main:
-            for path in sorted(self.folder.glob("step_*"))[: -self.keep_last]:
+            for path in sorted(self.folder.glob(STEP))[: -self.keep_last]:
                 path.rename(self.folder / f".tmp_{path.name}")  # half a folder must not look like a checkpoint
             for path in self.folder.glob(".tmp_*"):
                 shutil.rmtree(path, ignore_errors=True)
@@ -327,7 +330,8 @@ class Checkpoints:
             dcp.load(tensors, checkpoint_id=path, process_group=self.group)
         except (CheckpointException, Exception) as e:  # whatever half a file may bring about
             cause = f"{type(e).__name__}: {e}".strip().splitlines()[-1]
-            raise UserError(f"the checkpoint {path} is damaged or of another model ({cause})") from e
+            hint = "if so, remove it, and --resume goes on from the one before"
+            raise UserError(f"the checkpoint {path} is of other flags or damaged: {hint} ({cause})") from e
         for optimizer in optimizers.values():
             optimizer.load_state_dict(optimizer.state_dict())  # puts each tensor where this optimizer wants it
         return extra

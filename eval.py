@@ -18,7 +18,6 @@
 --out NAME.json keeps a measurement (evals/tables.py), every score with its sampling error. Each command has --help.
 """
 
-import json
 import os
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -33,6 +32,7 @@ from evals import cost, experiments, people, pictures, tables, vbench
 from evals.metrics import Inception, diversity_of_folder, pixel_features, vendi, vendi_kernel
 from evals.vbench import vbench_scores
 from generate import Generator
+from text import WordTable
 from video import write_video_grid
 from world import shapes
 from world.reading import Evaluator, model_rows, reference_rows
@@ -189,6 +189,8 @@ def videos(cfg):
         cfg = replace(cfg, device=f"cuda:{os.environ.get('LOCAL_RANK', rank)}")
     generator = cfg.load()
     generator.steps(cfg.steps)
+    for entry in entries if isinstance(generator.encoder, WordTable) else []:
+        generator.encoder.encode([entry["prompt"]])  # an unknown word is found now, not in the middle
     fps = cfg.fps or generator.about.get("fps", shapes.FPS)
 
     made = {k: v for k, v in asdict(cfg).items() if k in VIDEOS_BY}
@@ -209,11 +211,13 @@ class VBenchConfig(Config):
 
 def score_videos(cfg):
     """Quality, Semantic and Total from the package's results; dimensions that have none yet are computed by it."""
+    if unknown := set(cfg.dimensions) - {vbench.key(d) for d in vbench.DIMENSIONS}:
+        raise UserError(f"--dimensions: VBench has no {', '.join(sorted(unknown))}")
     scores, complaints = vbench.read_package_results(cfg.results)
     missing = [d for d in vbench.DIMENSIONS if d not in scores and vbench.key(d) in cfg.dimensions]
     if cfg.videos and missing:
         plan, info = Path(cfg.videos) / "videos.json", cfg.prompts or vbench.full_info()
-        made = json.loads(plan.read_text()) if plan.exists() else {"entries": vbench.suite(info), "copies": 5}
+        made = vbench.read_plan(plan) if plan.exists() else {"entries": vbench.suite(info), "copies": 5}
         for dimension in missing:
             try:
                 left_out = vbench.run_package(cfg.videos, made, dimension, info, cfg.results, cfg.device)
@@ -302,8 +306,6 @@ class CompareConfig(ModelConfig):
 
 def compare(cfg):
     """The same prompts and noise by the teacher and by the student, side by side."""
-    if Path(cfg.out).suffix not in (".gif", ".mp4"):
-        raise UserError(f"--out {cfg.out}: want FILE.gif or FILE.mp4")
     teacher, student = cfg.load(cfg.teacher), cfg.load()
     models = [("teacher", teacher, n) for n in cfg.teacher_steps] + [("student", student, n) for n in cfg.steps]
     for _, generator, n in models:
@@ -371,9 +373,8 @@ COMMANDS = {
     "compare": (CompareConfig, compare), "sheet": (SheetConfig, sheet),
 }  # fmt: skip
 
-MEASUREMENTS = {  # what --out NAME.json keeps
-    "world", "time", "memory", "reward-memory", "vbench", "vendi", "votes",
-}  # fmt: skip
+KEPT_AS = dict.fromkeys(("world", "time", "memory", "reward-memory", "vbench", "vendi", "votes"), (".json",))
+KEPT_AS |= {"people": (".html",), "curves": (".png",), "sheet": (".png",), "compare": (".gif", ".mp4")}
 # what words without a flag are
 POSITIONAL = {"experiments": "--names", "votes": "--files", "curves": "--table", "sheet": "--table"}
 
@@ -381,7 +382,9 @@ POSITIONAL = {"experiments": "--names", "votes": "--files", "curves": "--table",
 def main():
     words = sys.argv[1:]
     command = words.pop(0) if words else ""
-    if command == "tables":
+    if command in ("-h", "--help"):
+        print(__doc__)
+    elif command == "tables":
         print(*(f"wrote {path}" for path in tables.write_pages()), sep="\n")
     elif command in COMMANDS:
         config, work = COMMANDS[command]
@@ -390,9 +393,9 @@ def main():
         cfg = parse(config, words, work.__doc__)
         if isinstance(cfg, Machine):
             start(cfg)
-        if command in MEASUREMENTS and cfg.out:  # find out now, not after the work
-            if not cfg.out.endswith(".json"):
-                raise UserError(f"--out {cfg.out}: a measurement is kept in a file NAME.json")
+        if cfg.out and command in KEPT_AS:  # find out now, not after the work
+            if Path(cfg.out).suffix not in KEPT_AS[command]:
+                raise UserError(f"--out {cfg.out}: want a file NAME{' or NAME'.join(KEPT_AS[command])}")
             writable(cfg.out)
         work(cfg)
     else:

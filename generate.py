@@ -135,14 +135,19 @@ def save_adapters(file, weights, base, **about):
     common.save_tensors(file, {name: p.half() for name, p in weights.items()}, about)
 
 
+def check_base(about, base, file, weights):
+    """UserError where adapters, by `about` in their file, were not trained on the DiT `base`, called `weights`."""
+    if about.get("base") != fingerprint(base, torch.bfloat16):
+        raise UserError(f"{file} holds adapters of other weights than {weights}: name the teacher of their run")
+
+
 def add_adapters(base, file, weights):
     """-> (the student that a file of adapters makes of a DiT, what the file says of it). weights: the base's name.
 
     They are not merged: a base in bfloat16 would lose what is small in them.
     """
     about = common.read_metadata(file, "Adapted")
-    if about["base"] != fingerprint(base, torch.bfloat16):
-        raise UserError(f"{file} holds adapters of other weights than {weights}: name the teacher of their run")
+    check_base(about, base, file, weights)
     model = Adapted(base, about["rank"])
     model.load_state_dict(common.load_tensors(file)[0])
     return model, about

@@ -23,8 +23,10 @@ from cogvideox import below, load_vae, read_dit_about, read_dit_config, read_dit
 from common import UserError
 from data import PRESETS as CLIPS
 from data import Ahead, Folder, LatentCache, Shapes, fingerprint, report
+from distributed import STEP
 from dit import PRESETS as SIZES
 from dit import DiT
+from generate import check_base, load_network
 from losses import GRID
 from schedule import Schedule, timesteps
 from text import load_encoder
@@ -102,9 +104,15 @@ def check(cfg, ranks):
         (cfg.m >= len(GRID), f"--m: at most {len(GRID) - 1}, the steps of CD's grid"),
         (cfg.global_batch % (cfg.batch * ranks.size), "--global-batch is no multiple of --batch times the ranks"),
         (not learns, "nothing to learn: --beta-vsd and --beta-cd are 0, and there is no --reward"),
+        (
+            cfg.resume and not any(Path(cfg.out).glob(f"checkpoints/{STEP}")),
+            f"{cfg.out} holds no checkpoint: leave out --resume to start",
+        ),
     ):
         if wrong:
             raise UserError(what)
+    result = "adapter.safetensors" if cfg.rank else "student.safetensors"
+    common.check_spared(Path(cfg.out, result), cfg.student, cfg.teacher)
     needed = ["data", "teacher"]
     needed += [] if is_cache(cfg.data) else ["vae", "text"]
     needed += ["vae"] if cfg.reward != "none" else []
@@ -126,6 +134,8 @@ def build(cfg, ranks) -> Nets:
     check(cfg, ranks)
     teacher = read_teacher(cfg)
     student = read_student(cfg, teacher)
+    if cfg.student and cfg.rank and ranks.main:
+        check_base(student.about, load_network(cfg.teacher)[0], cfg.student, cfg.teacher)
     half = common.uses_bfloat16(cfg.precision, ranks.device)
     vae = load_vae(cfg.vae, None if half else torch.float32) if cfg.vae else None
     if vae and vae.config.latent_channels != teacher.config.channels:
@@ -138,6 +148,9 @@ def build(cfg, ranks) -> Nets:
     if ranks.main:
         print(memory(cfg, student.config, ranks, latents))
 
+    latent_reward = buffer = judge = None
+    if cfg.reward != "none":
+        latent_reward, buffer = make_latent_reward(cfg, ranks, data, encoder, teacher.config, latents)
     teacher_net, student_net, ema, fake, frozen = networks(cfg, ranks, teacher, student)
     about = {"kind": "student", "w": teacher.about["w"], "timesteps": timesteps(cfg.steps)}
     about |= {"fps": data.made["fps"] if cached else CLIPS[cfg.preset]["fps"], "transition": cfg.transition}
@@ -149,9 +162,6 @@ def build(cfg, ranks) -> Nets:
         vae = None  # nothing is decoded
     if vae:
         vae = vae.to(ranks.device, memory_format=torch.channels_last_3d).eval().requires_grad_(False)
-    latent_reward = buffer = judge = None
-    if cfg.reward != "none":
-        latent_reward, buffer = make_latent_reward(cfg, ranks, data, encoder, teacher.config, latents)
     if cfg.data == "shapes" and (file := Path(cfg.vae).parent / "judge.safetensors").exists():
         judge = common.load_model(file, Judge, ranks.device)[0]
     if cached:
@@ -176,7 +186,7 @@ def read_teacher(cfg) -> Source:
         about["weights_dtype"] = str(next(tensors())[1].dtype)
     else:
         about = common.read_metadata(cfg.teacher, "DiT")
-        config, about["w"] = DiT.Config(**about["config"]), about.get("w", 2.0)
+        config, about["w"] = common.config_of(cfg.teacher, about, DiT), about.get("w", 2.0)
 
         def tensors():
             return cfg.teacher
@@ -195,7 +205,7 @@ def read_student(cfg, teacher) -> Source:
     config = replace(teacher.config, prediction=cfg.prediction or teacher.config.prediction)
     if cfg.student:
         about = common.read_metadata(cfg.student, "Adapted" if cfg.rank else "DiT")
-        config = DiT.Config(**about["config"])
+        config = common.config_of(cfg.student, about, DiT)
         if replace(config, prediction=teacher.config.prediction) != teacher.config:
             raise UserError(f"{cfg.student} is of another size or schedule than its teacher {cfg.teacher}")
         if about.get("kind") != "student":
@@ -231,6 +241,8 @@ def read_data(cfg, ranks, config, vae):
     folder = Folder(cfg.data, *size, cfg.seed)
     if ranks.main:
         report(cfg.data, len(folder), folder.left_out)
+    for caption in folder.captions if cfg.text == "words" else ():
+        encoder.encode([caption])  # an unknown word is found now, not in the middle
     return folder, encoder
 
 

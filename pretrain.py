@@ -11,6 +11,7 @@ the end one safetensors file that knows what it is and how it was made.
 
 import json
 import math
+import pickle
 import random
 import sys
 import time
@@ -156,10 +157,6 @@ def fit(cfg, model, loss_of, pictures=None, ema_decay=0.0):
     """
     out = Path(cfg.out)
     print(f"{type(model).__name__}: {sum(p.numel() for p in model.parameters()):,} parameters")
-    if cfg.init:
-        other, _ = common.load_model(cfg.init, type(model))
-        model.load_state_dict(other.state_dict())
-        model.config = other.config  # a VAE's scaling factor is part of it
     half = common.uses_bfloat16(cfg.precision, cfg.device)
     muon, adamw = optimizers(model, torch.bfloat16 if half else torch.float32)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay), use_buffers=True)
@@ -167,9 +164,10 @@ def fit(cfg, model, loss_of, pictures=None, ema_decay=0.0):
     first, state_file = 0, out / "checkpoint.pt"
     settings = {name: value for name, value in asdict(cfg).items() if name not in MAY_CHANGE}
     if cfg.resume:
-        if not state_file.exists():
-            raise UserError(f"{state_file} does not exist: leave out --resume, or name a run's --out")
-        state = torch.load(state_file, weights_only=True, map_location=cfg.device)
+        try:
+            state = torch.load(state_file, weights_only=True, map_location=cfg.device)
+        except (OSError, EOFError, KeyError, RuntimeError, pickle.UnpicklingError) as e:
+            raise UserError(f"{state_file} is damaged: remove it to start anew") from e
         other = [name for name, value in settings.items() if state.get("settings", {}).get(name) != value]
         if other:
             raise UserError(f"{state_file} was made with another --{other[0].replace('_', '-')}: repeat its flags")
@@ -214,6 +212,23 @@ def fit(cfg, model, loss_of, pictures=None, ema_decay=0.0):
     draw(cfg.iterations)
 
 
+def check(cfg, model):
+    """What can be wrong with a command, before the work; with --init, fill `model`. Raises UserError."""
+    state_file = Path(cfg.out) / "checkpoint.pt"
+    if cfg.resume and not state_file.exists():
+        raise UserError(f"{state_file} does not exist: leave out --resume, or name a run's --out")
+    if state_file.exists() and not cfg.resume:
+        raise UserError(f"{state_file} is of an earlier run: go on with --resume, name another --out, or remove it")
+    common.writable(state_file)
+    if cfg.init:
+        other, _ = common.load_model(cfg.init, type(model))
+        try:
+            model.load_state_dict(other.state_dict())
+        except RuntimeError as e:
+            raise UserError(f"--init {cfg.init} is of another size") from e
+        model.config = other.config  # a VAE's scaling factor is part of it
+
+
 def save(cfg, model, name, **about):
     """--out/NAME.safetensors, which says how it was made."""
     made = {"command": " ".join(["python", *sys.argv]), "date": time.strftime("%Y-%m-%d"), "settings": asdict(cfg)}
@@ -228,6 +243,7 @@ def object_weight(cfg, step, mask):
 def train_vae(cfg):
     torch.manual_seed(cfg.seed)
     model = vae3d.VAE3D(vae3d.PRESETS["shapes"]).to(cfg.device, memory_format=torch.channels_last_3d)
+    check(cfg, model)
 
     def loss_of(step):
         frame, n = None, cfg.batch
@@ -304,12 +320,13 @@ def noise_steps(n, generator):
 def train_teacher(cfg):
     vae, _ = common.load_model(cfg.vae, vae3d.VAE3D, cfg.device)
     vae = vae.to(memory_format=torch.channels_last_3d)
-    world_clips = encode_world(cfg, vae, cfg.clips, None)
-    world_stills = encode_world(cfg, vae, cfg.stills, shapes.MIDDLE)
-    truth = clips(cfg.seed, 0, max(cfg.clips, cfg.stills))
     model = dit.DiT(replace(dit.PRESETS["shapes"], prediction=cfg.prediction))
     model.init_weights(cfg.seed)
     model.to(cfg.device)
+    check(cfg, model)
+    world_clips = encode_world(cfg, vae, cfg.clips, None)
+    world_stills = encode_world(cfg, vae, cfg.stills, shapes.MIDDLE)
+    truth = clips(cfg.seed, 0, max(cfg.clips, cfg.stills))
     words = WordTable(shapes.WORDS, model.config.text_dim, model.config.text_length)
     schedule = Schedule(model.config.schedule, model.config.snr_shift)
     about = {"kind": "teacher", "w": GUIDANCE, "fps": shapes.FPS, "latents": list(world_clips[0].shape[2:])}
@@ -350,6 +367,7 @@ def train_teacher(cfg):
 def train_judge(cfg):
     torch.manual_seed(cfg.seed)
     model = Judge(JudgeConfig(cfg.kind)).to(cfg.device, memory_format=torch.channels_last_3d)
+    check(cfg, model)
     hidden_in_parts = [list(shapes.FACTORS).index(name) for name in ("size", "action", "camera")]
 
     def loss_of(step):
@@ -386,6 +404,8 @@ def main():
         "teacher": (TeacherConfig, train_teacher),
         "judge": (JudgeRunConfig, train_judge),
     }
+    if sys.argv[1:2] in (["-h"], ["--help"]):
+        return print(__doc__)
     if len(sys.argv) < 2 or sys.argv[1] not in jobs:
         raise UserError(f"say what to train: python pretrain.py {'|'.join(jobs)} (each has --help)")
     config, train = jobs[sys.argv[1]]

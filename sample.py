@@ -72,7 +72,9 @@ def choose_steps(cfg, generator):
     if not cfg.timesteps:
         usual = len(generator.trained) if generator.student else 50
         return generator.steps(usual if cfg.steps is None else cfg.steps)
-    asked, own = list(cfg.timesteps), generator.trained if generator.student else []
+    if not generator.student:
+        raise UserError("--timesteps are a student's: a teacher takes --steps")
+    asked, own = list(cfg.timesteps), generator.trained
     if asked != sorted(set(asked), reverse=True) or not set(asked) <= set(own) or cfg.steps not in (None, len(asked)):
         raise UserError(f"--timesteps {asked}: want some of a student's own {own}, descending, as many as --steps")
     generator.about["timesteps"] = asked

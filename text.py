@@ -14,6 +14,7 @@ checkpoints refuse another. `null` is the embedding of the empty prompt, which g
 import hashlib
 import json
 import math
+import textwrap
 import warnings
 
 import torch
@@ -55,7 +56,8 @@ class WordTable:
                 warnings.warn(f"a prompt is longer than {self.length} words and was cut", stacklevel=2)
             for i, word in enumerate(words[: self.length]):
                 if word not in self.index:
-                    raise UserError(f"unknown word {word!r} in {prompt!r}; known are {', '.join(self.index)}")
+                    short = textwrap.shorten(prompt, 100, placeholder=" ...")
+                    raise UserError(f"unknown word {word!r} in {short!r}; known are {', '.join(self.index)}")
                 row[i] = self.index[word]
         before = torch.nn.functional.pad(tokens[:, :-1], (1, 0), value=pad)
         before = before.masked_fill(tokens == pad, pad)  # every padding token is the same

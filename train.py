@@ -15,6 +15,7 @@ ablation of the paper is a flag. VSD's loss is no measure of progress: look at s
 apart on the student's samples), at the pictures, and in the small world at what the judge reads.
 """
 
+import contextlib
 import json
 import math
 import sys
@@ -424,8 +425,6 @@ def train(cfg: Config, ranks) -> None:
         state = {name: saved[name] for name in state}
         if nets.lrm:
             nets.latent_reward.moments = Moments(**saved["moments"])
-    elif cfg.resume:
-        raise UserError(f"{out} holds no checkpoint: leave out --resume to start")
 
     def save(wait):
         about = {"config": asdict(cfg), "student": asdict(nets.student.config), "about": nets.about}
@@ -504,7 +503,11 @@ def main():
         return print(memory_table(cfg))
     common.start(cfg)
     ranks = distributed.start(cfg.device)
-    trial(cfg, ranks) if word == "trial" else train(cfg, ranks)
+    if word == "trial":
+        trial(cfg, ranks)
+    else:
+        with common.claimed(cfg.out) if ranks.main else contextlib.nullcontext():
+            train(cfg, ranks)
     distributed.stop()
 
 

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import lrm
+from common import UserError
 
 PHASES = ("text", "diffusion", "decoding", "total")
 
@@ -221,7 +222,9 @@ class ClipReward(torch.nn.Module):
         import preference
 
         super().__init__()
-        self.clip = open_clip.CLIP(**open_clip.get_model_config(name)).eval().requires_grad_(False)
+        if not (config := open_clip.get_model_config(name)):
+            raise UserError(f"open_clip has no model {name}")
+        self.clip = open_clip.CLIP(**config).eval().requires_grad_(False)
         self.sides = preference.cosine  # of the product that the score is
 
     def forward(self, video):

@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 import common
-from common import UserError
+from common import UserError, read_json
 from evals.metrics import mean_error, pm
 from world.reading import MAIN
 
@@ -258,13 +258,23 @@ def make(lines, out):
     minutes = []
     for command in lines:
         begin = os.times()
-        if subprocess.run(command).returncode:
+        if call(command):
             raise UserError(f"this failed: {' '.join(command)}")
         end = os.times()
         used = end.children_user + end.children_system - begin.children_user - begin.children_system
         minutes.append(used / 60)
     result = json.loads((out / MEASURED).read_text())
     return common.tidy(result | training_of(out, lines[0], minutes[0])) if len(lines) > 1 else result
+
+
+def call(command):
+    """Run a command -> its exit code. Ctrl-C reaches it as well, and it is given the time to save what it has."""
+    with subprocess.Popen(command) as process:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            process.wait()
+            raise
 
 
 MEASURED = "measured.json"  # in the folder of a run, what eval.py has found
@@ -297,7 +307,7 @@ def curve_of(lines, name):
 def read(table, label, folder):
     """The results of a row, one for each seed that has run."""
     files = [Path(folder) / file_of(table, label, seed).name for seed in SEEDS]
-    return [json.loads(file.read_text()) for file in files if file.exists()]
+    return [read_json(file) for file in files if file.exists()]
 
 
 LOGGED = ("score gap", "fake loss")  # of interest where something goes wrong
@@ -365,7 +375,7 @@ def gains_of(name, folder="results"):
             pair = file_of(name, label, seed), file_of(name, first, 0 if bundled else seed)
             files = [Path(folder) / file.name for file in pair]
             if all(file.exists() for file in files):
-                ours, base = (json.loads(file.read_text())["rows"][0] for file in files)
+                ours, base = (read_json(file)["rows"][0] for file in files)
                 for what in ("main", *MAIN, "identity", "frechet", "vendi"):
                     gains.setdefault(what, []).append(ours[what]["mean"] - base[what]["mean"])
                 gains.setdefault(reward, []).append(ours["rewards"][reward]["mean"] - base["rewards"][reward]["mean"])

@@ -70,6 +70,8 @@ def make_page(a, b, out, pairs=50, seed=0):
 
     pairs: at most so many, drawn at random by seed. Raises UserError where the folders have no readable pair.
     """
+    if Path(a).resolve() == Path(b).resolve():
+        raise UserError(f"{a} and {b} are one folder: want two models")
     ours, theirs = prompts_of(a), prompts_of(b)
     shared = sorted(set(ours) & set(theirs))
     random.Random(f"pairs {seed}").shuffle(shared)
@@ -118,6 +120,8 @@ def read_votes(files):
             about["rater"] = raters.setdefault(rater.lower(), rater)
             for vote in saved["votes"]:
                 key = saved["page"], about["rater"], vote["pair"]
+                if not set(vote["answers"].values()) <= {"a", "b", "equal"}:
+                    raise ValueError(f"an answer is a, b or equal, not {vote['answers']}")
                 if key not in votes or votes[key]["time"] <= vote["time"]:
                     votes[key] = about | vote | {"answers": dict(vote["answers"])}
         except (ValueError, KeyError, TypeError, AttributeError) as e:
@@ -137,11 +141,11 @@ def wilson(wins, n, z=1.959964):
 
 
 def count(votes):
-    """Rows {"models": (a, b), "rater" (or "all"), "question", "a", "b", "equal", "rate", "low", "high"}: a's win rate
+    """Rows {"models": (a, b), "rater" (None: all), "question", "a", "b", "equal", "rate", "low", "high"}: a's win rate
     without ties, 0..1 (None where all are ties), and its 95% interval."""
     groups = {}
     for vote in votes:
-        for rater in ("all", vote["rater"]):
+        for rater in (None, vote["rater"]):
             for question, answer in vote["answers"].items():
                 groups.setdefault((vote["a"], vote["b"], rater, question), []).append(answer)
     rows = []
@@ -153,4 +157,4 @@ def count(votes):
         row = {"models": (a, b), "rater": rater, "question": question, "rate": rate, "low": low, "high": high}
         rows.append(row | {side: n[side] for side in ("a", "b", "equal")})
     # all raters together first
-    return sorted(rows, key=lambda row: (row["models"], row["rater"] != "all", row["rater"]))
+    return sorted(rows, key=lambda row: (row["models"], row["rater"] or ""))

@@ -34,7 +34,7 @@ READ_AT_ONCE = 32  # videos that the judge reads along with the pictures, and at
 def set_aside(folder, ranks):
     """Another run's checkpoints, and its log: a new run must neither go on from them nor, counting from 0 again, clean
     them up."""
-    if ranks.main and any(folder.glob("step_*")):
+    if ranks.main and any(folder.glob(distributed.STEP)):
         old = next(old for n in itertools.count(1) if not (old := folder.with_name(f"{folder.name}.{n}")).exists())
         folder.rename(old)
         if (log := folder.with_name("log.jsonl")).exists():
@@ -49,30 +49,32 @@ def read_extra(newest):
         said = json.loads((newest / "extra.json").read_text())
         return said, DiT.Config(**said["student"])
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f"the checkpoint {newest} is damaged: it does not say what its student is ({e})") from e
+        raise UserError(f"the checkpoint {newest} is not one of train.py, or damaged: it names no student") from e
 
 
 def check_resumed(newest, settings, nets, ranks):
-    """Say that a run goes on, and which of its flags, `settings`, differ from before.
-
-    UserError where the checkpoint is of another kind of student than this run's.
-    """
+    """`say_resumed`; UserError where the checkpoint is of another kind of student than this run's."""
     said, config = read_extra(newest)
     same = all(said["about"].get(key) == nets.about.get(key) for key in ("timesteps", "transition", "rank"))
     if config != nets.student.config or not same:
         flags = "--steps, --prediction, --transition and --rank"
         raise UserError(f"{newest} is of another student: repeat its {flags}, or leave out --resume")
-    old, settings = said["config"], json.loads(json.dumps(settings))  # a checkpoint's lists were tuples
+    if ranks.main:
+        say_resumed(newest, said["config"], settings)
+
+
+def say_resumed(newest, old, settings):
+    """Say that a run goes on, and with which other flags than its checkpoint's."""
+    settings = json.loads(json.dumps(settings))  # a checkpoint's lists were tuples
     other = [
         f"--{flag.replace('_', '-')} {value} (was {old.get(flag)})"
         for flag, value in settings.items()
         if flag not in ("resume", "precision") and old.get(flag) != value
     ]
-    if ranks.main:
-        print(f"going on from {newest}")
-        common.warn_of_precision(old.get("precision"), settings["precision"])
-        if other:
-            print(f"not as before: {', '.join(other)}")
+    print(f"going on from {newest}")
+    common.warn_of_precision(old["precision"], settings["precision"])
+    if other:
+        print(f"not as before: {', '.join(other)}")
 
 
 def tensorboard(out, first):
@@ -166,9 +168,9 @@ def write_student(out, config, weights, settings, about):
 
 def export(out):
     """The student of the newest checkpoint of a run, whatever number of ranks wrote it, in one process on the CPU."""
-    if not (newest := max((out / "checkpoints").glob("step_*"), default=None)):
-        raise UserError(f"{out} holds no checkpoint")
     checkpoints = distributed.Checkpoints(out / "checkpoints")
+    if not (newest := checkpoints.newest()):
+        raise UserError(f"{out} holds no checkpoint")
     said, config = read_extra(newest)
     rank = said["config"]["rank"]
     with torch.device("meta"):

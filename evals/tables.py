@@ -6,7 +6,6 @@ README.md and docs/ have its place between `<!-- table:NAME -->` and `<!-- /tabl
 another view of the same files. A score is {"mean", "error", "n"}, its error one standard error.
 """
 
-import json
 import os
 import re
 import shlex
@@ -16,7 +15,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 
 import common
-from common import UserError
+from common import UserError, read_json
 from evals import experiments, vbench
 from evals.metrics import pm
 from world.reading import MAIN
@@ -50,10 +49,11 @@ def read(name, folder="results"):
     files = sorted(f for f in Path(folder).glob(f"{name}*.json") if f.stem == name or f.stem.startswith(name + "-"))
     if not files:
         raise UserError(f"no {folder}/{name}.json nor {folder}/{name}-*.json: measure first (eval.py ... --out)")
-    try:
-        return [json.loads(f.read_text()) for f in files]
-    except ValueError as e:
-        raise UserError(f"a file of {folder}/{name}*.json is no JSON: {e}") from e
+    results = [read_json(file) for file in files]
+    for file, result in zip(files, results):
+        if "kind" not in result or "command" not in result:
+            raise UserError(f"{file} is no result of eval.py")
+    return results
 
 
 def markdown(header, lines):
@@ -197,7 +197,7 @@ def _votes(results):
             "-" if row["rate"] is None else f"{100 * row['rate']:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
         )
         models = f"{row['models'][0]} against {row['models'][1]}"
-        lines.append([models, row["rater"], row["question"], rate, row["a"], row["equal"], row["b"]])
+        lines.append([models, row["rater"] or "all", row["question"], rate, row["a"], row["equal"], row["b"]])
     return ["", "rater", "question", "wins without ties, % [95%]", "wins", "equal", "losses"], lines
 
 

@@ -60,6 +60,10 @@ def trial(cfg, ranks):
     given = [f"--{name.replace('_', '-')}" for name in OF_FILES if getattr(cfg, name) != getattr(plain, name)]
     if given:
         raise UserError(f"a trial has weights and clips of its own, random ones: leave out {', '.join(given)}")
+    if Path(cfg.out).suffix:
+        if not cfg.out.endswith(".json"):
+            raise UserError(f"--out {cfg.out}: a trial is kept in a file NAME.json")
+        common.writable(cfg.out)
     with tempfile.TemporaryDirectory() as folder:
         place = [folder if ranks.main else None]
         if ranks.size > 1:

@@ -32,7 +32,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from common import UserError, atomic, read_prompts, read_text
+from common import UserError, atomic, read_json, read_prompts, read_text
 from video import read_video, write_video
 
 # dimension as in the paper's Table 2: (which total, minimum, maximum, weight); from VBench's scripts/constant.py
@@ -122,11 +122,13 @@ def suite(prompts="", long=""):
     prompts = prompts or full_info()
     if Path(prompts).suffix == ".json":
         try:
-            short = [(entry["prompt_en"], entry["dimension"]) for entry in json.loads(read_text(prompts))]
+            short = [(str(entry["prompt_en"]), entry["dimension"]) for entry in json.loads(read_text(prompts))]
         except (ValueError, TypeError, KeyError) as e:
             raise UserError(f"{prompts} is not a list of prompts as VBench's: {e!r}") from e
     else:
         short = [(prompt, []) for prompt in read_prompts(prompts)]
+    if not short:
+        raise UserError(f"{prompts} has no prompts")
     sampled = read_prompts(long) if long else [name for name, _ in short]
     if len(sampled) != len(short):
         raise UserError(
@@ -166,6 +168,15 @@ def readable(path):
         return False
 
 
+def read_plan(file):
+    """What `begin` wrote. Raises UserError for a file that says something else."""
+    try:
+        plan = read_json(file)
+        return plan | {"entries": plan["entries"], "copies": plan["copies"]}
+    except (TypeError, KeyError) as e:
+        raise UserError(f"{file} is not a plan of videos as eval.py videos writes it: {e!r}") from e
+
+
 def begin(out, made):
     """Write out/videos.json, which says how the videos of the folder `out` are made: `made`, anything JSON can hold.
 
@@ -174,7 +185,7 @@ def begin(out, made):
     """
     plan, made = out / "videos.json", json.loads(json.dumps(made))
     if plan.exists():
-        there = json.loads(plan.read_text())
+        there = read_plan(plan)
         other = ", ".join(k for k in made if there.get(k) != made[k])
         if other:
             raise UserError(f"{out} holds videos of other settings ({other}): take another --out, or the same settings")
@@ -278,7 +289,7 @@ def read_package_results(folder):
         try:
             results = json.loads(file.read_text())
             scores |= {name: 100 * float(results[key(name)][0]) for name in DIMENSIONS if key(name) in results}
-        except (ValueError, TypeError, KeyError) as e:
+        except (ValueError, TypeError, LookupError) as e:
             raise UserError(f"{file} is not a result of vbench: {e!r}") from e
     for name in [name for name, score in scores.items() if not math.isfinite(score)]:
         complaints.append(f"{name}: the package's score is {scores.pop(name)}, since a video's is")

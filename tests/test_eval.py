@@ -799,16 +799,17 @@ def test_votes_count_once_and_ties_not_at_all(tmp_path, monkeypatch, capsys):
     for order in ([ann, again, bob], [bob, again, ann]):
         votes = people.read_votes(order)
         rows = {(r["rater"], r["question"]): r for r in people.count(votes)}
-        row = rows["all", "motion"]
+        row = rows[None, "motion"]
         assert (row["a"], row["b"], row["equal"]) == (3, 1, 1) and row["rate"] == 0.75
-        assert {rater.lower() for rater, _ in rows} == {"all", "ann", "bob"} and len(rows) == 3 * 4
+        assert {rater and rater.lower() for rater, _ in rows} == {None, "ann", "bob"} and len(rows) == 3 * 4
         assert (row["low"], row["high"]) == people.wilson(3, 4) and rows["Bob", "motion"]["rate"] == 0.5
     call(monkeypatch, "votes", ann, bob)
     assert "| ours against theirs | all | visual quality | 50.0 [" in capsys.readouterr().out
     (tmp_path / "4.json").write_text("no votes")
     (tmp_path / "5.json").write_text('{"votes": []}')
     (tmp_path / "6.json").write_text((tmp_path / "1.json").read_text().replace("answers", "replies"))
-    for bad in ("4.json", "5.json", "6.json"):
+    (tmp_path / "7.json").write_text((tmp_path / "1.json").read_text().replace('"equal"', "[]"))
+    for bad in ("4.json", "5.json", "6.json", "7.json"):
         with pytest.raises(UserError, match=f"{bad} is no file of votes"):
             people.read_votes([ann, tmp_path / bad])
 

@@ -2,11 +2,13 @@
 
 import fcntl
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -77,6 +79,26 @@ def test_a_stopped_run_goes_on(tmp_path):
     assert "--resume" in commands("velocity", "epsilon", 0, tmp_path / "teacher")[0]
 
 
+def test_an_interrupted_training_is_given_the_time_to_save(tmp_path):
+    training = """if True:
+        import pathlib, signal, sys, time
+        def save(*_):
+            time.sleep(1)
+            pathlib.Path("saved").touch()
+            sys.exit()
+        signal.signal(signal.SIGINT, save)
+        pathlib.Path("begun").touch()
+        time.sleep(60)
+    """
+    begin = f"from evals.experiments import call; call({[sys.executable, '-c', training]!r})"
+    there = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(Path(experiments.__file__).parents[1])}}
+    run = subprocess.Popen([sys.executable, "-c", begin], **there, start_new_session=True, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "begun").exists():
+        time.sleep(0.1)
+    os.killpg(run.pid, signal.SIGINT)  # as a terminal does
+    assert run.wait() and (tmp_path / "saved").exists()
+
+
 def test_what_is_missing_is_run_and_nothing_else(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "results").mkdir()
@@ -97,9 +119,9 @@ def test_what_is_missing_is_run_and_nothing_else(tmp_path, monkeypatch):
             (out / "student.safetensors").write_bytes(bytes(7))
         else:
             out.write_text('{"rows": []}')
-        return SimpleNamespace(returncode=0)
+        return 0
 
-    monkeypatch.setattr(subprocess, "run", ran_well)
+    monkeypatch.setattr(experiments, "call", ran_well)
     experiments.run(["ablation/VSD"])
     assert [command[1] for command in ran] == ["train.py", "eval.py"] * 2
     assert all(command[0] == sys.executable for command in ran)
@@ -111,7 +133,7 @@ def test_what_is_missing_is_run_and_nothing_else(tmp_path, monkeypatch):
     assert training["bytes"] == {"student.safetensors": 7}
     assert training["command"].startswith(f"python train.py {experiments.BASE} {experiments.SHORT} --beta-cd 0")
     assert "--seed 2" in training["command"]
-    monkeypatch.setattr(subprocess, "run", lambda command: SimpleNamespace(returncode=1))
+    monkeypatch.setattr(experiments, "call", lambda command: 1)
     with pytest.raises(UserError, match="this failed"):
         experiments.run(["steps"])
     with pytest.raises(UserError, match="no experiment is called"):
