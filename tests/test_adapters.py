@@ -190,6 +190,17 @@ def test_a_student_goes_on_from_its_adapters(tiny, tmp_path):
     assert all(p.abs().sum() == 0 for name, p in made.fake.named_parameters() if name.endswith("B"))
     with pytest.raises(UserError, match="adapters of rank 4: say --rank 4"):
         nets.build(config(tiny, tmp_path / "b", rank=8, student=str(file)), ALONE)
+    other, about = common.load_model(tiny / "teacher.safetensors", dit.DiT)
+    other.patch_in.weight.data += 0.1
+    common.save_model(tmp_path / "other.safetensors", other, kind="teacher", w=about["w"])
+    with pytest.raises(UserError, match="adapters of other weights"):
+        nets.build(
+            config(tiny, tmp_path / "b", rank=4, student=str(file), teacher=f"{tmp_path}/other.safetensors"), ALONE
+        )
+    with pytest.raises(UserError, match="written over by the result"):
+        nets.build(config(tiny, tmp_path / "a", rank=4, student=str(file)), ALONE)
+    with pytest.raises(UserError, match=r"holds Adapted, where DiT is needed; adapters .* --rank"):
+        nets.build(config(tiny, tmp_path / "b", student=str(file)), ALONE)
 
 
 def test_adapters_alone_and_merged_draw_the_same(tiny, tmp_path, monkeypatch):

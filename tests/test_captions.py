@@ -113,6 +113,15 @@ def test_links_to_folders_are_followed(tmp_path):
     assert list(list_clips(tmp_path / "clips")[0]) == ["videos/a.mp4", "videos/more/b.mp4"]
 
 
+def test_a_link_into_itself_is_followed_once(tmp_path):
+    make(tmp_path, {"sub/a.mp4": b"", "sub/a.txt": "a cat"})
+    (tmp_path / "loop").symlink_to(tmp_path)
+    (tmp_path / "sub/loop").symlink_to(tmp_path)
+    (tmp_path / "sub/gone.mp4").symlink_to(tmp_path / "nowhere.mp4")
+    captions, skipped = list_clips(tmp_path)
+    assert list(captions) == ["sub/a.mp4"] and skipped == {"sub/gone.mp4": "it has no caption"}
+
+
 def test_every_file_is_read_or_counted(tmp_path):
     make(tmp_path, {f"a{kind}": b"" for kind in (*IMAGES, *VIDEOS, ".heic", ".MOV")} | {"a.txt": "a cat"})
     captions, skipped = list_clips(tmp_path)

@@ -9,7 +9,7 @@ from typing import Literal
 
 import pytest
 
-from common import UserError, atomic, opt, parse, read_prompts, writable
+from common import UserError, atomic, check_spared, claimed, opt, parse, read_json, read_prompts, writable
 
 
 @dataclass
@@ -153,6 +153,7 @@ def test_atomic_full_disk(tmp_path):
         ("eval.WorldConfig --batch 0", "--batch: at least 1"),
         ("eval.RewardMemoryConfig --frames 4 0", "--frames: at least 1, not 0"),
         ("sample.Config --device meta", "--device meta cannot be used here"),
+        (f"train.Config --seed {'9' * 400}", "--seed: at most 2147483647"),
     ],
 )
 def test_what_cannot_be_is_refused_before_the_work(flags, said):
@@ -177,6 +178,31 @@ def test_writable_leaves_what_is_there(tmp_path):
     assert (tmp_path / "a.json").read_text() == "kept" and not list((tmp_path / "new").iterdir())
     with pytest.raises(UserError, match="cannot write"):
         writable("/proc/nothing/a.json")
+
+
+def test_a_folder_belongs_to_one_run_at_a_time(tmp_path):
+    with claimed(tmp_path / "run"):
+        with pytest.raises(UserError, match="another run is writing into"), claimed(tmp_path / "run"):
+            pass
+        with claimed(tmp_path / "other"):
+            pass
+    with claimed(tmp_path / "run"):  # it is free again
+        pass
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(UserError, match="cannot write"), claimed(tmp_path / "file"):
+        pass
+
+
+def test_a_result_spares_its_inputs(tmp_path):
+    check_spared(tmp_path / "a/student.safetensors", "", tmp_path / "b/student.safetensors")
+    with pytest.raises(UserError, match="written over"):
+        check_spared(tmp_path / "a/student.safetensors", "", f"{tmp_path}/b/../a/student.safetensors")
+
+
+def test_files_of_json(tmp_path):
+    (tmp_path / "a.json").write_text('{"rows": [')
+    with pytest.raises(UserError, match=r"a\.json is no JSON"):
+        read_json(tmp_path / "a.json")
 
 
 def test_files_of_prompts(tmp_path):

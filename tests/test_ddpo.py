@@ -455,8 +455,10 @@ def test_resume_goes_on_to_the_bit(weights, call, monkeypatch):
     assert call(*flags, "--iterations", 5, "--out", "whole")[0] == 0
     assert call(*flags, "--iterations", 3, "--out", "parts")[0] == 0
     assert not same("whole", "parts")
+    told = []
+    monkeypatch.setattr(ddpo, "say_resumed", lambda _, *settings: told.append([s["iterations"] for s in settings]))
     assert call(*flags, "--iterations", 5, "--out", "parts", "--resume")[0] == 0
-    assert same("whole", "parts")
+    assert same("whole", "parts") and told == [[3, 5]]
     a, b = ([line | {"trained_s": 0} for line in lines(folder)] for folder in ("whole", "parts"))
     assert a == b and [line["reward_evaluations"] for line in a] == [4, 8, 12, 16, 20]
     assert all(math.isfinite(value) for line in a for value in line.values())
@@ -468,6 +470,9 @@ def test_resume_goes_on_to_the_bit(weights, call, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # torchrun has started it again: it goes on
     assert call(*flags, "--iterations", 2, "--out", "parts")[0] == 0
     assert not Path("parts/checkpoints.2").exists() and len(lines("parts")) == 2
+    said = max(Path("parts/checkpoints").glob("step_*")) / "extra.json"
+    said.write_text(json.dumps(json.loads(said.read_text()) | {"config": {"beta_cd": 0.5}}))
+    assert "is not of ddpo.py" in call(*flags, "--iterations", 3, "--out", "parts", "--resume")[1]
     # what sample.py takes
     student = Generator.load("whole/student.safetensors", weights / "vae.safetensors")
     assert student.student and student.steps(4) == STEPS and student.about["settings"] == {"lr": 1}
@@ -538,6 +543,7 @@ def test_wrong_input_is_one_clear_line(weights, call, tmp_path):
         ([*jpeg, "--resume"], "holds no checkpoint"),
         ([*jpeg, "--out", "file/here"], "cannot write"),
         ([*jpeg, "--method", "ppo"], "invalid choice"),
+        ([*jpeg, "--weights", "in/student.safetensors", "--out", "in"], "written over by the result"),
     ):
         code, err = call(*flags)
         assert code == 2 and what in err and err.count("\n") == 1, (flags, code, err)

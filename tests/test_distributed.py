@@ -537,10 +537,14 @@ def test_gradient_descent_clips_and_leaves_out_what_is_not_finite():
 def test_which_checkpoints_are_kept(tmp_path, small):
     checkpoints = Checkpoints(tmp_path, keep_last=2)
     assert checkpoints.newest() is None
+    copies = [tmp_path / name for name in ("step_00000001.bak", "step_00000009_good")]  # a user's own
+    for copy in copies:
+        copy.mkdir()
     for step in range(1, 9):
         checkpoints.save(step, *small, {"step": step})
     checkpoints.wait()
-    assert sorted(p.name[-1] for p in tmp_path.glob("step_*")) == ["7", "8"]
+    assert all(copy.is_dir() for copy in copies)
+    assert sorted(p.name[-1] for p in set(tmp_path.glob("step_*")) - set(copies)) == ["7", "8"]
     assert checkpoints.newest().name == "step_00000008"
     assert json.loads((checkpoints.newest() / "extra.json").read_text()) == {"step": 8}
     move(*small)

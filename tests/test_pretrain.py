@@ -236,6 +236,19 @@ def test_bad_input_is_one_line(args, said):
     assert done.returncode == 2 and said in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
+def test_an_earlier_run_is_neither_lost_nor_gone_on_from_in_pieces(vae, tmp_path):
+    before = {file.name: file.read_bytes() for file in vae.iterdir()}
+    done = run("vae", "--out", vae, "--seed", 5, "--iterations", 1, "--batch", 1, "--held-out", 8, *SMALL)
+    assert done.returncode == 2 and "of an earlier run: go on with --resume" in done.stderr
+    assert {file.name: file.read_bytes() for file in vae.iterdir()} == before
+    (tmp_path / "checkpoint.pt").write_bytes(before["checkpoint.pt"][:1000])
+    done = run("vae", "--out", tmp_path, "--resume", "--iterations", 4, "--images", 2, "--batch", 1, *SMALL)
+    assert done.returncode == 2 and "checkpoint.pt is damaged" in done.stderr and "Traceback" not in done.stderr
+    common.save_model(tmp_path / "small.safetensors", Judge(JudgeConfig("conv", 8)))
+    done = run("judge", "--out", tmp_path / "new", "--init", tmp_path / "small.safetensors", *SMALL)
+    assert done.returncode == 2 and "is of another size" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_noise_follows_from_seed_and_step():
     draw = lambda seed, step: torch.randn(4, generator=pretrain.noise_of(seed, step))
     assert torch.equal(draw(1, 2), draw(1, 2))

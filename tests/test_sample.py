@@ -219,6 +219,7 @@ def test_several_prompts_in_one_file_are_tiled(call, drawn, tmp_path, monkeypatc
         (["--timesteps", 999, 500], ["749", "500"]),
         (["--timesteps", 499, 999], ["descend"]),
         (["--timesteps", 999, 499, "--steps", 4], ["--steps"]),
+        (["--timesteps", 999, "--weights", "teacher.safetensors"], ["a teacher takes --steps"]),
         (["--device", "abacus"], ["abacus"]),
         (["--weights", "none.safetensors"], ["none.safetensors"]),
         (["--weights", "cut.safetensors"], ["cut.safetensors"]),
@@ -243,7 +244,8 @@ def test_bad_input(call, seen, weights, tmp_path, flags, words):
     (tmp_path / "folder.mp4").mkdir()
     whole = (weights / "student.safetensors").read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "vae.safetensors").write_bytes((weights / "vae.safetensors").read_bytes())
+    for name in ("vae.safetensors", "teacher.safetensors"):
+        (tmp_path / name).write_bytes((weights / name).read_bytes())
     if "other.safetensors" in flags:
         other = VAE3D(VAEConfig((8, 8, 8), 8, 1, 4, patch=4, chunking="independent", chunk_frames=16))
         common.save_model("other.safetensors", other)

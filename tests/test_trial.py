@@ -40,3 +40,6 @@ def test_a_trial_refuses_files_and_rewards():
     cfg = replace(train.Config(), **train.PRESETS["shapes"] | {"student": "a.safetensors", "reward": "agreement"})
     with pytest.raises(UserError, match="leave out --student, --reward"):
         trial.trial(cfg, distributed.start("cpu"))
+    cfg = replace(train.Config(), **train.PRESETS["shapes"] | {"out": "trial.txt"})
+    with pytest.raises(UserError, match=r"a trial is kept in a file NAME\.json"):
+        trial.trial(cfg, distributed.start("cpu"))

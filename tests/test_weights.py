@@ -1,5 +1,6 @@
 """Files of weights: what goes in comes out, a failing save leaves what was there, and a bad file is named."""
 
+import os
 from dataclasses import dataclass
 
 import pytest
@@ -151,6 +152,23 @@ def test_models_are_stored_in_half_and_loaded_in_float32(file):
     back, _ = load_model(file, Net)
     assert back.linear.weight.dtype == torch.float32 and model.linear.weight.dtype == torch.float32
     assert torch.equal(back.linear.weight, model.linear.weight.half().float())
+
+
+def test_a_model_that_is_not_finite_is_not_written(file):
+    model = Net(NetConfig())
+    model.linear.weight.data[0, 0] = 1e6  # beyond half precision
+    save_model(file, model)
+    before = file.read_bytes()
+    with pytest.raises(UserError, match="not finite"):
+        save_model(file, model, torch.float16)
+    assert file.read_bytes() == before
+
+
+def test_others_may_read_weights(file):
+    before = os.umask(0o022)
+    save_model(file, Net(NetConfig()))
+    os.umask(before)
+    assert file.stat().st_mode & 0o777 == 0o644
 
 
 def test_wrong_models_are_refused(file):
