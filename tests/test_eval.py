@@ -396,6 +396,12 @@ def test_reward_memory_stands_beside_the_papers():
     assert table[3] == "| the paper |  | 8.998 MB |  | 17.772 MB |"
 
 
+def test_the_judge_that_rewards_does_not_evaluate(tmp_path):
+    common.save_model(tmp_path / "rewards.safetensors", Judge(JudgeConfig("attention", 8)))
+    with pytest.raises(UserError, match="a judge that rewards"):
+        reading.Evaluator(tmp_path / "rewards.safetensors")
+
+
 def test_a_broken_video_is_left_out(tiny):
     evaluator = reading.Evaluator(tiny / "judge.safetensors", batch=4)
 

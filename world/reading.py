@@ -29,6 +29,8 @@ class Evaluator:
 
     def __init__(self, path, device="cpu", batch=64, precision="auto"):
         self.judge, self.about = common.load_model(path, Judge, device)
+        if self.judge.config.kind != "conv":
+            raise UserError(f"{path} is a judge that rewards: want the one that evaluates")
         self.judge.to(memory_format=torch.channels_last_3d)
         self.device, self.batch, self.precision = device, batch, precision
 
