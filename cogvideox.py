@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 import common
-from common import UserError, atomic, load_model, open_tensors, save_tensors
+from common import UserError, atomic, load_model, open_tensors, save_tensors, uses_bfloat16
 from dit import PRESETS, DiT, DiTConfig
 from schedule import Schedule
 from vae3d import VAE3D, VAEConfig
@@ -179,6 +179,18 @@ def load_vae(place, dtype=None):
         given = {ours: get[theirs] for ours, theirs in VAE_CONFIG.items()}
         model = VAE3D(VAEConfig(**given, **get.get("_dollar", {})))
     return load_weights(model, folder, VAE_NAMES, dtype).eval()
+
+
+def load_vae_of(weights, config, place, precision, device):
+    """`load_vae` for the network of a DiTConfig, called `weights`, frozen on its device.
+
+    Published VAEs stay in half precision where the device computes in bfloat16. UserError for other latent channels.
+    """
+    vae = load_vae(place, None if uses_bfloat16(precision, device) else torch.float32)
+    if (there := vae.config.latent_channels) != config.channels:
+        said = f"{place} has {there} latent channels, {weights} {config.channels}"
+        raise UserError(f"{said}: name the weights' own VAE with --vae")
+    return vae.to(device, memory_format=torch.channels_last_3d).eval().requires_grad_(False)
 
 
 def save_vae(model, folder):

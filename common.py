@@ -21,6 +21,7 @@ import re
 import secrets
 import sys
 import textwrap
+import time
 import types
 import typing
 from dataclasses import asdict, dataclass, field, fields
@@ -370,6 +371,11 @@ def save_model(path, model, dtype=None, **made):
     if not all(t.isfinite().all() for t in tensors.values()):
         raise UserError(f"{path} is not written, for its weights are not finite: train again with a lower --lr")
     save_tensors(path, tensors, {"class": type(model).__name__, "config": asdict(model.config), **made})
+
+
+def made_by(settings):
+    """What a file of weights says of how it was made: the command, the date, and all flags, `settings`."""
+    return {"command": " ".join(["python", *sys.argv]), "date": time.strftime("%Y-%m-%d"), "settings": settings}
 
 
 def load_model(path, cls, device="cpu"):

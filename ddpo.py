@@ -28,7 +28,6 @@ step, the KL divergence of the moves.
 import contextlib
 import json
 import math
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -41,8 +40,8 @@ import common
 import distributed
 import rewards
 from adapters import merge
-from cogvideox import load_vae
-from common import Machine, UserError, autocast, open_log, opt, parse, read_prompts, run, uses_bfloat16
+from cogvideox import load_vae_of
+from common import Machine, UserError, autocast, open_log, opt, parse, read_prompts, run
 from data import caption
 from dit import DiT
 from evals import watch
@@ -308,10 +307,7 @@ def load(cfg, ranks):
     if cfg.rank:
         student = adapters_on(student, cfg, ranks)
 
-    vae = load_vae(cfg.vae, None if uses_bfloat16(cfg.precision, ranks.device) else torch.float32)
-    if vae.config.latent_channels != config.channels:
-        raise UserError(f"{cfg.vae} decodes {vae.config.latent_channels} channels, {cfg.weights} has {config.channels}")
-    vae = vae.to(ranks.device, memory_format=torch.channels_last_3d).eval().requires_grad_(False)
+    vae = load_vae_of(cfg.weights, config, cfg.vae, cfg.precision, ranks.device)
     encoder = load_encoder(cfg.text, config.text_dim, config.text_length, ranks.device, cfg.precision)
     if about.get("text_fingerprint", encoder.fingerprint) != encoder.fingerprint:
         raise UserError(f"{cfg.weights} was trained with another text encoder: name it with --text FOLDER")
@@ -435,9 +431,8 @@ def write_student(policy, file, cfg, evaluations):
     with torch.device("meta"):
         model = DiT(policy.generator.config)
     model.load_state_dict(weights, assign=True)
-    made = {"command": " ".join(["python", *sys.argv]), "date": time.strftime("%Y-%m-%d"), "settings": asdict(cfg)}
     about = policy.generator.about
-    tuned = [*about.get("tuned", []), made | {"reward_evaluations": evaluations}]
+    tuned = [*about.get("tuned", []), common.made_by(asdict(cfg)) | {"reward_evaluations": evaluations}]
     common.save_model(file, model, torch.float16, **about | {"tuned": tuned})
     print(f"wrote {file}: python sample.py --weights {file}")
 

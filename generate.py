@@ -13,7 +13,7 @@ import torch
 
 import common
 from adapters import Adapted
-from cogvideox import below, load_dit, load_vae, read_dit_about
+from cogvideox import below, load_dit, load_vae_of, read_dit_about
 from common import UserError, autocast, uses_bfloat16
 from data import fingerprint
 from dit import DiT
@@ -48,11 +48,8 @@ class Generator:
         model, half = base, uses_bfloat16(precision, device)
         if adapter:
             model, about = add_adapters(base, adapter, weights)
-        c, vae = model.config, vae or weights
-        coder = load_vae(vae, None if half else torch.float32)
-        if c.channels != coder.config.latent_channels:
-            said = f"{weights} draws {c.channels} latent channels, {vae} decodes {coder.config.latent_channels}"
-            raise UserError(f"{said}: name the weights' own VAE with --vae")
+        c = model.config
+        coder = load_vae_of(weights, c, vae or weights, precision, device)
         text = text or (weights if Path(weights).is_dir() else "words")
         encoder = load_encoder(text, c.text_dim, c.text_length, device, precision)
         if encoder.dim != c.text_dim or about.get("text_fingerprint", encoder.fingerprint) != encoder.fingerprint:
@@ -62,8 +59,7 @@ class Generator:
         elif base.patch_in.weight.dtype == torch.float16:  # which autocast to bfloat16 refuses
             base.bfloat16()
         base.to(device).eval()
-        coder = coder.to(device, memory_format=torch.channels_last_3d)
-        return cls(model.to(device).eval(), coder.eval(), about, encoder, device, precision)
+        return cls(model.to(device).eval(), coder, about, encoder, device, precision)
 
     @property
     def student(self):

@@ -37,20 +37,19 @@ def conjugate_velocity_loss(model, schedule, x0, t, eps, prediction="conjugate",
     return (error if weight is None else weight * error).mean()
 
 
-def consistency_loss(student, target, teacher, schedule, x0, n, eps, m=5, grid=GRID, loss="huber"):
+def consistency_loss(student, target, teacher, schedule, x0, n, eps, m=5, loss="huber"):
     """Distance of the student at node n + m from the target at node n, m teacher steps later (Eqs. 6-7, lambda = 1).
 
     student, target, teacher: denoisers; only the student has gradient. The teacher is guided by who passes it (Eq. 9).
-    x0, eps (B, ...), the data and its noise; n int64 (B,) in 0..N - m; grid: N + 1 ascending steps from -1 (x_0
-    itself). loss: "huber" (pseudo-Huber, c = 0.001) or "mse".
-    ValueError for an n outside the grid or an unknown loss.
+    x0, eps (B, ...), the data and its noise; n int64 (B,) in 0..N - m, on GRID, N + 1 ascending steps from -1 (x_0
+    itself). loss: "huber" (pseudo-Huber, c = 0.001) or "mse". ValueError for an n outside the grid or an unknown loss.
 
     A consistency function needs its boundary f(x, -1) = x, or a constant would satisfy the loss. Here the grid holds
     it: where the m steps end at -1 the target is the denoised x itself, and no network. Rows of one batch may differ
     in that, so the target is always called, with t = 0 in those rows and its answer there thrown away: all ranks make
     the same calls.
     """
-    grid = torch.tensor(grid, device=x0.device)  # (N + 1,)
+    grid = torch.tensor(GRID, device=x0.device)  # (N + 1,)
     if n.shape != x0.shape[:1] or not 0 <= n.min() <= n.max() < len(grid) - m or m < 1:
         raise ValueError(f"n must be ({len(x0)},), in 0..{len(grid) - 1 - m} with m = {m}: got {n.tolist()}")
     if loss not in ("huber", "mse"):

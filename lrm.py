@@ -59,15 +59,13 @@ class LRMConfig:
 class VideoLRM(nn.Module):
     """Latents (B, C, T, h, w) -> reward (B,), or with several `outputs` (B, outputs), for any T, h, w >= 1.
 
-    Made from a Config or from its fields; seed: of the first weights. ValueError for an unknown backbone, and for
-    latents of another number of channels.
+    fields: of LRMConfig; seed: of the first weights. ValueError for an unknown backbone, and for latents of another
+    number of channels.
     """
 
-    Config = LRMConfig
-
-    def __init__(self, config: LRMConfig | None = None, seed: int = 0, **fields):
+    def __init__(self, seed: int = 0, **fields):
         super().__init__()
-        self.config = config = config or LRMConfig(**fields)
+        self.config = config = LRMConfig(**fields)
         width = config.width
         if config.backbone not in ("frames", "3d"):
             raise ValueError(f"unknown backbone {config.backbone!r}: frames or 3d")
@@ -123,8 +121,8 @@ class VideoLRM(nn.Module):
 class TextVideoLRM(VideoLRM):
     """Latents (B, C, T, h, w) and text (B, L, D) -> reward (B,), for any T, h, w, L >= 1."""
 
-    def __init__(self, config: LRMConfig | None = None, seed: int = 0, **fields):
-        super().__init__(config, seed, **fields)
+    def __init__(self, seed: int = 0, **fields):
+        super().__init__(seed, **fields)
         width = self.config.width
         self.text = nn.Linear(self.config.text_dim, width)
         self.query, self.key, self.value = (nn.Linear(width, width, bias=False) for _ in range(3))

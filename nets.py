@@ -19,7 +19,7 @@ import distributed
 import lrm as lrms
 import rewards
 from adapters import Adapted
-from cogvideox import below, load_vae, read_dit_about, read_dit_config, read_dit_weights
+from cogvideox import below, load_vae_of, read_dit_about, read_dit_config, read_dit_weights
 from common import UserError
 from data import PRESETS as CLIPS
 from data import Ahead, Folder, LatentCache, Shapes, fingerprint, report
@@ -136,11 +136,7 @@ def build(cfg, ranks) -> Nets:
     student = read_student(cfg, teacher)
     if cfg.student and cfg.rank and ranks.main:
         check_base(student.about, load_network(cfg.teacher)[0], cfg.student, cfg.teacher)
-    half = common.uses_bfloat16(cfg.precision, ranks.device)
-    vae = load_vae(cfg.vae, None if half else torch.float32) if cfg.vae else None
-    if vae and vae.config.latent_channels != teacher.config.channels:
-        there = vae.config.latent_channels
-        raise UserError(f"{cfg.vae} makes {there} latent channels, {cfg.teacher} takes {teacher.config.channels}")
+    vae = load_vae_of(cfg.teacher, teacher.config, cfg.vae, cfg.precision, ranks.device) if cfg.vae else None
     data, encoder = read_data(cfg, ranks, teacher.config, vae)
     check_text(cfg, encoder, teacher, student)
     cached = isinstance(data, LatentCache)
@@ -160,8 +156,6 @@ def build(cfg, ranks) -> Nets:
         about["weights_dtype"] = teacher.about["weights_dtype"]
     if vae and cached and not cfg.sample_every and cfg.reward == "none":
         vae = None  # nothing is decoded
-    if vae:
-        vae = vae.to(ranks.device, memory_format=torch.channels_last_3d).eval().requires_grad_(False)
     if cfg.data == "shapes" and (file := Path(cfg.vae).parent / "judge.safetensors").exists():
         judge = common.load_model(file, Judge, ranks.device)[0]
     if cached:

@@ -231,8 +231,8 @@ def check(cfg, model):
 
 def save(cfg, model, name, **about):
     """--out/NAME.safetensors, which says how it was made."""
-    made = {"command": " ".join(["python", *sys.argv]), "date": time.strftime("%Y-%m-%d"), "settings": asdict(cfg)}
-    common.save_model(Path(cfg.out) / f"{name}.safetensors", model, torch.float16, **about | made)
+    file = Path(cfg.out) / f"{name}.safetensors"
+    common.save_model(file, model, torch.float16, **about | common.made_by(asdict(cfg)))
 
 
 def object_weight(cfg, step, mask):

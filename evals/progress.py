@@ -7,8 +7,6 @@ and in the small world the share of right readings by a judge that rewards nothi
 import itertools
 import json
 import math
-import sys
-import time
 from pathlib import Path
 
 import torch
@@ -148,7 +146,7 @@ def write_student(out, config, weights, settings, about):
     weights: the student's state dict, of a DiT, or with --rank of adapters on the teacher: these are written as they
     are, adapter.safetensors, and merged with the teacher's own file, which is finer than what a GPU has of it.
     """
-    made = {"command": " ".join(["python", *sys.argv]), "date": time.strftime("%Y-%m-%d"), "settings": settings}
+    made = common.made_by(settings)
     if settings["rank"]:
         teacher, _ = load_network(settings["teacher"])
         save_adapters(out / "adapter.safetensors", weights, teacher, **about | made)

@@ -532,7 +532,7 @@ def test_wrong_input_is_one_clear_line(weights, call, tmp_path):
         ([*jpeg, "--weights", "nowhere.safetensors"], "there is no file nowhere.safetensors"),
         ([*jpeg, "--weights", weights / "one.safetensors"], "needs two steps"),
         ([*jpeg, "--transition", "ddim"], "by ddim has a density"),
-        ([*jpeg, "--vae", weights / "fat.safetensors"], "decodes 6 channels"),
+        ([*jpeg, "--vae", weights / "fat.safetensors"], "has 6 latent channels"),
         ([*jpeg, "--advantage", "batch", "--batch", 1, "--global-batch", 1], "2 or more"),
         ([*jpeg, "--global-batch", 3], "no multiple of 2"),
         ([*jpeg, "--truncate", 0], "at least 1"),

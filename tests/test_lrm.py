@@ -142,7 +142,7 @@ def test_seed_and_config():
     assert all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters()))
     for make in MODELS.values():  # as a checkpoint makes it again
         lrm = make()
-        again = type(lrm)(type(lrm).Config(**asdict(lrm.config)))
+        again = type(lrm)(**asdict(lrm.config))
         again.load_state_dict(lrm.state_dict())
         assert again.config == lrm.config
     with pytest.raises(ValueError, match="backbone"):
