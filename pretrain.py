@@ -212,14 +212,8 @@ def fit(cfg, model, loss_of, pictures=None, ema_decay=0.0):
     draw(cfg.iterations)
 
 
-def check(cfg, model):
-    """What can be wrong with a command, before the work; with --init, fill `model`. Raises UserError."""
-    state_file = Path(cfg.out) / "checkpoint.pt"
-    if cfg.resume and not state_file.exists():
-        raise UserError(f"{state_file} does not exist: leave out --resume, or name a run's --out")
-    if state_file.exists() and not cfg.resume:
-        raise UserError(f"{state_file} is of an earlier run: go on with --resume, name another --out, or remove it")
-    common.writable(state_file)
+def initialise(cfg, model):
+    """Fill `model` with the weights of --init, before the work. Raises UserError for those of another size."""
     if cfg.init:
         other, _ = common.load_model(cfg.init, type(model))
         try:
@@ -243,7 +237,7 @@ def object_weight(cfg, step, mask):
 def train_vae(cfg):
     torch.manual_seed(cfg.seed)
     model = vae3d.VAE3D(vae3d.PRESETS["shapes"]).to(cfg.device, memory_format=torch.channels_last_3d)
-    check(cfg, model)
+    initialise(cfg, model)
 
     def loss_of(step):
         frame, n = None, cfg.batch
@@ -323,7 +317,7 @@ def train_teacher(cfg):
     model = dit.DiT(replace(dit.PRESETS["shapes"], prediction=cfg.prediction))
     model.init_weights(cfg.seed)
     model.to(cfg.device)
-    check(cfg, model)
+    initialise(cfg, model)
     world_clips = encode_world(cfg, vae, cfg.clips, None)
     world_stills = encode_world(cfg, vae, cfg.stills, shapes.MIDDLE)
     truth = clips(cfg.seed, 0, max(cfg.clips, cfg.stills))
@@ -367,7 +361,7 @@ def train_teacher(cfg):
 def train_judge(cfg):
     torch.manual_seed(cfg.seed)
     model = Judge(JudgeConfig(cfg.kind)).to(cfg.device, memory_format=torch.channels_last_3d)
-    check(cfg, model)
+    initialise(cfg, model)
     hidden_in_parts = [list(shapes.FACTORS).index(name) for name in ("size", "action", "camera")]
 
     def loss_of(step):
@@ -411,8 +405,14 @@ def main():
     config, train = jobs[sys.argv[1]]
     cfg = parse(config, sys.argv[2:], __doc__.splitlines()[0])
     cfg.out = cfg.out or f"runs/{sys.argv[1]}"
+    state_file = Path(cfg.out) / "checkpoint.pt"
+    if cfg.resume and not state_file.exists():
+        raise UserError(f"{state_file} does not exist: leave out --resume, or name a run's --out")
+    if state_file.exists() and not cfg.resume:
+        raise UserError(f"{state_file} is of an earlier run: go on with --resume, name another --out, or remove it")
     common.start(cfg)
-    train(cfg)
+    with common.claimed(cfg.out):
+        train(cfg)
 
 
 if __name__ == "__main__":

@@ -166,9 +166,9 @@ def write_student(out, config, weights, settings, about):
 
 def export(out):
     """The student of the newest checkpoint of a run, whatever number of ranks wrote it, in one process on the CPU."""
-    checkpoints = distributed.Checkpoints(out / "checkpoints")
-    if not (newest := checkpoints.newest()):
+    if not (newest := max((out / "checkpoints").glob(distributed.STEP), default=None)):
         raise UserError(f"{out} holds no checkpoint")
+    checkpoints = distributed.Checkpoints(out / "checkpoints")
     said, config = read_extra(newest)
     rank = said["config"]["rank"]
     with torch.device("meta"):
