@@ -350,7 +350,8 @@ def open_tensors(path):
         with safe_open(os.fspath(path), "pt") as f:
             yield f, {name: _from_text(text) for name, text in (f.metadata() or {}).items()}
     except FileNotFoundError:
-        raise UserError(f"there is no file {path}") from None
+        hint = ": the bundled ones are found from the repository's folder" * (Path(path).parts[:1] == ("weights",))
+        raise UserError(f"there is no file {path}{hint}") from None
     except (OSError, SafetensorError) as e:
         raise UserError(f"{path} is not a whole safetensors file: {e}") from e
 

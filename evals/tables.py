@@ -249,8 +249,9 @@ def page(path, folder="results"):
 def write_pages(root="."):
     """Write the tables of README.md and docs/ anew; -> the pages that have any."""
     pages = [p for name in PAGES for p in sorted(Path(root).glob(name)) if "<!-- table:" in p.read_text("utf-8")]
-    for path in pages:
-        text = page(path, Path(root) / "results")
+    if not pages:
+        raise UserError("there are no pages here: run this in the repository's folder")
+    for path, text in [(path, page(path, Path(root) / "results")) for path in pages]:  # all of them, or none
         with common.atomic(path) as part:
             part.write_text(text, encoding="utf-8")
     return pages
