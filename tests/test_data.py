@@ -503,6 +503,10 @@ def test_the_command(clips, tmp_path):
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
         assert done.stderr.startswith("error: ") and said in done.stderr
     assert not (tmp_path / "new").exists()  # which could not be begun anew with other frames
+    for file in clips.glob("*.txt"):
+        file.write_text("no shape at all")
+    done = run("--out", tmp_path / "odd")
+    assert done.returncode == 2 and "odd holds no clip: none could be encoded" in done.stderr
 
 
 def test_presets_fit_the_models():

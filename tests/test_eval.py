@@ -694,6 +694,23 @@ def test_vbench_leaves_out_broken_videos_and_names_them(info, tmp_path, package,
     assert [name for name, *_ in package[4:]] == ["scene"]  # what is known is not computed again
 
 
+def test_what_can_be_known_before_the_first_video(tiny, info, tmp_path, monkeypatch):
+    (tmp_path / "odd.txt").write_text("a red star\na red hippopotamus\n")
+    words = [*flags(tiny, "--prompts", tmp_path / "odd.txt", "--out", tmp_path / "videos", judge=False), "--batch", "1"]
+    with pytest.raises(UserError, match="hippopotamus"):
+        call(monkeypatch, "videos", *words)
+    assert not (tmp_path / "videos").exists()
+    (tmp_path / "videos.json").write_text("[]")
+    with pytest.raises(UserError, match=r"videos\.json is not a plan of videos"):
+        vbench.read_plan(tmp_path / "videos.json")
+    with pytest.raises(UserError, match="VBench has no beauty"):
+        call(monkeypatch, "vbench", "--dimensions", "beauty", "--results", tmp_path)
+    with pytest.raises(UserError, match="are one folder"):
+        people.make_page(tmp_path, tmp_path / ".", tmp_path / "page.html")
+    with pytest.raises(UserError, match=r"want a file NAME\.png"):
+        call(monkeypatch, "curves", "tuning", "--out", tmp_path / "curves.pdf")
+
+
 def test_vbench_results_that_are_no_numbers(tmp_path):
     scores = {vbench.key(d): [0.5, []] for d in DIMENSIONS} | {"imaging_quality": [math.nan, []]}
     (tmp_path / "m_eval_results.json").write_text(json.dumps(scores))

@@ -16,6 +16,7 @@ import common
 import dit
 import nets
 import train
+from captions import write_caption
 from common import UserError
 from distributed import Ranks
 from evals import progress, tables
@@ -229,6 +230,14 @@ def test_bad_input_is_one_line(tiny, tmp_path, words, said):
     done = run(*flags(config(tiny, tmp_path / "run")), *words)
     assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_an_unknown_word_among_the_captions_is_found_before_the_first_step(tiny, tmp_path):
+    for name, caption in (("a", "a red star"), ("b", "a zebra")):
+        Image.new("RGB", (64, 64)).save(tmp_path / f"{name}.png")
+        write_caption(tmp_path / f"{name}.png", caption)
+    with pytest.raises(UserError, match="unknown word 'zebra'"):
+        nets.build(config(tiny, tmp_path / "run", data=str(tmp_path)), Ranks(0, 1, torch.device("cpu")))
 
 
 def test_what_cannot_be_meant_is_refused(tiny, tmp_path):
