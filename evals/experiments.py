@@ -280,7 +280,7 @@ def call(command):
 MEASURED = "measured.json"  # in the folder of a run, what eval.py has found
 CURVES = ["score_gap", "vsd", "cd", "fake", "vsd_pull", "ft_pull"]  # what the log says of Algorithm 1, and of a reward
 CURVES += ["lrm", "true_reward", "lrm_estimate", "rank_correlation"]
-CURVES += ["reward", "reward_real", "reward_mean"]  # of the samples and the data's clips (Fig. 8), and ddpo.py's (Fig. 12)
+CURVES += ["reward", "reward_real", "reward_mean"]  # of samples and data (Fig. 8), and ddpo.py's (Fig. 12)
 STRETCH = 10  # updates, over which a point of a curve is the mean
 
 
