@@ -112,7 +112,8 @@ def pm(score, scale=1.0, digits=1):
         return "-"
     error = score.get("error")
     known = error is not None and math.isfinite(error)
-    return f"{scale * score['mean']:.{digits}f}" + (f"±{scale * error:.{digits}f}" if known else "")
+    mean = round(scale * score["mean"], digits) + 0.0  # never -0.0
+    return f"{mean:.{digits}f}" + (f"±{scale * error:.{digits}f}" if known else "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
