@@ -331,7 +331,7 @@ class Checkpoints:
         except (CheckpointException, Exception) as e:  # whatever half a file may bring about
             cause = f"{type(e).__name__}: {e}".strip().splitlines()[-1]
             hint = "if so, remove it, and --resume goes on from the one before"
-            raise UserError(f"the checkpoint {path} is of other flags or damaged: {hint} ({cause})") from e
+            raise UserError(f"the checkpoint {path} is of another model or damaged: {hint} ({cause})") from e
         for optimizer in optimizers.values():
             optimizer.load_state_dict(optimizer.state_dict())  # puts each tensor where this optimizer wants it
         return extra

@@ -622,7 +622,7 @@ def damage_data(path):
 def test_a_damaged_checkpoint_is_named_in_one_line(tmp_path, small, damage):
     Checkpoints(tmp_path).save(1, *small, {}, wait=True)
     damage(tmp_path / "step_00000001")
-    with pytest.raises(UserError, match="step_00000001 is damaged") as error:
+    with pytest.raises(UserError, match="step_00000001 is of another model or damaged") as error:
         Checkpoints(tmp_path).load(tmp_path / "step_00000001", *small)
     assert "\n" not in str(error.value)
 
