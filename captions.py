@@ -58,14 +58,11 @@ def write_caption(clip, caption):
 
 
 def _files(folder):
-    """The names of all files below a folder, also behind links, of which one may lead into itself."""
-    seen = set()
+    """The names of all files below a folder, also behind links, but of none that leads to a folder above itself."""
     for place, folders, files in os.walk(folder, followlinks=True):
-        if os.path.realpath(place) in seen:
-            folders.clear()
-            continue
-        seen.add(os.path.realpath(place))
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        above = {os.path.realpath(path) for path in (place, *Path(place).parents)}
+        below = {name: os.path.realpath(os.path.join(place, name)) for name in folders if not name.startswith(".")}
+        folders[:] = [name for name, path in below.items() if path not in above]
         yield from (os.path.relpath(os.path.join(place, name), folder) for name in files if not name.startswith("."))
 
 

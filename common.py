@@ -12,7 +12,6 @@ float32 elsewhere. Without them PyTorch emulates bfloat16, 20 to 170 times slowe
 import argparse
 import contextlib
 import errno
-import fcntl
 import itertools
 import json
 import math
@@ -262,6 +261,8 @@ def atomic(path):
 @contextlib.contextmanager
 def claimed(folder):
     """A context in which no other run writes into a folder. UserError where one does, or nothing can be written."""
+    import fcntl  # here, since Windows has none, and can draw
+
     writable(Path(folder) / "log.jsonl")
     place = os.open(folder, os.O_RDONLY)
     try:

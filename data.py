@@ -336,7 +336,7 @@ def encode(cfg):
     made |= {"vae": fingerprint(vae), "reward_weights": Path(cfg.reward_weights or "").name}
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     n = cache(cfg.data, cfg.out, vae.eval().to(device), text, made, reward, rank, ranks, device)
-    if not n:
+    if not n and ranks == 1:  # else others may be at work
         raise UserError(f"{cfg.out} holds no clip: none could be encoded")
     if rank == 0:
         print(f"{cfg.out}: {n} clips")

@@ -111,9 +111,10 @@ def test_links_to_folders_are_followed(tmp_path):
     (tmp_path / "clips").mkdir()
     (tmp_path / "clips/videos").symlink_to(tmp_path / "disk")
     assert list(list_clips(tmp_path / "clips")[0]) == ["videos/a.mp4", "videos/more/b.mp4"]
+    assert len(list_clips(tmp_path)[0]) == 4  # a folder has two names: which one a table uses is not known
 
 
-def test_a_link_into_itself_is_followed_once(tmp_path):
+def test_a_link_into_itself_is_not_followed(tmp_path):
     make(tmp_path, {"sub/a.mp4": b"", "sub/a.txt": "a cat"})
     (tmp_path / "loop").symlink_to(tmp_path)
     (tmp_path / "sub/loop").symlink_to(tmp_path)
