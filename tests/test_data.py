@@ -455,7 +455,7 @@ def test_nothing_to_cache(clips, tmp_path):
         cache(clips, clips / "a.mp4" / "cache", VAE, TEXT, MADE)
 
 
-def test_the_command(clips, tmp_path):
+def test_the_command(clips, tmp_path, monkeypatch):
     """`python data.py cache` with a VAE from a file, the small world's words, and a reward; and its mistakes."""
 
     from rewards import jpeg_compressibility
@@ -507,6 +507,8 @@ def test_the_command(clips, tmp_path):
         file.write_text("no shape at all")
     done = run("--out", tmp_path / "odd")
     assert done.returncode == 2 and "odd holds no clip: none could be encoded" in done.stderr
+    monkeypatch.setenv("RANK", "1"), monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run("--out", tmp_path / "shared").returncode == 0  # what another rank finds, this one does not know
 
 
 def test_presets_fit_the_models():
