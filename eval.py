@@ -393,7 +393,7 @@ def main():
         cfg = parse(config, words, work.__doc__)
         if isinstance(cfg, Machine):
             start(cfg)
-        if cfg.out and command in KEPT_AS:  # find out now, not after the work
+        if command in KEPT_AS and cfg.out:  # find out now, not after the work
             if Path(cfg.out).suffix not in KEPT_AS[command]:
                 raise UserError(f"--out {cfg.out}: want a file NAME{' or NAME'.join(KEPT_AS[command])}")
             writable(cfg.out)

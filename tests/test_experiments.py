@@ -147,6 +147,18 @@ def test_what_is_missing_is_run_and_nothing_else(tmp_path, monkeypatch):
     assert not file_of("ablation", "CD, from the teacher", 0).exists()
 
 
+def test_the_command_lists_the_rows_and_makes_the_named_ones(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["eval.py", "experiments"])
+    evaluation.main()
+    assert len(capsys.readouterr().out.splitlines()) == len(experiments.ROWS)
+    made = []
+    monkeypatch.setattr(experiments, "run", lambda names, hours: made.append((names, hours)))
+    monkeypatch.setattr(sys, "argv", ["eval.py", "experiments", "steps", "rank/full", "--budget", "2"])
+    evaluation.main()
+    assert made == [(("steps", "rank/full"), 2.0)]
+
+
 def test_the_budget_ends_between_two_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     clock, ran = iter([0.0, 0.0, 3000.0, 4000.0]), []
