@@ -86,7 +86,7 @@ class Machine:
     precision: Literal["auto", "bf16", "fp32"] = opt(
         "auto", "The precision of the networks. auto: bfloat16 where the device has instructions for it, else float32."
     )
-    threads: int = opt(0, "The CPU threads. 0: one a core. Beside another busy process one is faster than two.")
+    threads: int = opt(0, "The CPU threads. 0: one a core. Beside another busy process take 1.")
 
 
 def start(machine):
@@ -153,13 +153,17 @@ def parse(config, argv, description, presets=None):
 
     Fields are int, float, str, bool (`--flag`, `--no-flag`), Literal, one of these or None, and tuple[..., ...] of int,
     float, str (`--steps 999 749` or `--steps 999,749`; said again, a flag adds to them). `presets` maps a name to field
-    values: those of the field `preset` replace the defaults, and explicit flags win.
+    values: those of the field `preset` replace the defaults, and explicit flags win. --help shows the description and
+    the defaults of the preset that is the default.
     Raises UserError for an unknown flag, a value of the wrong type or beyond its limits, and a device that is not here.
     """
     hints = typing.get_type_hints(config)
-    parser = _Parser(description=description, allow_abbrev=False)
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(description=description, formatter_class=layout, allow_abbrev=False)
+    usual = presets[config.preset] if presets else {}
     for f in fields(config):
-        text = f"{f.metadata.get('help', '')} (default: {f.default})".replace("%", "%%")
+        default = usual.get(f.name, f.default)
+        text = f"{f.metadata.get('help', '')} (default: {default})".replace("%", "%%")
         how = _argument(hints[f.name]) | ({"choices": list(presets)} if f.name == "preset" and presets else {})
         # SUPPRESS: only what was said on the command line comes back, so that a preset can stand below it
         parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **how)

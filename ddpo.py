@@ -438,7 +438,7 @@ def write_student(policy, file, cfg, evaluations):
 
 
 def main():
-    cfg = parse(Config, None, __doc__.splitlines()[0])
+    cfg = parse(Config, None, __doc__)
     common.start(cfg)
     ranks = distributed.start(cfg.device)
     with common.claimed(cfg.out) if ranks.main else contextlib.nullcontext():

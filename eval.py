@@ -53,16 +53,19 @@ class Config(Machine):
 @dataclass
 class ModelConfig(Config):
     weights: str = opt(str(HERE / "student.safetensors"), "The weights: a .safetensors file, or a CogVideoX folder.")
+    adapter: str = opt("", "A student's adapters on these weights, as train.py --rank writes them.")
     vae: str = opt(str(HERE / "vae.safetensors"), "The VAE: a file or folder.")
     text: str = opt("", "The folder of a T5 encoder. Empty: the world's words, or the one in the weights' folder.")
     w: float | None = opt(None, "The guidance of a teacher (Eq. 9). None: what its weights say.")
     label: str = opt("", "The name in tables. Empty: the file's.")
 
-    def load(self, weights=""):
-        weights, vae = weights or self.weights, self.vae
+    def load(self, teacher=""):
+        """The model to measure, or a teacher to compare it with."""
+        weights, adapter = (teacher, "") if teacher else (self.weights, self.adapter)
+        vae = self.vae
         if Path(weights).is_dir() and vae == ModelConfig.vae:
             vae = ""  # such a folder has its own
-        return Generator.load(weights, vae, self.device, self.text, self.precision)
+        return Generator.load(weights, vae, self.device, self.text, self.precision, adapter)
 
     def name(self):
         return self.label or Path(self.weights).stem
@@ -175,7 +178,7 @@ class VideosConfig(ModelConfig):
 
 
 # what must not change while a folder of videos is being filled
-VIDEOS_BY = ("weights", "vae", "text", "w", "steps", "prompts", "long", "copies", "seed")
+VIDEOS_BY = ("weights", "adapter", "vae", "text", "w", "steps", "prompts", "long", "copies", "seed")
 
 
 def videos(cfg):

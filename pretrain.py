@@ -403,7 +403,7 @@ def main():
     if len(sys.argv) < 2 or sys.argv[1] not in jobs:
         raise UserError(f"say what to train: python pretrain.py {'|'.join(jobs)} (each has --help)")
     config, train = jobs[sys.argv[1]]
-    cfg = parse(config, sys.argv[2:], __doc__.splitlines()[0])
+    cfg = parse(config, sys.argv[2:], __doc__)
     cfg.out = cfg.out or f"runs/{sys.argv[1]}"
     state_file = Path(cfg.out) / "checkpoint.pt"
     if cfg.resume and not state_file.exists():

@@ -92,7 +92,7 @@ def draw(generator, text, n, seed):
 
 
 def main(argv=None):
-    cfg = parse(Config, argv, __doc__.splitlines()[0])
+    cfg = parse(Config, argv, __doc__)
     prompts, out = read_prompts(cfg), Path(cfg.out)
     one_file = out.suffix.lower() in (".mp4", ".gif")
     if out.suffix and one_file == out.is_dir():

@@ -10,8 +10,8 @@
     python train.py --student weights/student.safetensors --reward jpeg_compressibility     # tune it to a reward
 
 `algorithm_1` is the paper's listing; numbers after a hash are its lines. Three networks of one architecture take part:
-the frozen teacher v_theta', the student G_theta and the fake score v_fake, both begun as copies of the teacher. Every
-ablation of the paper is a flag. VSD's loss is no measure of progress: look at score_gap (how far the two scores are
+the frozen teacher v_theta', the student G_theta and the fake score v_fake, both begun as copies of the teacher. The
+student's average, a fourth, is what is exported. Every ablation of the paper is a flag. VSD's loss is no measure of progress: look at score_gap (how far the two scores are
 apart on the student's samples), at the pictures, and in the small world at what the judge reads.
 """
 
@@ -60,7 +60,7 @@ LRM_LR = 1e-3  # the learning rate of the latent reward model
 
 @dataclass
 class Config(Machine):
-    preset: str = opt("shapes", "The set of defaults: shapes, dollar, cogvideox-2b or cogvideox-5b (PRESETS below).")
+    preset: str = opt("shapes", "The defaults: shapes, dollar, cogvideox-2b or cogvideox-5b (PRESETS in train.py).")
     data: str = opt(
         "shapes", "The clips: shapes (rendered), a folder of captioned videos and images, or a cache made by data.py."
     )
@@ -91,7 +91,7 @@ class Config(Machine):
     generator_input: Literal["simulate", "data"] = opt("simulate", "Its input: its own samples, or noised data.")
     transition: Literal["renoise", "ddim"] = opt("renoise", "The way from one of its steps to the next.")
     ema: float = opt(0.999, "The decay of the student's average, which is what is exported. 0: the student itself.")
-    lr: float | None = opt(None, "The learning rate of the student (AdamW). None: the preset's, LEARNING_RATES below.")
+    lr: float | None = opt(None, "The learning rate of the student (AdamW). None: of LEARNING_RATES in train.py.")
     fake_lr: float | None = opt(None, "The learning rate of the fake score. None: the preset's.")
     # VSD
     w_vsd: float = opt(3.5, "The guidance of the real score (Eq. 9). Elsewhere guidance_scale = 1 + w.")
@@ -118,15 +118,15 @@ class Config(Machine):
     reward_every: int = opt(100, "The iterations between measurements of the reward on fresh samples. 0: at the end.")
     reward_samples: int = opt(64, "The number of samples in a measurement.")
     # the machine
-    shard: Literal["full", "hybrid", "none"] = opt("full", "The sharding of the networks over ranks: distributed.py.")
+    shard: Literal["full", "hybrid", "none"] = opt("full", "The networks are split over all ranks, those of a node, or not.")
     checkpoint_activations: bool = opt(True, "Activations are computed again in the backward, to save memory.")
     cpu_offload: bool = opt(False, "Weights and optimizers stay in CPU memory.")
     save_every: int = opt(500, "The iterations between checkpoints, of which the newest two are kept.")
     sample_every: int = opt(500, "The iterations between pictures. 0: none, and no comparison at the end.")
 
 
-# The field defaults are the paper's where it gives a value (section 4.1). The small world's were measured in its first
-# edition, but for `transition` (docs/WORLD.md), `w_vsd` and `cd_target` (docs/RESULTS.md).
+# The field defaults are the paper's where it gives a value (section 4.1). The small world has some of its own: why of
+# `transition`, `w_vsd` and `cd_target`, docs/RESULTS.md shows.
 PRESETS = {
     "shapes": {
         "iterations": 130, "batch": 16, "ema": 0.95,
@@ -496,7 +496,7 @@ def adam(nets, lr, fake_lr, betas):
 
 def main():
     word = sys.argv[1] if sys.argv[1:2] in (["export"], ["memory"], ["trial"]) else ""
-    cfg = parse(Config, sys.argv[1 + bool(word) :], __doc__.splitlines()[0], PRESETS)
+    cfg = parse(Config, sys.argv[1 + bool(word) :], __doc__, PRESETS)
     if word == "export":
         return export(Path(cfg.out))
     if word == "memory":

@@ -11,6 +11,7 @@ import adapters
 import cogvideox
 import common
 import dit
+import eval as evaluation
 import nets
 import sample
 import train
@@ -217,6 +218,8 @@ def test_adapters_alone_and_merged_draw_the_same(tiny, tmp_path, monkeypatch):
     assert (draw(merged) - draw(Generator.load(base, vae))).abs().max() > 0.05
     sample.main(["--weights", base, "--vae", vae, "--adapter", file, "--steps", "4", "--out", f"{tmp_path}/s.gif"])
     assert (tmp_path / "s.gif").stat().st_size
+    measured = evaluation.ModelConfig(weights=base, vae=vae, adapter=file)
+    assert torch.equal(draw(measured.load()), draw(alone)) and not measured.load(base).student
     model, about = common.load_model(base, dit.DiT)
     with torch.no_grad():
         model.out.bias += 1

@@ -79,6 +79,9 @@ def test_help_names_flags_texts_and_defaults(capsys):
     text = capsys.readouterr().out
     assert stop.value.code == 0
     assert all(s in text for s in ("--batch-size", "100% of them", "(default: 4)", "--no-resume", "{small,large}"))
+    with pytest.raises(SystemExit):
+        read("--help", presets={"small": {"batch_size": 77}, "large": {"batch_size": 99}})
+    assert "(default: 77)" in capsys.readouterr().out  # what a run without flags has
 
 
 def script(raised):
