@@ -11,8 +11,9 @@
 
 `algorithm_1` is the paper's listing; numbers after a hash are its lines. Three networks of one architecture take part:
 the frozen teacher v_theta', the student G_theta and the fake score v_fake, both begun as copies of the teacher. The
-student's average, a fourth, is what is exported. Every ablation of the paper is a flag. VSD's loss is no measure of progress: look at score_gap (how far the two scores are
-apart on the student's samples), at the pictures, and in the small world at what the judge reads.
+student's average, a fourth, is what is exported. Every ablation of the paper is a flag. VSD's loss is no measure of
+progress: look at score_gap (how far the two scores are apart on the student's samples), at the pictures, and in the
+small world at what the judge reads.
 """
 
 import contextlib
@@ -118,7 +119,7 @@ class Config(Machine):
     reward_every: int = opt(100, "The iterations between measurements of the reward on fresh samples. 0: at the end.")
     reward_samples: int = opt(64, "The number of samples in a measurement.")
     # the machine
-    shard: Literal["full", "hybrid", "none"] = opt("full", "The networks are split over all ranks, those of a node, or not.")
+    shard: Literal["full", "hybrid", "none"] = opt("full", "The networks are split: over all ranks, in a node, or not.")
     checkpoint_activations: bool = opt(True, "Activations are computed again in the backward, to save memory.")
     cpu_offload: bool = opt(False, "Weights and optimizers stay in CPU memory.")
     save_every: int = opt(500, "The iterations between checkpoints, of which the newest two are kept.")
