@@ -45,13 +45,9 @@ class Adapted(nn.Module):
         sizes = dict.fromkeys(MAPS, (width, width)) | {"up": (width, 4 * width), "down": (4 * width, width)}
         blocks = [{name: LowRank(*size, rank) for name, size in sizes.items()} for _ in range(base.config.depth)]
         self.adapters = nn.ModuleList(nn.ModuleDict(block) for block in blocks)
-        self._shared = (base,)  # in a tuple, which nn.Module does not look into
+        self.__dict__["base"] = base  # past nn.Module, which would register it: all roles share it
         self.config = base.config
         self.init_weights(0)
-
-    @property
-    def base(self):
-        return self._shared[0]
 
     def forward(self, x, t, text):
         return self.base(x, t, text, self.adapters)

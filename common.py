@@ -121,12 +121,6 @@ def has_bfloat16():
     return able.get("bf16", False)
 
 
-def warn_of_precision(before, now):
-    """Say it where a run goes on in another precision than it began in."""
-    if before != now:
-        print(f"warning: computed in {before} until now, and in {now} from here: an unbroken run would differ")
-
-
 def uses_bfloat16(precision, device):
     """Whether `device` computes in bfloat16. precision: "auto", "bf16" or "fp32"."""
     if precision == "auto":
@@ -332,12 +326,7 @@ def save_tensors(path, tensors, metadata=None):
 
     Raises UserError where nothing can be written.
     """
-    # one copy of each: the format has neither strides nor two names for one memory
-    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    seen = {}
-    for name, t in tensors.items():
-        if seen.setdefault(t.untyped_storage().data_ptr(), name) != name and t.numel():
-            tensors[name] = t.clone()
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}  # the format has no strides
     try:
         with atomic(path) as part:
             save_file(tensors, part, {name: _to_text(value) for name, value in (metadata or {}).items()})

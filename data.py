@@ -27,7 +27,6 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
-from typing import Literal
 
 import torch
 from tqdm import tqdm
@@ -201,7 +200,7 @@ def cache(data, out, vae, text, made, reward=None, rank=0, ranks=1, device="cpu"
         vae.check(*size[:3])  # before a cache has begun, which remembers how it was made
     except ValueError as e:
         raise UserError(f"the VAE does not take such clips: {e}") from e
-    common.save_tensors(out / "null.safetensors", {"text": text.null.to(text.dtype)})
+    common.save_tensors(out / "null.safetensors", {"text": text.encode([""]).to(text.dtype)})
     with common.atomic(out / "index.json") as part:  # every process writes the same
         part.write_text(json.dumps({"made": made, "names": names}))
     if rank == 0:
@@ -226,7 +225,7 @@ def cache(data, out, vae, text, made, reward=None, rank=0, ranks=1, device="cpu"
             continue
         latents = vae.encode(video).half()  # (1, C, T, h, w)
         if reward:  # of what the latents hold, as training scores its samples (Eq. 14)
-            pixels = vae.decode(latents.float()).float().clamp(-1, 1)
+            pixels = vae.decode(latents.float()).clamp(-1, 1)
             tensors["reward"] = reward(pixels, [about["caption"]])[0].float()
         tensors["latents"] = latents[0]
         common.save_tensors(_file(out, i), tensors, about | {"shape": list(latents[0].shape)})
@@ -288,9 +287,7 @@ class LatentCache(Samples):
 
 @dataclass
 class Config(Machine):
-    preset: Literal["shapes", "dollar", "cogvideox-2b", "cogvideox-5b"] = opt(
-        "shapes", "The size of the clips. It replaces the defaults of the sizes shown here."
-    )
+    preset: str = opt("shapes", "The size of the clips: shapes, dollar, cogvideox-2b or cogvideox-5b.")
     data: str = opt("", "The folder of videos and images with captions.")
     vae: str = opt("weights/vae.safetensors", "The VAE: a file of ours, or a pipeline's folder (or its vae/).")
     text: str = opt("words", "The text encoder: a T5 folder, or `words`, the small world's word table.")

@@ -48,7 +48,7 @@ from evals import watch
 from evals.progress import PATIENCE, say_resumed, set_aside
 from generate import Generator, load_network
 from nets import Source, adapters_on, network
-from schedule import denoiser, log_prob, timesteps
+from schedule import denoiser, log_prob
 from text import WordTable, load_encoder
 from video import write_grid
 from world import shapes
@@ -114,33 +114,15 @@ class Policy:
     def __post_init__(self):
         self.student, self.schedule = self.generator.model, self.generator.schedule
 
-    def autocast(self):
-        return autocast(self.generator.precision, self.ranks.device)
-
     def denoiser(self, model, text):
         """f(x_t, t) -> x_0."""
         predict = denoiser(model, self.schedule, text)
 
         def cast(x_t, t):
-            with self.autocast():
+            with autocast(self.generator.precision, self.ranks.device):
                 return predict(x_t, t)
 
         return cast
-
-    def sample(self, captions, key, numbers, first=None, last=None):
-        """Lines 5-8: text (B, L, D) and `walk`'s path. Noise follows from key and a sample's number alone."""
-        text = self.generator.encoder.encode(captions).to(self.ranks.device)
-
-        def noise(i):
-            return distributed.normal(self.generator.shape, (*key, i), numbers, self.ranks.device)
-
-        predict, start = self.denoiser(self.student, text), noise("start")
-        return text, walk(predict, self.schedule, start, self.steps, noise, self.transition, first, last)
-
-    def decode(self, x0):
-        """Latents (B, C, T, h, w) -> video (B, 3, F, H, W) in [-1, 1]."""
-        with self.autocast():
-            return self.generator.vae.decode(x0).float().clamp(-1, 1)
 
 
 @dataclass
@@ -156,13 +138,20 @@ class Clips:
 
 def sample_clips(policy, step, micro, first=None, last=None):
     """Lines 4-11, the part `micro` of an iteration: clips and their reward, with gradient from step `first` on."""
+    generator, device = policy.generator, policy.ranks.device
     numbers = distributed.sample_numbers(policy.ranks, micro, policy.batch)
     keys = [(policy.seed, step, "prompt", number) for number in numbers]
     captions = [policy.prompts[distributed.randint(len(policy.prompts), key)] for key in keys]
-    text, path = policy.sample(captions, (policy.seed, step), numbers, first, last)  # 5-10
+    text = generator.encoder.encode(captions).to(device)  # (B, L, D)
+
+    def noise(i):  # follows from the seed, the step and a sample's number alone
+        return distributed.normal(generator.shape, (policy.seed, step, i), numbers, device)
+
+    predict, start = policy.denoiser(policy.student, text), noise("start")
+    path = walk(predict, policy.schedule, start, policy.steps, noise, policy.transition, first, last)  # 5-10
     differentiable = first is not None
     with torch.set_grad_enabled(differentiable):
-        reward = policy.reward(policy.decode(path[-1][1]), captions, with_grad=differentiable)  # 11, (B,)
+        reward = policy.reward(generator.decode(path[-1][1]), captions, with_grad=differentiable)  # 11, (B,)
     return Clips(numbers, captions, text, path, reward)
 
 
@@ -341,7 +330,7 @@ def build(cfg, ranks):
     about = generator.about
     for prompt in prompts if isinstance(generator.encoder, WordTable) else []:
         generator.encoder.encode([prompt])  # an unknown word is found now, not in the middle
-    steps, how = about.get("timesteps") or timesteps(4), cfg.transition or about.get("transition", "renoise")
+    steps, how = generator.trained, cfg.transition or about.get("transition", "renoise")
     if ddpo and how == "ddim" and not cfg.transition:
         how = "posterior"  # the same way with noise on it: a policy needs moves with a density
     moves = graded(generator.schedule, steps, how, cfg.truncate) if ddpo else [*range(len(steps))][-cfg.truncate :]
@@ -375,9 +364,8 @@ def tune(cfg: Config, ranks) -> None:
 
     def picture(step):
         shown = policy.prompts[:4]
-        generator = policy.generator  # as who samples from the student, not as the policy moves
-        latents = generator.latents(generator.encoder.encode(shown), range(len(shown)), len(policy.steps))
-        videos = generator.decode(latents).cpu()
+        # as who samples from the student, not as the policy moves
+        videos = policy.generator.draw(shown, range(len(shown)), len(policy.steps))
         if ranks.main:
             write_grid(out / f"step{step:06d}.png", list(videos), shown)
 

@@ -28,7 +28,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -36,7 +35,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.experimental import implicit_replication
 
-from common import UserError, atomic
+from common import UserError, atomic, open_tensors
 
 BACKEND = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}  # gloo too: scalars, offloaded gradients, checkpoints
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # DCP says so of every run in one process
@@ -47,14 +46,12 @@ class Ranks:
     rank: int
     size: int
     device: torch.device
-    mesh: dist.DeviceMesh | None = None  # all ranks in a row; None in one process
     main = property(lambda self: self.rank == 0)
 
 
-def start(device=None, timeout_s=600):
+def start(device, timeout_s=600):
     """Join torchrun's processes, or be the only one. Who waits longer than timeout_s for another rank fails."""
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    asked = device
+    asked = device = torch.device(device)
     if device.type == "cuda":
         device = torch.device("cuda", device.index or int(os.environ.get("LOCAL_RANK", 0)))
     try:
@@ -69,7 +66,7 @@ def start(device=None, timeout_s=600):
     if os.environ.get("LOCAL_WORLD_SIZE") == str(size):  # torchrun's store keeps dead addresses over a restart
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     dist.init_process_group(BACKEND[device.type], None, timedelta(seconds=timeout_s), size, rank, store)
-    return Ranks(rank, size, device, _mesh(device.type, size, size))
+    return Ranks(rank, size, device)
 
 
 def stop():
@@ -118,7 +115,7 @@ def local(p):
     return p.to_local() if isinstance(p, DTensor) else p
 
 
-def materialise(model, ranks, seed=0):
+def materialise(model, seed=0):
     """Draw the first weights of a sharded model (`model.init_weights(seed)`), the same on any number of ranks."""
     with implicit_replication():  # it copies whole tensors, one at a time, into rows
         model.init_weights(seed)
@@ -129,11 +126,8 @@ def materialise(model, ranks, seed=0):
 def load_sharded(model, source):
     """Fill model from a safetensors file, touching this rank's rows alone, or pairs (name, tensor); else UserError."""
     if isinstance(source, str | os.PathLike):
-        try:
-            with safe_open(source, "pt") as file:
-                return load_sharded(model, ((name, file.get_tensor(name)) for name in file.keys()))  # noqa: SIM118
-        except (OSError, SafetensorError) as e:
-            raise UserError(f"cannot read the weights {source}: {e}") from e
+        with open_tensors(source) as (file, _):
+            return load_sharded(model, ((name, file.get_tensor(name)) for name in file.keys()))  # noqa: SIM118
     params = model.state_dict()
     for name, whole in source:
         p = params.pop(name, None)

@@ -316,8 +316,7 @@ def compare(cfg):
     words = held_out(cfg.prompts, style=cfg.captions)[1]
     columns = []
     for _, generator, n in models:
-        text, seeds = generator.encoder.encode(words), range(cfg.seed, cfg.seed + cfg.prompts)
-        columns.append(generator.decode(generator.latents(text, seeds, n, cfg.w)).cpu())
+        columns.append(generator.draw(words, range(cfg.seed, cfg.seed + cfg.prompts), n, cfg.w))
     titles = [f"{name}, {n} step{'s' * (n > 1)}" for name, _, n in models]
     fps = models[-1][1].about.get("fps", shapes.FPS)
     rows = [[video[:, :: cfg.every] for video in row] for row in zip(*columns)]

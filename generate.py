@@ -110,11 +110,15 @@ class Generator:
                 return few_step(predict, self.schedule, noise(), self.steps(n), noise, transition)
             return ddim(predict, self.schedule, noise(), self.steps(n))
 
-    @torch.no_grad()
     def decode(self, latents):
-        """Latents (B, C, T, h, w) -> video (B, 3, F, H, W), float32, clamped to [-1, 1]."""
+        """Latents (B, C, T, h, w) -> video (B, 3, F, H, W), float32, clamped to [-1, 1]; with gradient if they have."""
         with autocast(self.precision, self.device):
-            return self.vae.decode(latents).float().clamp(-1, 1)
+            return self.vae.decode(latents).clamp(-1, 1)
+
+    @torch.no_grad()
+    def draw(self, prompts, seeds, n, w=None):
+        """Prompts, a seed each, n steps -> videos (B, 3, F, H, W) on the CPU."""
+        return self.decode(self.latents(self.encoder.encode(prompts), seeds, n, w)).cpu()
 
 
 def load_network(weights):

@@ -324,7 +324,7 @@ def adapters_on(base, cfg, ranks, source=None, trainable=True):
     model = shard(model, cfg, ranks, trainable)
     if source:
         return distributed.load_sharded(model, source.tensors())
-    return distributed.materialise(model, ranks, cfg.seed)
+    return distributed.materialise(model, cfg.seed)
 
 
 def shard(model, cfg, ranks, trainable):

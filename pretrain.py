@@ -352,7 +352,7 @@ def train_teacher(cfg):
     def pictures():
         prompts = [shapes.caption(clip, "long")[0] for clip in clips(shapes.HELD_OUT, 0, 8)]
         generator = Generator(model, vae, about, words, cfg.device, cfg.precision)
-        return generator.decode(generator.latents(words.encode(prompts), range(8), 25)).cpu(), prompts
+        return generator.draw(prompts, range(8), 25), prompts
 
     fit(cfg, model, loss_of, pictures, ema_decay=0.999)
     save(cfg, model, "teacher", **about, text_fingerprint=words.fingerprint)

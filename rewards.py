@@ -23,6 +23,7 @@ import common
 import distributed
 import preference
 from common import UserError
+from video import to_uint8
 from world.judge import Judge, slow_motion
 from world.shapes import FACTORS, FRAMES, SIZE
 
@@ -54,12 +55,11 @@ class Reward:
             raise ValueError(f"{self.name} needs one prompt a clip: {len(video)} clips, {len(prompts or [])} prompts")
         if with_grad and not self.differentiable:
             raise ValueError(f"{self.name} has no gradient")
-        if not self.has_parts:
-            return self._of(video, lambda x: self.score(x, prompts), with_grad)
-        parts, direction = self.score
-        return self._of(video, lambda x: (parts(x) * direction(prompts)).sum(1), with_grad)
+        if self.has_parts:
+            return self.from_parts(self.parts(video, with_grad), prompts)
+        return self._of(video, lambda x: self.score(x, prompts), with_grad)
 
-    def _of(self, video, function, with_grad=False):
+    def _of(self, video, function, with_grad):
         """function(the frames that are scored, in float32) -> (B, ...); NaN for a clip that is not finite."""
         if video.ndim != 5 or video.shape[1] != 3:
             raise ValueError(f"a reward takes video (B, 3, F, H, W), not {tuple(video.shape)}")
@@ -88,9 +88,9 @@ class Reward:
     def size_of_parts(self):
         return self.score[1]([""]).shape[1]
 
-    def parts(self, video):
+    def parts(self, video, with_grad=False):
         """What the reward is made of: video (B, 3, F, H, W) -> (B, P)."""
-        return self._of(video, self.score[0])
+        return self._of(video, self.score[0], with_grad)
 
     def from_parts(self, parts, prompts):
         """The reward (B,) of parts (B, P), with gradient with respect to them."""
@@ -166,9 +166,8 @@ def jpeg_compressibility(video: torch.Tensor) -> torch.Tensor:
 
 
 def _jpeg(video, prompts):
-    pixels = ((video + 1) / 2 * 255).round().clamp(0, 255).to(torch.uint8)
     kilobytes = []
-    for clip in pixels.permute(0, 2, 3, 4, 1).cpu().numpy():  # (F, H, W, 3)
+    for clip in map(to_uint8, video):  # (F, H, W, 3)
         buffer = io.BytesIO()
         for frame in clip:
             Image.fromarray(frame).save(buffer, format="JPEG", quality=95)

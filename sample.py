@@ -25,7 +25,6 @@ import common
 from captions import write_caption
 from common import Machine, UserError, opt, parse, run, start
 from generate import Generator
-from text import T5
 from video import write_grid, write_video, write_video_grid
 from world import shapes
 
@@ -107,8 +106,7 @@ def main(argv=None):
     sheet = out / f"{name}.png"
     common.writable(out if one_file else sheet)  # find out now, not after the work
     start(cfg)
-    if isinstance(generator.encoder, T5):
-        generator.encoder.close()  # it is as large as the transformer
+    generator.encoder = None  # a T5 is as large as the transformer
     videos, total = [], len(prompts) * generator.evaluations(len(steps))
     calls, begun = [], time.perf_counter()
 

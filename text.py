@@ -8,7 +8,7 @@ the paper, read from a local folder.
 
 Both pad to a fixed length with ordinary tokens that are attended to, as CogVideoX was trained; so no mask exists
 anywhere downstream. The text encoder is part of what a model was trained with: `fingerprint` names it, and caches and
-checkpoints refuse another. `null` is the embedding of the empty prompt, which guidance needs (Eq. 9).
+checkpoints refuse another. Guidance needs the empty prompt's embedding as well (Eq. 9).
 """
 
 import hashlib
@@ -41,7 +41,6 @@ class WordTable:
         rate = length ** -(torch.arange(dim // 8) / (dim // 8))  # from one radian a word to about one a prompt
         angle = torch.arange(length + 1)[:, None] * rate  # (L + 1, D / 8); the last row is the padding's
         self.position = math.sqrt(2) * torch.cat([angle.sin(), angle.cos()], 1)
-        self.null = self.encode([""])  # (1, L, D)
 
     def encode(self, prompts):
         """list of B prompts -> float32 (B, L, D). Case and punctuation do not count.
@@ -69,8 +68,7 @@ class T5:
     """A T5 encoder in a folder: transformers' layout, or a CogVideoX folder with text_encoder/ and tokenizer/ in it.
 
     As CogVideoX calls it: padded to `length` tokens (226 there, 256 in the paper) without an attention mask.
-    `close()` frees the weights; `null`, `dim`, `length` and `fingerprint` stay. Raises UserError if the folder does
-    not hold a whole T5 encoder and its tokenizer.
+    Raises UserError if the folder does not hold a whole T5 encoder and its tokenizer.
     """
 
     def __init__(self, folder, length=226, dtype=torch.bfloat16, device="cpu"):
@@ -94,17 +92,12 @@ class T5:
         self.dim, self.length, self.dtype = config.d_model, length, dtype
         some = [p.flatten()[:16].bfloat16().tolist() for p in self.model.parameters()]  # alike in any precision
         self.fingerprint = _sha(["t5", config.num_heads, config.feed_forward_proj, some, length])
-        self.null = self.encode([""])  # (1, L, D)
 
     @torch.no_grad()
     def encode(self, prompts):
         """list of B prompts -> float32 (B, L, D). Tokens beyond `length` are cut."""
         tokens = self.tokenizer(prompts, padding="max_length", max_length=self.length, truncation=True).input_ids
         return self.model(torch.tensor(tokens, device=self.device)).last_hidden_state.float()  # (B, L, D)
-
-    def close(self):
-        """Free the weights."""
-        self.model = None
 
 
 def _sha(identity):

@@ -296,7 +296,7 @@ def label(nets, ranks, batch, x):
     known = batch.reward is not None and not latent_reward.parts
     unknown, captions = (x[half:], batch.captions) if known else (x, batch.captions * 2)
     with torch.no_grad(), autocast(nets.precision, ranks.device):
-        pixels = [nets.vae.decode(z).float().clamp(-1, 1) for z in unknown.split(half)]  # half at a time: this is large
+        pixels = [nets.vae.decode(z).clamp(-1, 1) for z in unknown.split(half)]  # half at a time: this is large
     found = latent_reward.labels(torch.cat(pixels), captions)
     labels = torch.cat([batch.reward.to(found).view(half, -1), found]) if known else found  # (2B, n)
     scores = latent_reward.scores(labels, batch.captions * 2)
@@ -475,7 +475,7 @@ def train(cfg: Config, ranks) -> None:
                 print(f"stopped after step {done}, saved: go on with --resume --out {out}")
             return
         last = time.time()
-    if ranks.main and nets.clips:
+    if ranks.main:
         print(f"waited for clips in {nets.clips.waited / (time.time() - begun):.1%} of the time")
     rows = finish(nets, ranks, out, asdict(cfg), cfg.steps, cfg.batch, teacher_videos)
     if rows:

@@ -25,7 +25,7 @@ from video import VIDEOS, read_video
 
 
 def _rows(x):
-    x = torch.as_tensor(np.asarray(x) if not torch.is_tensor(x) else x).detach().cpu().double()
+    x = torch.as_tensor(x).detach().cpu().double()
     if x.ndim != 2 or len(x) == 0:
         raise ValueError(f"features are (n, d) with n >= 1, got {tuple(x.shape)}")
     return x

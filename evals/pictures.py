@@ -24,8 +24,7 @@ def sheet(table, out, prompts=4):
         if (file := experiments.weights_of(table, label)).exists():
             generator = Generator.load(file, "weights/vae.safetensors", precision="fp32")
             steps = len(generator.trained) if generator.student else 50
-            latents = generator.latents(generator.encoder.encode(words), range(prompts), steps)
-            drawn[label] = generator.decode(latents)[:, :, MOMENTS]  # (prompts, 3, len(MOMENTS), H, W)
+            drawn[label] = generator.draw(words, range(prompts), steps)[:, :, MOMENTS]  # (prompts, 3, moments, H, W)
     if not drawn:
         raise UserError(f"runs/experiments has no student of the table {table}: python eval.py experiments {table}")
     height = 8 / (prompts * len(MOMENTS)) + 0.05  # of a row, in inches

@@ -70,7 +70,8 @@ def say_resumed(newest, old, settings):
         if flag not in ("resume", "precision") and old.get(flag) != value
     ]
     print(f"going on from {newest}")
-    common.warn_of_precision(old["precision"], settings["precision"])
+    if (before := old["precision"]) != (now := settings["precision"]):
+        print(f"warning: computed in {before} until now, and in {now} from here: an unbroken run would differ")
     if other:
         print(f"not as before: {', '.join(other)}")
 
@@ -117,9 +118,8 @@ def draw_videos(nets, who, prompts, seed, n, batch):
     """Videos (N, 3, F, H, W) of the student's average in its steps, or of the teacher by n steps of guided DDIM."""
     generator, videos = sampler(nets, who), []
     for i in range(0, len(prompts), batch):
-        text = nets.encoder.encode(prompts[i : i + batch])
-        latents = generator.latents(text, [seed + i + j for j in range(len(text))], n)
-        videos.append(generator.decode(latents).cpu())
+        some = prompts[i : i + batch]
+        videos.append(generator.draw(some, range(seed + i, seed + i + len(some)), n))
     return torch.cat(videos)
 
 
@@ -202,7 +202,7 @@ def compare_with_teacher(nets, steps, batch):
 
     def row(label, n, shares, measure, *features):
         distance = {"mean": measure(*features), "error": jackknife(measure, *features)}
-        return {"label": label, "steps": n, "named": mean_error(shares.tolist()), "frechet": distance}
+        return {"label": label, "steps": n, "named": mean_error(shares), "frechet": distance}
 
     def fall(teacher, student, rendered):
         return frechet(teacher, rendered) - frechet(student, rendered)

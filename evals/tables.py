@@ -11,7 +11,7 @@ import re
 import shlex
 import sys
 import time
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from pathlib import Path
 
 import common
@@ -27,8 +27,7 @@ def save(cfg, kind, **content):
     ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
     launcher = ["python"] if ranks == "1" else ["torchrun", f"--nproc_per_node={ranks}"]
     command = shlex.join([*launcher, Path(sys.argv[0]).name, *sys.argv[1:]])
-    value = lambda f: f.default if f.default is not MISSING else f.default_factory()
-    said = {f.name: getattr(cfg, f.name) for f in fields(cfg) if getattr(cfg, f.name) != value(f)}
+    said = {f.name: getattr(cfg, f.name) for f in fields(cfg) if getattr(cfg, f.name) != f.default}
     result = {"kind": kind, "command": command, "date": time.strftime("%Y-%m-%d"), "settings": said}
     result = common.tidy(result | content)
     if cfg.out and Path(cfg.out).suffix == ".json":
@@ -246,12 +245,12 @@ def page(path, folder="results"):
     return pattern.sub(lambda m: f"{m[1]}{block(m[2], folder)}\n{m[3]}", text)
 
 
-def write_pages(root="."):
+def write_pages():
     """Write the tables of README.md and docs/ anew; -> the pages that have any."""
-    pages = [p for name in PAGES for p in sorted(Path(root).glob(name)) if "<!-- table:" in p.read_text("utf-8")]
+    pages = [p for name in PAGES for p in sorted(Path().glob(name)) if "<!-- table:" in p.read_text("utf-8")]
     if not pages:
         raise UserError("there are no pages here: run this in the repository's folder")
-    for path, text in [(path, page(path, Path(root) / "results")) for path in pages]:  # all of them, or none
+    for path, text in [(path, page(path)) for path in pages]:  # all of them, or none
         with common.atomic(path) as part:
             part.write_text(text, encoding="utf-8")
     return pages

@@ -30,7 +30,7 @@ OF_FILES = ("data", "teacher", "vae", "text", "student", "resume", "reward", "re
 
 
 def write_inputs(preset, folder, device):
-    """A teacher's file and a cache of clips in `folder`, of random numbers. -> their paths."""
+    """A teacher's file and a cache of clips in `folder`, of random numbers."""
     config, generator = SIZES[preset], torch.Generator().manual_seed(0)
     with torch.device(device):
         model = DiT(config)
@@ -45,7 +45,6 @@ def write_inputs(preset, folder, device):
     common.save_tensors(cache / "null.safetensors", {"text": text})
     made = {"frames": CLIPS[preset]["frames"], "fps": CLIPS[preset]["fps"], "text": "random", "vae": "random"}
     common.write_json(cache / "index.json", {"made": made | {"reward": None}, "names": names})
-    return folder / "teacher.safetensors", cache
 
 
 def trial(cfg, ranks):
@@ -65,14 +64,12 @@ def trial(cfg, ranks):
             raise UserError(f"--out {cfg.out}: a trial is kept in a file NAME.json")
         common.writable(cfg.out)
     with tempfile.TemporaryDirectory() as folder:
-        place = [folder if ranks.main else None]
-        if ranks.size > 1:
-            torch.distributed.broadcast_object_list(place)
+        place = Path(distributed.every(folder, ranks)[0])
         if ranks.main:
-            write_inputs(cfg.preset, Path(place[0]), ranks.device)
+            write_inputs(cfg.preset, place, ranks.device)
         distributed.any_rank(False, ranks)  # wait for it
         forget(ranks.device)  # what making them took
-        files = {"teacher": str(Path(place[0]) / "teacher.safetensors"), "data": str(Path(place[0]) / "cache")}
+        files = {"teacher": str(place / "teacher.safetensors"), "data": str(place / "cache")}
         run = replace(settled(cfg), vae="", text="", sample_every=0, fake_warmup=0, **files)
         nets = build(run, ranks)
         optimizers = adam(nets, run.lr, run.fake_lr, BETAS[run.preset])

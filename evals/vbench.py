@@ -210,8 +210,7 @@ def draw(generator, jobs, out, steps, w, fps, batch, quiet):
     begun = time.perf_counter()
     for i in tqdm(range(0, len(jobs), batch), desc="videos", dynamic_ncols=True, disable=quiet):
         some = jobs[i : i + batch]
-        text = generator.encoder.encode([job["prompt"] for job in some])
-        videos = generator.decode(generator.latents(text, [job["seed"] for job in some], steps, w)).cpu()
+        videos = generator.draw([job["prompt"] for job in some], [job["seed"] for job in some], steps, w)
         if i == 0 and (seconds := videos.shape[2] / fps) >= 5:
             print(f"these clips have {seconds:.1f} s: VBench is made for less than 5, VBench-Long for more")
         for job, video in zip(some, videos):

@@ -249,7 +249,7 @@ def memory(config):
     ranks = start("cpu", 1800)
     with torch.device("meta"):
         model = DiT(config)
-    distributed.materialise(shard(model, ranks), ranks, 3)
+    distributed.materialise(shard(model, ranks), 3)
     optimizer = torch.optim.AdamW(model.parameters())
     x, t = normal((config.channels, *config.latents), (0, "x"), [ranks.rank]), torch.tensor([500])
     model(x, t, normal((8, config.text_dim), (0, "text"), [ranks.rank])).square().mean().backward()
@@ -257,7 +257,7 @@ def memory(config):
     params = list(model.parameters())
     slots = [t for slot in optimizer.state.values() for t in slot.values()]
     held = [sum(local(t).nbytes for t in ts) for ts in (params, [p.grad for p in params], slots)]
-    first = distributed.gather(distributed.materialise(model, ranks, 3))
+    first = distributed.gather(distributed.materialise(model, 3))
     stop()
     return held, first
 

@@ -30,6 +30,7 @@ from PIL import Image
 
 import rewards
 from evals.vbench import DIMENSIONS
+from video import to_uint8
 from world import shapes
 
 WORST = {  # about what the worst corruption reaches, where that is not 0
@@ -137,9 +138,8 @@ def imaging(video):
 
 def aesthetic(video):
     """exp(-d / 0.02), d the mean distance of two frames' pixels in [0, 1] from the best 12 colours of each frame."""
-    pixels = ((video[:, :, 1::9] + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 4, 1).numpy()
     distances = []
-    for frame in pixels.reshape(-1, *pixels.shape[2:]):  # (H, W, 3)
+    for frame in np.concatenate([to_uint8(clip) for clip in video[:, :, 1::9]]):  # (H, W, 3)
         painted = Image.fromarray(frame).quantize(12, Image.Quantize.MEDIANCUT, 2, dither=0).convert("RGB")
         distances.append(np.abs(frame.astype(np.float32) - np.asarray(painted)).mean() / 255)
     return torch.exp(-torch.tensor(distances).view(-1, 2).mean(1) / 0.02)

@@ -119,10 +119,6 @@ class Judge(nn.Module):
     @torch.no_grad()
     def score(self, video, prompts):
         """Share of the factors that each prompt names which are read as named, (B,) in [0, 1]; 0 if it names none."""
-        read, scores = self.read(video).tolist(), []
-        for indices, prompt in zip(read, prompts):
-            values = {factor: FACTORS[factor][i] for factor, i in zip(FACTORS, indices)}
-            named = parse(prompt)
-            right = sum(values[factor] == value for factor, value in named.items())
-            scores.append(right / max(1, len(named)))
-        return torch.tensor(scores, device=video.device)
+        read = torch.cat([F.one_hot(logits.argmax(1), logits.shape[1]) for logits in self(video).values()], 1)
+        named = self.direction(prompts) > 0  # (B, values)
+        return (read * named).sum(1) / named.sum(1).clamp(min=1)

@@ -130,8 +130,7 @@ def model_rows(cfg, label, evaluator, reference, generator, prompts, named):
             return generator.decode(generator.latents(text[[i for i, _ in jobs]], seeds, steps, cfg.w))
 
         row = {"label": label, "steps": steps, "nfe": generator.evaluations(steps, cfg.w)}
-        rows.append(row | measurements(cfg, evaluator, reference, draw, further, prompts, named))
-        print(summary(rows[-1]), flush=True)
+        rows.append(measurements(row, cfg, evaluator, reference, draw, further, prompts, named))
     return rows
 
 
@@ -152,22 +151,21 @@ def reference_rows(cfg, evaluator, reference):
     def encode_and_decode(jobs):
         video = render(jobs).to(cfg.device, memory_format=torch.channels_last_3d)
         with autocast(cfg.precision, cfg.device):
-            copies = vae.decode(vae.encode(video)).float().clamp(-1, 1)
+            copies = vae.decode(vae.encode(video)).clamp(-1, 1)
         psnrs.append(psnr(copies, video).cpu())
         return copies
 
     rows, further = [], [job for job in clips if job[1]]
     for label, draw in (("rendered clips", render), ("the VAE's copies", encode_and_decode)):
         row = {"label": label, "steps": None, "nfe": None}
-        rows.append(row | measurements(cfg, evaluator, reference, draw, further, prompts, named))
-        print(summary(rows[-1]), flush=True)
+        rows.append(measurements(row, cfg, evaluator, reference, draw, further, prompts, named))
     scores = torch.cat(psnrs).sort().values
     rows[1] |= {"psnr": scores.mean().item(), "psnr_worst_tenth": scores[: max(1, len(scores) // 10)].mean().item()}
     return rows
 
 
-def measurements(cfg, evaluator, reference, draw, further, prompts, named):
-    """All that is measured of the videos draw(jobs), one a prompt; for the diversity also of the jobs `further`."""
+def measurements(row, cfg, evaluator, reference, draw, further, prompts, named):
+    """The row and all that is measured of its videos draw(jobs), one a prompt; for the diversity also of `further`."""
     flow = rewards.make("dynamic_degree")  # of the most moving twentieth of the pixels; VBench's threshold is 1
     asked = {name: rewards.make(name, device=cfg.device) for name in cfg.rewards}
 
@@ -181,11 +179,11 @@ def measurements(cfg, evaluator, reference, draw, further, prompts, named):
     named, measured = [named[i] for i, _ in read["jobs"]], read["measured"]
     if len(named) < 20:
         raise UserError(f"{read['broken']} of {cfg.prompts} videos are not finite: these weights are broken")
-    row = {"broken": read["broken"]} | accuracy(read["beliefs"], named) | likeness(read["features"], reference)
+    row |= {"broken": read["broken"]} | accuracy(read["beliefs"], named) | likeness(read["features"], reference)
     single = torch.tensor(["relation" not in names for names in named])
-    row["identity"] = mean_error(measured["identity"][single].double())
-    row["motion"] = mean_error(measured["motion"].double())
-    row["rewards"] = {name: mean_error(measured[name].double()) for name in asked}
+    row["identity"] = mean_error(measured["identity"][single])
+    row["motion"] = mean_error(measured["motion"])
+    row["rewards"] = {name: mean_error(measured[name]) for name in asked}
     if further:
         others = evaluator.read(further, draw, "diversity")
         features = torch.cat([read["features"], others["features"]])
@@ -196,11 +194,12 @@ def measurements(cfg, evaluator, reference, draw, further, prompts, named):
         percent = {d: 100 * score["mean"] for d, score in row["dimensions"].items()}
         with contextlib.suppress(ValueError):  # too few prompts for some dimension
             row["totals"] = vbench.vbench_scores(percent, dimensions.RANGES)
+    print(summary(row), flush=True)  # while the next is being drawn
     return row
 
 
 def summary(row):
-    """One row in a line, printed while the next is being drawn."""
+    """One row in a line."""
     scores = " ".join(f"{factor} {pm(row[factor], 100)}" for factor in (*MAIN, "main"))
     broken = f", {row['broken']} videos are not finite and left out" if row["broken"] else ""
     return f"{row['label']} {row['steps'] or ''}: {scores}, frechet {pm(row['frechet'], 1, 2)}{broken}"
