@@ -31,7 +31,7 @@ from common import Machine, UserError, opt, parse, run, start, writable
 from evals import cost, experiments, people, pictures, tables, vbench
 from evals.metrics import Inception, diversity_of_folder, pixel_features, vendi, vendi_kernel
 from evals.vbench import vbench_scores
-from generate import Generator
+from generate import BUNDLED, Generator
 from text import WordTable
 from video import write_video_grid
 from world import shapes
@@ -39,8 +39,6 @@ from world.reading import Evaluator, model_rows, reference_rows
 from world.shapes import held_out
 
 __all__ = ["vbench_scores", "vendi", "vendi_kernel"]  # the names under which others look for them
-
-HERE = Path(__file__).parent / "weights"
 
 
 @dataclass
@@ -52,9 +50,9 @@ class Config(Machine):
 
 @dataclass
 class ModelConfig(Config):
-    weights: str = opt(str(HERE / "student.safetensors"), "The weights: a .safetensors file, or a CogVideoX folder.")
+    weights: str = opt(str(BUNDLED / "student.safetensors"), "The weights: a .safetensors file, or a CogVideoX folder.")
     adapter: str = opt("", "A student's adapters on these weights, as train.py --rank writes them.")
-    vae: str = opt(str(HERE / "vae.safetensors"), "The VAE: a file or folder.")
+    vae: str = opt("", "The VAE, file or folder. Empty: the bundled one, or the one in the weights' folder.")
     text: str = opt("", "The folder of a T5 encoder. Empty: the world's words, or the one in the weights' folder.")
     w: float | None = opt(None, "The guidance of a teacher (Eq. 9). None: what its weights say.")
     label: str = opt("", "The name in tables. Empty: the file's.")
@@ -62,10 +60,7 @@ class ModelConfig(Config):
     def load(self, teacher=""):
         """The model to measure, or a teacher to compare it with."""
         weights, adapter = (teacher, "") if teacher else (self.weights, self.adapter)
-        vae = self.vae
-        if Path(weights).is_dir() and vae == ModelConfig.vae:
-            vae = ""  # such a folder has its own
-        return Generator.load(weights, vae, self.device, self.text, self.precision, adapter)
+        return Generator.load(weights, self.vae, self.device, self.text, self.precision, adapter)
 
     def name(self):
         return self.label or Path(self.weights).stem
@@ -77,7 +72,7 @@ class ModelConfig(Config):
 
 @dataclass
 class WorldConfig(ModelConfig):
-    judge: str = opt(str(HERE / "judge.safetensors"), "The judge that evaluates, never the one that rewards.")
+    judge: str = opt(str(BUNDLED / "judge.safetensors"), "The judge that evaluates, never the one that rewards.")
     steps: tuple[int, ...] = opt((4,), "The numbers of steps, all on the same prompts and noise.")
     prompts: int = opt(2000, "The number of held-out prompts.")
     captions: Literal["train", "long", "short", "object"] = opt(
@@ -112,7 +107,7 @@ def world(cfg):
 
 @dataclass
 class CostConfig(ModelConfig):
-    teacher: str = opt(str(HERE / "teacher.safetensors"), "The teacher to compare with. none: no teacher.")
+    teacher: str = opt(str(BUNDLED / "teacher.safetensors"), "The teacher to compare with. none: no teacher.")
     teacher_steps: int = opt(50, "The teacher's steps.")
     steps: tuple[int, ...] = opt((4, 2, 1), "The student's steps.")
     repeats: int = opt(100, "The most times that each is timed.")
@@ -298,7 +293,7 @@ def votes(cfg):
 @dataclass
 class CompareConfig(ModelConfig):
     out: str = opt("samples/compare.gif", "The moving sheet, FILE.gif or FILE.mp4.")
-    teacher: str = opt(str(HERE / "teacher.safetensors"), "The teacher to compare with.")
+    teacher: str = opt(str(BUNDLED / "teacher.safetensors"), "The teacher to compare with.")
     teacher_steps: tuple[int, ...] = opt((50, 4, 1), "The teacher's steps.")
     steps: tuple[int, ...] = opt((4, 1), "The student's steps.")
     prompts: int = opt(3, "The number of held-out prompts, from the first on.")

@@ -20,6 +20,8 @@ from dit import DiT
 from schedule import Schedule, ddim, denoiser, few_step, timesteps
 from text import load_encoder
 
+BUNDLED = Path(__file__).parent / "weights"
+
 
 class Generator:
     """A text-to-video model: transformer, its schedule, its text encoder and its VAE.
@@ -40,16 +42,17 @@ class Generator:
         """The model in a file of weights, or in a CogVideoX folder of diffusers with its own VAE and T5.
 
         adapter: file of a student's adapters on these weights, as train.py --rank writes it.
-        vae: file or folder (default: the one in the weights' folder); text: folder of a T5 encoder (default: likewise,
-        or the word table of the small world); precision: of common.py; published weights stay in half precision where
-        the device computes in bfloat16. Raises UserError where a part is missing or does not fit.
+        vae: file or folder, text: folder of a T5 encoder (default: the weights' own folder, for a file of weights the
+        small world's); precision: of common.py; published weights stay in half precision where the device computes in
+        bfloat16. Raises UserError where a part is missing or does not fit.
         """
         base, about = load_network(weights)
         model, half = base, uses_bfloat16(precision, device)
         if adapter:
             model, about = add_adapters(base, adapter, weights)
         c = model.config
-        coder = load_vae_of(weights, c, vae or weights, precision, device)
+        place = vae or (weights if Path(weights).is_dir() else BUNDLED / "vae.safetensors")
+        coder = load_vae_of(weights, c, place, precision, device)
         text = text or (weights if Path(weights).is_dir() else "words")
         encoder = load_encoder(text, c.text_dim, c.text_length, device, precision)
         if encoder.dim != c.text_dim or about.get("text_fingerprint", encoder.fingerprint) != encoder.fingerprint:

@@ -24,11 +24,10 @@ from tqdm import tqdm
 import common
 from captions import write_caption
 from common import Machine, UserError, opt, parse, run, start
-from generate import Generator
+from generate import BUNDLED, Generator
 from video import write_grid, write_video, write_video_grid
 from world import shapes
 
-WEIGHTS = Path(__file__).parent / "weights"
 PROMPTS = [  # every scene and every object once, and most of the other things this world can show
     "a red star",
     "a heart grows at sea",
@@ -96,9 +95,8 @@ def main(argv=None):
     one_file = out.suffix.lower() in (".mp4", ".gif")
     if out.suffix and one_file == out.is_dir():
         raise UserError(f"--out {out}: want a file that ends in .mp4 or .gif, or a folder, which has no suffix")
-    weights = cfg.weights or WEIGHTS / "student.safetensors"
-    vae = cfg.vae or ("" if Path(weights).is_dir() else WEIGHTS / "vae.safetensors")
-    generator = Generator.load(weights, vae, cfg.device, cfg.text, cfg.precision, cfg.adapter)
+    weights = cfg.weights or BUNDLED / "student.safetensors"
+    generator = Generator.load(weights, cfg.vae, cfg.device, cfg.text, cfg.precision, cfg.adapter)
     steps, w, fps = choose_steps(cfg, generator), generator.guidance(), generator.about.get("fps", shapes.FPS)
     text = torch.cat([generator.encoder.encode([prompt]).cpu() for prompt in prompts])  # (N, L, D)
     kind = "student" if generator.student else "teacher"

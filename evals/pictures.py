@@ -22,7 +22,7 @@ def sheet(table, out, prompts=4):
     words, drawn = held_out(prompts)[1], {}
     for label in experiments.rows(table):
         if (file := experiments.weights_of(table, label)).exists():
-            generator = Generator.load(file, "weights/vae.safetensors", precision="fp32")
+            generator = Generator.load(file, precision="fp32")
             steps = len(generator.trained) if generator.student else 50
             drawn[label] = generator.draw(words, range(prompts), steps)[:, :, MOMENTS]  # (prompts, 3, moments, H, W)
     if not drawn:

@@ -12,6 +12,7 @@ import torch
 
 import cogvideox
 import common
+import generate
 import sample
 from captions import list_clips
 from common import run
@@ -56,7 +57,8 @@ def weights(tmp_path_factory):
 @pytest.fixture
 def call(weights, tmp_path, monkeypatch, capsys):
     """call(*flags) -> (exit code, stdout, stderr), on a clone whose bundled weights are the tiny ones."""
-    monkeypatch.setattr(sample, "WEIGHTS", weights)
+    monkeypatch.setattr(sample, "BUNDLED", weights)
+    monkeypatch.setattr(generate, "BUNDLED", weights)
     monkeypatch.chdir(tmp_path)
 
     def call(*flags):

@@ -16,6 +16,7 @@ import rewards
 from common import UserError, autocast
 from evals import vbench
 from evals.metrics import frechet, jackknife, mean_error, neighbours, pm, vendi
+from generate import BUNDLED
 from vae3d import VAE3D, psnr
 from world import dimensions, shapes
 from world.judge import Judge, slow_motion
@@ -136,7 +137,8 @@ def model_rows(cfg, label, evaluator, reference, generator, prompts, named):
 
 def reference_rows(cfg, evaluator, reference):
     """Other rendered clips, and what the VAE makes of them: two rows."""
-    vae = common.load_model(cfg.vae, VAE3D, cfg.device)[0].to(memory_format=torch.channels_last_3d)
+    file = cfg.vae or BUNDLED / "vae.safetensors"
+    vae = common.load_model(file, VAE3D, cfg.device)[0].to(memory_format=torch.channels_last_3d)
     # others than the reference's: a clip must not be compared with itself
     clips, prompts, named = shapes.held_out(cfg.prompts, ELSEWHERE, cfg.captions)
     clips, psnrs = {(i, 0): clip for i, clip in enumerate(clips)}, []
