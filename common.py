@@ -338,8 +338,10 @@ def save_tensors(path, tensors, metadata=None):
 def open_tensors(path):
     """Yield (an open safetensors file, its metadata {name: value}).
 
-    Raises UserError naming the file if it is missing, cut off, or no safetensors file.
+    Raises UserError naming the file if it is missing, a folder, cut off, or no safetensors file.
     """
+    if Path(path).is_dir():
+        raise UserError(f"{path} is a folder, where a .safetensors file is wanted")
     try:
         with safe_open(os.fspath(path), "pt") as f:
             yield f, {name: _from_text(text) for name, text in (f.metadata() or {}).items()}

@@ -398,6 +398,8 @@ def tune(cfg: Config, ranks) -> None:
         stuck, ending, saving = in_a_row >= PATIENCE, stopper(), final or (step + 1) % cfg.save_every == 0
         if saving or stuck or ending:
             checkpoints.save(step + 1, *saved, state | {"config": asdict(cfg)}, wait=stuck or ending or final)
+        if stuck or ending or final:
+            bar.close()  # before anything is said below it
         if stuck:  # none of the skipped updates has touched the weights
             raise UserError(f"{in_a_row} iterations in a row were not finite: stopped, and saved the state in {out}")
         if ending:
@@ -422,7 +424,7 @@ def write_student(policy, file, cfg, evaluations):
     about = policy.generator.about
     tuned = [*about.get("tuned", []), common.made_by(asdict(cfg)) | {"reward_evaluations": evaluations}]
     common.save_model(file, model, torch.float16, **about | {"tuned": tuned})
-    print(f"wrote {file}: python sample.py --weights {file}")
+    print(f"wrote {file}")
 
 
 def main():

@@ -28,6 +28,7 @@ import torch
 
 import rewards
 from common import Machine, UserError, opt, parse, run, start, writable
+from dit import PRESETS as SIZES
 from evals import cost, experiments, people, pictures, tables, vbench
 from evals.metrics import Inception, diversity_of_folder, pixel_features, vendi, vendi_kernel
 from evals.vbench import vbench_scores
@@ -45,7 +46,6 @@ __all__ = ["vbench_scores", "vendi", "vendi_kernel"]  # the names under which ot
 class Config(Machine):
     out: str = opt("", "The place to write to: NAME.json for a measurement, else a file or folder.")
     seed: int = opt(0, "The seed of all noise.")
-    batch: int = opt(64, "The number of videos drawn at a time.")
 
 
 @dataclass
@@ -56,6 +56,7 @@ class ModelConfig(Config):
     text: str = opt("", "The folder of a T5 encoder. Empty: the world's words, or the one in the weights' folder.")
     w: float | None = opt(None, "The guidance of a teacher (Eq. 9). None: what its weights say.")
     label: str = opt("", "The name in tables. Empty: the file's.")
+    batch: int = opt(64, "The number of videos drawn at a time.")
 
     def load(self, teacher=""):
         """The model to measure, or a teacher to compare it with."""
@@ -90,6 +91,8 @@ def world(cfg):
     if cfg.prompts < 20:
         raise UserError(f"--prompts {cfg.prompts} is too few to say anything: at least 20")
     generator = None if cfg.reference else cfg.load()
+    if generator and tuple(generator.shape[1:]) != tuple(SIZES["shapes"].latents):
+        raise UserError(f"the judge reads clips of the small world; {cfg.weights} draws others")
     for steps in [] if cfg.reference else cfg.steps:
         generator.steps(steps)  # refuse before the work, not after it
     for name in cfg.rewards:
@@ -102,7 +105,9 @@ def world(cfg):
     else:
         rows = model_rows(cfg, cfg.name(), evaluator, reference["features"], generator, prompts, named)
     model = {k: generator.about.get(k) for k in ("kind", "timesteps", "command", "date")} if generator else None
-    return tables.save(cfg, "world", rows=rows, judge=evaluator.about.get("results"), model=model)
+    result = tables.show(cfg, "world", rows=rows, judge=evaluator.about.get("results"), model=model)
+    if cfg.dimensions:
+        print(tables.table([result], "dimensions"))
 
 
 @dataclass
@@ -257,6 +262,7 @@ def diversity_of_files(cfg):
 
 @dataclass
 class PeopleConfig(Config):
+    out: str = opt("people.html", "The page, FILE.html.")
     a: str = opt("", "A folder of videos, whose name stands in the votes.")
     b: str = opt("", "A second folder, with videos of the same names.")
     pairs: int = opt(50, "The most pairs, drawn at random.")
@@ -266,7 +272,7 @@ def people_(cfg):
     """One page on which a person compares the videos of two folders, pair by pair."""
     if not cfg.a or not cfg.b:
         raise UserError("name the two folders of videos with --a and --b")
-    out = Path(cfg.out or "people.html")
+    out = Path(cfg.out)
     n, left_out = people.make_page(cfg.a, cfg.b, out, cfg.pairs, cfg.seed)
     for why in left_out[:20]:
         print(f"left out: {why}", file=sys.stderr)
@@ -278,7 +284,7 @@ def people_(cfg):
 
 @dataclass
 class VotesConfig(Config):
-    files: tuple[str, ...] = opt((), "The files that the page saved.")
+    files: tuple[str, ...] = opt((), "The files that the page saved. The flag may be left out.")
 
 
 def votes(cfg):
@@ -321,12 +327,16 @@ def compare(cfg):
 
 @dataclass
 class ExperimentsConfig:
-    names: tuple[str, ...] = opt((), "The tables or rows to make, or all. None: the list of them, and what has run.")
+    names: tuple[str, ...] = opt(
+        (), "The tables or rows to make, or all. None: the list of them, and what has run. The flag may be left out."
+    )
     budget: float = opt(0.0, "The hours after which no further run begins. 0: no limit.")
 
 
 def run_experiments(cfg):
     """Make the runs of evals/experiments.py that are missing, and measure them."""
+    if not Path("evals/experiments.py").exists():
+        raise UserError("run this in the repository's folder, whose results/ it goes on with")
     if not cfg.names:
         return print(*experiments.listing(), sep="\n")
     experiments.run(cfg.names, cfg.budget)
@@ -334,7 +344,7 @@ def run_experiments(cfg):
 
 @dataclass
 class CurvesConfig:
-    table: str = opt("tuning", "The table of evals/experiments.py.")
+    table: str = opt("tuning", "The table of evals/experiments.py. The flag may be left out.")
     numbers: tuple[str, ...] = opt(
         ("true_reward", "lrm_estimate", "rank_correlation"), "The numbers of the log, a panel each."
     )
@@ -348,7 +358,7 @@ def curves(cfg):
 
 @dataclass
 class SheetConfig:
-    table: str = opt("tuning", "The table of evals/experiments.py whose runs are in runs/experiments.")
+    table: str = opt("tuning", "The table, whose runs are in runs/experiments. The flag may be left out.")
     prompts: int = opt(4, "The number of held-out prompts, from the first on.")
     out: str = opt("samples/sheet.png", "The picture, FILE.png.")
 
@@ -358,7 +368,18 @@ def sheet(cfg):
     pictures.sheet(cfg.table, cfg.out, cfg.prompts)
 
 
+@dataclass
+class TablesConfig:
+    pass
+
+
+def write_tables(cfg):
+    """results/*.json into the tables of README.md and docs/."""
+    print(*(f"wrote {path}" for path in tables.write_pages()), sep="\n")
+
+
 COMMANDS = {
+    "tables": (TablesConfig, write_tables),
     "experiments": (ExperimentsConfig, run_experiments),
     "world": (WorldConfig, world),
     "time": (CostConfig, time_), "memory": (CostConfig, memory),
@@ -381,8 +402,6 @@ def main():
     command = words.pop(0) if words else ""
     if command in ("-h", "--help"):
         print(__doc__)
-    elif command == "tables":
-        print(*(f"wrote {path}" for path in tables.write_pages()), sep="\n")
     elif command in COMMANDS:
         config, work = COMMANDS[command]
         if command in POSITIONAL and words and not words[0].startswith("-"):
@@ -396,7 +415,7 @@ def main():
             writable(cfg.out)
         work(cfg)
     else:
-        raise UserError(f"unknown command {command!r}: one of {', '.join([*COMMANDS, 'tables'])}")
+        raise UserError(f"unknown command {command!r}: one of {', '.join(COMMANDS)}")
 
 
 if __name__ == "__main__":

@@ -51,6 +51,8 @@ class Generator:
         if adapter:
             model, about = add_adapters(base, adapter, weights)
         c = model.config
+        if not vae and Path(weights).is_dir() and not Path(weights, "vae").is_dir():
+            raise UserError(f"{weights} has no VAE: name one with --vae, and a text encoder with --text")
         place = vae or (weights if Path(weights).is_dir() else BUNDLED / "vae.safetensors")
         coder = load_vae_of(weights, c, place, precision, device)
         text = text or (weights if Path(weights).is_dir() else "words")

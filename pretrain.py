@@ -227,6 +227,7 @@ def save(cfg, model, name, **about):
     """--out/NAME.safetensors, which says how it was made."""
     file = Path(cfg.out) / f"{name}.safetensors"
     common.save_model(file, model, torch.float16, **about | common.made_by(asdict(cfg)))
+    print(f"wrote {file}")
 
 
 def object_weight(cfg, step, mask):
@@ -268,7 +269,7 @@ def train_vae(cfg):
     # latents of unit variance are what the noise schedule expects; the factor is part of the weights from here on
     model.config.scaling_factor = model.config.scaling_factor / torch.cat(latents).std().item()
     results = {"psnr": torch.cat(scores).mean().item()}
-    print(f"held-out clips: {results}")
+    print(f"held-out clips: {common.tidy(results)}")
     save(cfg, model, "vae", results=results)
 
 
@@ -388,7 +389,7 @@ def train_judge(cfg):
             read.append(model.read(shapes.render(held_out[i : i + 32], None, cfg.device)[0]).cpu())
     shares = (torch.cat(read) == truth).sum(0) / (truth >= 0).sum(0)
     results = {name: round(share, 4) for name, share in zip(shapes.FACTORS, shares.tolist())}
-    print(f"held-out clips: {results}")
+    print(f"held-out clips: {common.tidy(results)}")
     save(cfg, model, "judge", results=results)
 
 
@@ -410,9 +411,15 @@ def main():
         raise UserError(f"{state_file} does not exist: leave out --resume, or name a run's --out")
     if state_file.exists() and not cfg.resume:
         raise UserError(f"{state_file} is of an earlier run: go on with --resume, name another --out, or remove it")
+    common.check_spared(Path(cfg.out, f"{sys.argv[1]}.safetensors"), cfg.init, getattr(cfg, "vae", ""))
     common.start(cfg)
     with common.claimed(cfg.out):
-        train(cfg)
+        try:
+            train(cfg)
+        except KeyboardInterrupt:
+            if state_file.exists():
+                print(f"stopped: go on from the last checkpoint with the same flags and --resume --out {cfg.out}")
+            raise
 
 
 if __name__ == "__main__":

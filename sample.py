@@ -134,7 +134,7 @@ def main(argv=None):
     else:
         write_grid(sheet, videos, prompts[: len(videos)])
         print(f"{out / name}-*.mp4 and, to look at them together, {sheet}")
-    how = f"{kind}, {len(steps)} steps" + (f" guided with w = {w:g}" if w else "")
+    how = f"{kind}, {len(steps)} step{'s' * (len(steps) > 1)}" + (f" guided with w = {w:g}" if w else "")
     print(f"{how}: {sum(calls) // len(prompts)} network evaluations a video, {sum(calls)} in all, {seconds:.1f} s")
     print(f"{len(prompts)} videos, (channels, frames, height, width) = {tuple(video.shape)}")
 

@@ -468,6 +468,8 @@ def train(cfg: Config, ranks) -> None:
             print(json.dumps({"step": step, **speed, **numbers}), file=log, flush=True)
             for name, value in (numbers | speed).items() if board else ():
                 board.add_scalar(name, value, step)
+        if leaving:
+            bar.close()  # before anything is said below it
         if stuck:  # a descent that was not finite has not touched its network
             raise UserError(f"{in_a_row} updates in a row were not finite: stopped, and saved in {out}")
         if ending:

@@ -7,6 +7,7 @@ thread, no dates in the file.
 """
 
 import contextlib
+import itertools
 import math
 import random
 from fractions import Fraction
@@ -45,7 +46,10 @@ def _length(path):
         if is_image(path):
             return 0.0, 1.0
         stream = file.streams.video[0]
-        return float(_seconds(file, stream) - 1 / stream.average_rate), float(stream.average_rate)
+        seconds, rate = _seconds(file, stream), stream.average_rate
+        if file.format.name == "gif":  # whose rate is guessed from its first frames
+            rate = stream.frames / seconds
+        return float(seconds - 1 / rate), float(rate)
 
 
 def _seconds(file, stream):
@@ -158,7 +162,9 @@ def _write(path, pictures, fps, colours=255):
     with atomic(path) as part:
         if kind == ".gif":
             first, *rest = [Image.fromarray(picture).quantize(colours) for picture in pictures]
-            first.save(part, save_all=True, append_images=rest, duration=1000 / fps, loop=0)
+            ends = [round(100 * i / fps) for i in range(len(pictures) + 1)]  # a GIF counts in hundredths of a second
+            shown = [10 * (end - begin) for begin, end in itertools.pairwise(ends)]  # ms
+            first.save(part, save_all=True, append_images=rest, duration=shown, loop=0)
             return
         height, width = (side // 2 * 2 for side in pictures.shape[1:3])  # H.264 halves the colour
         with av.open(str(part), "w", options={"movflags": "faststart"}) as container:

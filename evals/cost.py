@@ -242,11 +242,12 @@ def reward_memory(device, frames=(1, 12, 24, 64, 128), clip="ViT-H-14"):
     """
     rows, empty = [], lambda *shape: torch.empty(shape, device=device).normal_()
     latents = lambda n: empty(1, 12, 1 if n == 1 else 5 * -(-n // 16), 24, 40)
+    name = "CLIP-H (HPSv2, PickScore)" if clip == "ViT-H-14" else clip
     kinds = [
         ("image LRM", lrm.ImageLRM, lambda n: (latents(n),)),
         ("text-image LRM", lrm.TextImageLRM, lambda n: (latents(n), empty(1, 256, 4096))),
         ("image LRM of CLIP-H's 1,024 parts", lambda: lrm.ImageLRM(outputs=1024), lambda n: (latents(n),)),
-        ("CLIP-H (HPSv2, PickScore)", lambda: ClipReward(clip), lambda n: (empty(1, 3, n, 192, 320),)),
+        (name, lambda: ClipReward(clip), lambda n: (empty(1, 3, n, 192, 320),)),
     ]
     for label, make, inputs in kinds:
         with torch.device(device):

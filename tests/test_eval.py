@@ -367,9 +367,13 @@ def test_world_repeats_itself_and_makes_its_table(tiny, tmp_path, monkeypatch):
     call(monkeypatch, "world", *words, "--captions", "object", "--reference", "--out", "results/open-0.json")
     for row in json.loads(Path("results/open-0.json").read_text())["rows"]:
         assert row["object"]["n"] == 20 and row["scene"]["n"] == 0
-    for bad in (["world", *words, "--steps", 3], ["world", *words, "--prompts", 5], ["dance"]):
+    for bad in (["world", *words, "--steps", 3], ["world", *words, "--prompts", 5], ["dance"], ["tables", "dance"]):
         with pytest.raises(UserError):
             call(monkeypatch, *bad)
+    model, about = common.load_model(tiny / "student.safetensors", DiT)
+    common.save_model("other.safetensors", model, **about | {"latents": [5, 4, 8]})
+    with pytest.raises(UserError, match="draws others"):  # said before anything is drawn
+        call(monkeypatch, "world", "--weights", "other.safetensors", "--vae", tiny / "vae.safetensors")
 
 
 def test_the_pages_say_what_the_results_say():
@@ -394,6 +398,8 @@ def test_reward_memory_stands_beside_the_papers():
     table = tables.table([{"kind": "reward_memory", "rows": rows, "device": "counted"}]).splitlines()
     assert table[2] == "| image LRM, counted | 189,441 | 5.000 MB | 2.000 MB | 1.500 GB |"
     assert table[3] == "| the paper |  | 8.998 MB |  | 17.772 MB |"
+    table = tables.table([{"kind": "reward_memory", "rows": rows[:1], "device": "counted"}]).splitlines()
+    assert table[3] == "| the paper |  |  |  |"  # its forward is of 128 frames
 
 
 def test_the_judge_that_rewards_does_not_evaluate(tmp_path):

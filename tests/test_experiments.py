@@ -147,8 +147,7 @@ def test_what_is_missing_is_run_and_nothing_else(tmp_path, monkeypatch):
     assert not file_of("ablation", "CD, from the teacher", 0).exists()
 
 
-def test_the_command_lists_the_rows_and_makes_the_named_ones(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_the_command_lists_the_rows_and_makes_the_named_ones(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["eval.py", "experiments"])
     evaluation.main()
     assert len(capsys.readouterr().out.splitlines()) == len(experiments.ROWS)

@@ -241,6 +241,9 @@ def test_an_earlier_run_is_neither_lost_nor_gone_on_from_in_pieces(vae, tmp_path
     done = run("vae", "--out", vae, "--seed", 5, "--iterations", 1, "--batch", 1, "--held-out", 8, *SMALL)
     assert done.returncode == 2 and "of an earlier run: go on with --resume" in done.stderr
     assert {file.name: file.read_bytes() for file in vae.iterdir()} == before
+    (tmp_path / "vae.safetensors").write_bytes(before["vae.safetensors"])
+    done = run("vae", "--out", tmp_path, "--init", tmp_path / "vae.safetensors")
+    assert done.returncode == 2 and "written over by the result" in done.stderr
     (tmp_path / "checkpoint.pt").write_bytes(before["checkpoint.pt"][:1000])
     done = run("vae", "--out", tmp_path, "--resume", "--iterations", 4, "--images", 2, "--batch", 1, *SMALL)
     assert done.returncode == 2 and "checkpoint.pt is damaged" in done.stderr and "Traceback" not in done.stderr

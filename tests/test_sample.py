@@ -298,6 +298,9 @@ def test_a_cogvideox_folder(call, seen, tmp_path):
     assert call(*flags, "student.mp4")[0] == 0 and seen == [[999], [499]]
     assert read_video("student.mp4")[1] == pytest.approx(12)
     assert call(*flags, "student.mp4", "--vae", "nothing")[0] == 2
+    Path("all/vae").rename("vae")
+    assert "all has no VAE: name one with --vae" in call(*flags, "student.mp4")[2]
+    Path("vae").rename("all/vae")
     # published weights in half precision, of a DiT that autocast to bfloat16 could not mix with its activations
     cogvideox.save_dit(cogvideox.load_dit(Path("all/transformer")).half(), "half/transformer")
     cogvideox.save_vae(cogvideox.load_vae("all").half(), "half/vae")

@@ -224,6 +224,9 @@ def test_gifs_repeat(tmp_path):
     write_video(tmp_path / "a.gif", smooth(16), 10)
     with Image.open(tmp_path / "a.gif") as image:
         assert (image.n_frames, image.info["duration"], image.info["loop"]) == (16, 100, 0)
+    write_video(tmp_path / "b.gif", smooth(16), 8)
+    with av.open(str(tmp_path / "b.gif")) as file:  # 12.5 hundredths of a second a frame
+        assert sum(frame.duration * frame.time_base for frame in file.decode(video=0)) == 2
 
 
 def test_pixels_are_clamped_and_rounded():

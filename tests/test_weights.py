@@ -107,6 +107,11 @@ def test_other_files_are_named(file, content):
         load_tensors(file)
 
 
+def test_a_folder_is_named(tmp_path):
+    with pytest.raises(UserError, match="is a folder"):
+        load_tensors(tmp_path)
+
+
 @pytest.mark.parametrize("cut", [1, 100])
 def test_a_truncated_file_is_named(file, cut):
     save_model(file, Net(NetConfig()))

@@ -204,4 +204,5 @@ def summary(row):
     """One row in a line."""
     scores = " ".join(f"{factor} {pm(row[factor], 100)}" for factor in (*MAIN, "main"))
     broken = f", {row['broken']} videos are not finite and left out" if row["broken"] else ""
-    return f"{row['label']} {row['steps'] or ''}: {scores}, frechet {pm(row['frechet'], 1, 2)}{broken}"
+    rewards = "".join(f", {name} {pm(score, 1, 3)}" for name, score in row["rewards"].items())
+    return f"{row['label']} {row['steps'] or ''}: {scores}, frechet {pm(row['frechet'], 1, 2)}{rewards}{broken}"
