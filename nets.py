@@ -367,15 +367,3 @@ def memory(cfg, config, ranks, latents):
     with torch.device("meta"):
         n = sum(p.numel() for p in DiT(config).parameters())
     return f"GiB on each {where}: {said}, together {sum(sizes.values()) / 2**30:.2f} ({n:,} parameters a network)"
-
-
-def memory_table(cfg):
-    """A Markdown table of what each GPU of 1, 2, 4 and 8 will hold; to cfg.out as well, if that is a .json file."""
-    from evals import tables  # here, since training needs none of it
-
-    rows, config = [], SIZES[cfg.preset]
-    for size in (1, 2, 4, 8):
-        networks, activations = held(cfg, config, size if cfg.shard != "none" else 1, config.latents)
-        kinds = dict(zip(("parameters", "gradients", "optimizer"), map(sum, zip(*networks.values()))))
-        rows.append({"preset": cfg.preset, "rank": cfg.rank, "ranks": size, **kinds, "activations": activations})
-    return tables.table([tables.save(cfg, "sharding", rows=rows)])

@@ -36,6 +36,7 @@ from common import Machine, UserError, autocast, open_log, opt, parse, run
 from data import READERS, Ahead
 from distributed import gradient_descent, sample_numbers
 from dit import Prediction
+from evals import tables
 from evals.cost import so_far
 from evals.progress import (
     PATIENCE,
@@ -48,9 +49,9 @@ from evals.progress import (
     show_progress,
     tensorboard,
 )
-from evals.trial import trial
+from evals.trial import memory_table, trial
 from losses import GRID, conjugate_velocity_loss, consistency_loss, lrm_loss, reward_loss, vsd_loss
-from nets import build, memory_table
+from nets import build
 from rewards import Moments
 from schedule import denoiser, simulate, timesteps
 
@@ -481,8 +482,6 @@ def train(cfg: Config, ranks) -> None:
         print(f"waited for clips in {nets.clips.waited / (time.time() - begun):.1%} of the time")
     rows = finish(nets, ranks, out, asdict(cfg), cfg.steps, cfg.batch, teacher_videos)
     if rows:
-        from evals import tables  # here, since training needs none of it
-
         tables.save(replace(cfg, out=str(out / "compare.json")), "compared", rows=rows)
 
 

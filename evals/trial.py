@@ -4,7 +4,7 @@
 
 The teacher's weights, the latents and the text are random numbers of the right shapes, so nobody's file is needed; all
 else is what `train.py` does with the same flags. Under torchrun the ranks, all on one machine, share the work as they
-would in training.
+would in training. `train.py memory` computes what GPUs would hold, without any.
 """
 
 import statistics
@@ -23,7 +23,7 @@ from dit import PRESETS as SIZES
 from dit import DiT
 from evals import tables
 from evals.cost import forget, so_far
-from nets import build
+from nets import build, held
 
 CLIPS_IN_CACHE = 4  # all alike
 OF_FILES = ("data", "teacher", "vae", "text", "student", "resume", "reward", "reward_weights")
@@ -86,3 +86,13 @@ def trial(cfg, ranks):
     row |= {"device": torch.cuda.get_device_name() if cuda else "CPU", "peak": so_far(ranks.device)}
     row |= {"seconds": statistics.median(seconds[1:] or seconds), "all_seconds": seconds}
     return tables.save(cfg, "trial", rows=[row]) if ranks.main else None
+
+
+def memory_table(cfg):
+    """A Markdown table of what each GPU of 1, 2, 4 and 8 will hold; to cfg.out as well, if that is a .json file."""
+    rows, config = [], SIZES[cfg.preset]
+    for size in (1, 2, 4, 8):
+        networks, activations = held(cfg, config, size if cfg.shard != "none" else 1, config.latents)
+        kinds = dict(zip(("parameters", "gradients", "optimizer"), map(sum, zip(*networks.values()))))
+        rows.append({"preset": cfg.preset, "rank": cfg.rank, "ranks": size, **kinds, "activations": activations})
+    return tables.table([tables.save(cfg, "sharding", rows=rows)])
