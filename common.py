@@ -188,7 +188,8 @@ def _argument(hint):
 
 
 def run(main):
-    """Call main() and leave the process: 0, 2 with one line `error: ...` for a UserError, 130 for Ctrl-C."""
+    """Call main() and leave the process: 0, 2 with one line `error: ...` for a UserError, 130 for Ctrl-C, 1 where
+    nobody reads what is printed."""
     try:
         main()
     except UserError as e:
@@ -196,6 +197,9 @@ def run(main):
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # nobody reads on, as behind `| head`; what is left unsaid goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 def read_text(path):

@@ -99,6 +99,15 @@ def test_run_turns_a_user_error_into_one_line_and_code_2():
     assert (done.returncode, done.stdout) == (0, "done\n")
 
 
+def test_a_reader_that_leaves_is_no_mistake():
+    program = (
+        f"{sys.executable} -c 'from common import *; run(lambda: print(\"a line\\n\" * 100_000, flush=True))' | head -1"
+    )
+    here = Path(__file__).parents[1]
+    done = subprocess.run(program, shell=True, capture_output=True, text=True, cwd=here)
+    assert (done.stdout, done.stderr) == ("a line\n", "")
+
+
 def test_our_own_mistakes_keep_their_traceback():
     done = script("raise ValueError('ours')")
     assert done.returncode == 1 and "Traceback" in done.stderr
