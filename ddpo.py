@@ -83,7 +83,7 @@ class Config(Machine):
     rank: int = opt(0, "The rank of the adapters that learn. 0: the student itself learns.")
     lr: float = opt(2e-5, "The learning rate (AdamW).")
     clip: float = opt(1.0, "The largest gradient norm. A larger gradient is scaled down to it.")
-    shard: Literal["full", "hybrid", "none"] = opt("full", "The sharding of the networks over ranks: distributed.py.")
+    shard: Literal["full", "hybrid", "none"] = opt("full", "The networks are split: over all ranks, in a node, or not.")
     checkpoint_activations: bool = opt(False, "Activations are computed again in the backward, to save memory.")
     cpu_offload: bool = opt(False, "Weights and optimizer stay in CPU memory.")
     save_every: int = opt(50, "The iterations between checkpoints, and between pictures.")
