@@ -332,7 +332,8 @@ def encode(cfg):
     made = {k: getattr(cfg, k) for k in ("frames", "height", "width", "fps", "seed", "reward", "reward_frames")}
     made |= {"vae": fingerprint(vae), "reward_weights": Path(cfg.reward_weights or "").name}
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    n = cache(cfg.data, cfg.out, vae.eval().to(device), text, made, reward, rank, ranks, device)
+    vae = vae.to(device, memory_format=torch.channels_last_3d).eval()
+    n = cache(cfg.data, cfg.out, vae, text, made, reward, rank, ranks, device)
     if not n and ranks == 1:  # else others may be at work
         raise UserError(f"{cfg.out} holds no clip: none could be encoded")
     if rank == 0:

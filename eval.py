@@ -81,7 +81,7 @@ class WorldConfig(ModelConfig):
         "The kind of prompts. They name: a few factors, all, the objects and what they do, or one object alone.",
     )
     vendi_prompts: int = opt(100, "The number of prompts drawn with 5 seeds each, for diversity. 0: none.")
-    reference: bool = opt(False, "Rendered clips and the VAE's copies are measured, instead of a model.")
+    reference: bool = opt(False, "Other rendered clips of the same prompts, and the VAE's copies, instead of a model.")
     dimensions: bool = opt(False, "VBench's sixteen dimensions are measured too.")
     rewards: tuple[str, ...] = opt((), "The rewards that are measured too, with the bundled weights.")
 
@@ -101,7 +101,7 @@ def world(cfg):
     clips, prompts, named = held_out(cfg.prompts, style=cfg.captions)
     reference = evaluator.read(clips, shapes.render_batch, "reference")
     if cfg.reference:
-        rows = reference_rows(cfg, evaluator, reference["features"])
+        rows = reference_rows(cfg, evaluator, reference["features"], clips, prompts, named)
     else:
         rows = model_rows(cfg, cfg.name(), evaluator, reference["features"], generator, prompts, named)
     model = {k: generator.about.get(k) for k in ("kind", "timesteps", "command", "date")} if generator else None

@@ -21,6 +21,9 @@ from schedule import Schedule, ddim, denoiser, few_step, timesteps
 from text import load_encoder
 
 BUNDLED = Path(__file__).parent / "weights"
+# The most numbers of latents that `draw` decodes at a time: 68 clips of the small world, one of CogVideoX, whose
+# decoding takes 10 GiB.
+DECODED = 2**18
 
 
 class Generator:
@@ -123,7 +126,9 @@ class Generator:
     @torch.no_grad()
     def draw(self, prompts, seeds, n, w=None):
         """Prompts, a seed each, n steps -> videos (B, 3, F, H, W) on the CPU."""
-        return self.decode(self.latents(self.encoder.encode(prompts), seeds, n, w)).cpu()
+        latents = self.latents(self.encoder.encode(prompts), seeds, n, w)
+        at_once = max(1, DECODED // latents[0].numel())
+        return torch.cat([self.decode(part).cpu() for part in latents.split(at_once)])
 
 
 def load_network(weights):

@@ -4,7 +4,7 @@ A diffusion is one table of two numbers a step: x_t = a_t x_0 + b_t eps (Eq. 1).
 that line. Given x_t, any one of x_0, eps, v = x_0 - eps or u = a eps - b x_0 gives all the others, so a network may
 predict whichever it likes, and the samplers only ever speak of x_0.
 
-    ddpm       a^2 = abar, betas linear from 1e-4 to 0.02                        (the paper)
+    ddpm       a^2 = abar, betas linear from 1e-4 to 0.02         (the paper's "standard DDPM")
     cogvideox  a^2 = abar, betas linear in their root, SNR shifted, a_999 = 0    (CogVideoX's published weights)
     flow       a = 1 - tau, b = tau, tau = (t + 1) / 1000                        (rectified flow; a^2 + b^2 is not 1)
 

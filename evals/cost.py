@@ -145,9 +145,9 @@ def memory(models, prompt):
 
 
 def networks(generator):
-    """The transformer, the VAE and, if it is one, the text encoder."""
-    text = getattr(generator.encoder, "model", None)
-    return [generator.model, generator.vae, *([text] if text else [])]
+    """The transformer (of adapters also their base), the VAE and, if it is one, the text encoder."""
+    base, text = getattr(generator.model, "base", None), getattr(generator.encoder, "model", None)
+    return [network for network in (generator.model, base, generator.vae, text) if network]
 
 
 def place(generator, device):

@@ -316,7 +316,8 @@ LOGGED = ("score gap", "fake loss")  # of interest where something goes wrong
 
 def scores_of(row, training, motion, reward):
     """What a table shows of one run: {header: (number or None, digits)}. motion: the teacher's; reward: of REWARDS."""
-    log, sizes = training.get("log", {}), training.get("bytes", {})
+    log, sizes, curves = (training.get(name, {}) for name in ("log", "bytes", "curves"))
+    ended = {name: curve[-1][1] for name, curve in curves.items()}  # the mean of its last STRETCH
     learned = sizes.get("adapter.safetensors", sizes.get("student.safetensors"))
     return {
         "right, mean of 7 factors, %": (100 * row["main"]["mean"], 1),
@@ -329,8 +330,8 @@ def scores_of(row, training, motion, reward):
         "CPU minutes": (training.get("cpu_minutes"), 1),
         "MB": (learned and learned / 1e6, 1),
         "GiB": (log.get("peak_gib"), 2),
-        "score gap": (log.get("score_gap"), 2),
-        "fake loss": (log.get("fake"), 2),
+        "score gap": (ended.get("score_gap"), 2),
+        "fake loss": (ended.get("fake"), 2),
     }
 
 

@@ -18,6 +18,7 @@ import train
 from adapters import MAPS, Adapted, merge
 from common import UserError
 from distributed import Ranks
+from evals import cost
 from generate import Generator
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -220,6 +221,7 @@ def test_adapters_alone_and_merged_draw_the_same(tiny, tmp_path, monkeypatch):
     assert (tmp_path / "s.gif").stat().st_size
     measured = evaluation.ModelConfig(weights=base, vae=vae, adapter=file)
     assert torch.equal(draw(measured.load()), draw(alone)) and not measured.load(base).student
+    assert {alone.model, alone.model.base, alone.vae} == set(cost.networks(alone))  # whose memory is measured
     model, about = common.load_model(base, dit.DiT)
     with torch.no_grad():
         model.out.bias += 1

@@ -16,6 +16,7 @@ import sys
 import time
 import types
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from PIL import Image
 
 import common
 import eval as evaluation
+import generate
 import rewards
 from common import UserError
 from dit import DiT, DiTConfig
@@ -337,6 +339,26 @@ def test_a_row_is_of_each_prompts_own_noise_and_identity_of_single_objects(tiny,
     assert rows[0]["identity"]["n"] == 16 and rows[0]["identity"]["mean"] == pytest.approx(14 / 16)
 
 
+@pytest.mark.parametrize("style", ["train", "short", "long", "object"])
+def test_a_further_clip_shows_what_its_prompt_names(style):
+    clips, _, named = shapes.held_out(200, style=style)
+    further = lambda seed: [reading.another(clips[i], named[i], style, seed, i) for i in range(200)]
+    others, again = further(reading.ELSEWHERE), further(reading.ELSEWHERE + 1)
+    assert all(names.items() <= other.visible().items() for names, other in zip(named, others))
+    assert all(other.object != other.object2 for other in others)
+    if style != "train":
+        assert [shapes.caption(other, style)[1] for other in others] == named
+    if style == "long":  # where only the offset is open
+        assert [replace(clip, offset=0) for clip in clips] == [replace(other, offset=0) for other in others]
+        for some in (clips, again):
+            assert 70 < sum(x.offset != y.offset for x, y in zip(some, others)) < 130
+    else:
+        assert sum(x != y for x, y in zip(others, again)) > 170
+    if style == "object":  # and all else is as likely as ever
+        assert 20 < sum(other.relation is not None for other in others) < 60
+        assert 40 < sum(other.look == "monochrome" for other in others) < 95
+
+
 def test_world_repeats_itself_and_makes_its_table(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = flags(tiny, "--steps", 4, 1, "--prompts", 20, "--vendi-prompts", 2)
@@ -419,6 +441,17 @@ def test_a_broken_video_is_left_out(tiny):
     read = evaluator.read(range(6), make, "", lambda video, jobs: {"number": torch.tensor(jobs)})
     assert read["jobs"] == [0, 1, 3, 4, 5] and read["broken"] == 1
     assert len(read["features"]) == 5 and read["measured"]["number"].tolist() == read["jobs"]
+
+
+def test_large_videos_are_decoded_one_at_a_time(tiny, monkeypatch):
+    generator, sizes = Generator.load(tiny / "student.safetensors", tiny / "vae.safetensors"), []
+    decode = generator.vae.decode
+    monkeypatch.setattr(generator.vae, "decode", lambda x: sizes.append(len(x)) or decode(x))
+    assert generate.DECODED < 12 * 40 * 24 * 40  # of `dollar`; a CogVideoX's latents are larger
+    together = generator.draw(["a red star", "a heart", "a moon"], [0, 1, 2], 4)
+    monkeypatch.setattr(generate, "DECODED", 2 * math.prod(generator.shape))
+    torch.testing.assert_close(generator.draw(["a red star", "a heart", "a moon"], [0, 1, 2], 4), together)
+    assert sizes == [3, 2, 1]
 
 
 def test_times_add_up(tiny, tmp_path, monkeypatch):

@@ -181,6 +181,10 @@ def test_a_table_has_means_over_seeds_and_says_what_has_not_run(tmp_path):
         write("rank", "rank 8", seed, x, bytes=sizes, log={"trained_s": 60.0})
         curves = {"true_reward": [[0, x], [20, 2 * x]]}
         write("rewards", "dynamic degree", seed, x, curves=curves)
+        write("troubles", "guidance of 10", seed, x, curves={"fake": [[0, 9.0], [10, x]]}, log={"fake": 8.0})
+    text = tables.block("experiments/troubles", tmp_path)
+    (line,) = (line for line in text.splitlines() if line.startswith("| guidance of 10 |"))
+    assert "| fake loss |" in text and line.endswith("| 0.60±0.10 |")  # of the last updates, not of the very last
     text = tables.block("experiments/rewards", tmp_path)
     assert "| jpeg_compressibility |" in text and "| 1.800±0.300 |" in text and "agreement" not in text
     text = tables.block("experiments/rank", tmp_path)

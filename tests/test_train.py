@@ -41,7 +41,7 @@ def flags(cfg, **more):
 def test_the_defaults_are_the_papers():
     """Section 4.1, of the preset `dollar`."""
     cfg = train.settled(common.parse(train.Config, ["--preset", "dollar"], "", train.PRESETS))
-    assert (cfg.steps, cfg.fake_updates, cfg.batch, cfg.iterations) == (4, 5, 1, 40000)
+    assert (cfg.steps, cfg.fake_updates, cfg.batch, cfg.iterations, cfg.m) == (4, 5, 1, 40000, 5)
     assert (cfg.w_vsd, cfg.w_cd, cfg.beta_vsd, cfg.beta_cd, cfg.beta_ft) == (3.5, 7.5, 1.0, 0.5, 1.0)
     assert (cfg.lr, cfg.fake_lr, cfg.checkpoint_activations, cfg.shard) == (2e-5, 2e-5, True, "full")
     assert (len(train.GRID) - 1, train.T_RANGE) == (50, (20, 980))

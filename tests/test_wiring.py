@@ -19,7 +19,7 @@ import train
 from distributed import Ranks
 from losses import GRID
 from lrm import LatentReward
-from schedule import guide, timesteps
+from schedule import denoise, guide, timesteps
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 CHANGES = {"batch": 2, "global_batch": 4, "iterations": 8, "fake_updates": 3, "m": 2, "w_vsd": 2.0, "w_cd": 5.0}
@@ -196,6 +196,17 @@ def test_the_student_descends_the_weighted_sum_and_its_average_follows(record):
         torch.testing.assert_close(ema.double(), 0.9 * old.double() + 0.1 * new.double(), rtol=0, atol=1e-7)
     for old, new in zip(seen.before["teacher"].parameters(), seen.nets.teacher.parameters()):
         assert torch.equal(old, new)
+
+
+def test_the_kl_is_the_mean_square_between_both_x0(record):
+    seen = record(beta_kl=3.0)
+    begun = [(batch, of_student) for batch, j, _, of_student in seen.samples if j == 0]  # one for each part of a batch
+    distances = []
+    for batch, (x_hat, x_t, t) in begun:
+        with torch.no_grad():
+            before = denoise(seen.before["teacher"], seen.nets.schedule, x_t, t, batch.text, "conjugate")
+        distances.append((x_hat - before).square().mean().item())
+    assert len(distances) == 2 and seen.numbers["kl"] == pytest.approx(3.0 * sum(distances) / 2, rel=1e-4)
 
 
 def test_the_fake_score_learns_from_the_students_samples_at_all_steps(record):

@@ -7,6 +7,8 @@ and leave much open; a factor counts only where the prompt names it.
 
 import contextlib
 import math
+import random
+from dataclasses import replace
 
 import torch
 from tqdm import tqdm
@@ -135,19 +137,20 @@ def model_rows(cfg, label, evaluator, reference, generator, prompts, named):
     return rows
 
 
-def reference_rows(cfg, evaluator, reference):
-    """Other rendered clips, and what the VAE makes of them: two rows."""
+def reference_rows(cfg, evaluator, reference, clips, prompts, named):
+    """Other rendered clips of the same prompts, and what the VAE makes of them: two rows.
+
+    The first is what a perfect model has. The reference's own clips will not do: their distance from it is 0.
+    """
     file = cfg.vae or BUNDLED / "vae.safetensors"
     vae = common.load_model(file, VAE3D, cfg.device)[0].to(memory_format=torch.channels_last_3d)
-    # others than the reference's: a clip must not be compared with itself
-    clips, prompts, named = shapes.held_out(cfg.prompts, ELSEWHERE, cfg.captions)
-    clips, psnrs = {(i, 0): clip for i, clip in enumerate(clips)}, []
-    for i, fixed in enumerate(named[: cfg.vendi_prompts]):  # further clips that the same prompt describes
-        with contextlib.suppress(ValueError):  # a prompt that names very much has too few clips to be found
-            clips |= {(i, copy): shapes.Clip.make(ELSEWHERE + copy, i, **fixed) for copy in range(1, 5)}
+    further = [(i, copy) for i in range(min(cfg.vendi_prompts, cfg.prompts)) for copy in range(1, 5)]
+    jobs = [*((i, 0) for i in range(cfg.prompts)), *further]
+    others = {(i, copy): another(clips[i], named[i], cfg.captions, ELSEWHERE + copy, i) for i, copy in jobs}
+    psnrs = []
 
     def render(jobs):
-        return shapes.render_batch([clips[job] for job in jobs])
+        return shapes.render_batch([others[job] for job in jobs])
 
     @torch.no_grad()
     def encode_and_decode(jobs):
@@ -157,13 +160,31 @@ def reference_rows(cfg, evaluator, reference):
         psnrs.append(psnr(copies, video).cpu())
         return copies
 
-    rows, further = [], [job for job in clips if job[1]]
+    rows, style = [], "" if cfg.captions == "train" else f", {cfg.captions}"
     for label, draw in (("rendered clips", render), ("the VAE's copies", encode_and_decode)):
-        row = {"label": label, "steps": None, "nfe": None}
+        row = {"label": label + style, "steps": None, "nfe": None}
         rows.append(measurements(row, cfg, evaluator, reference, draw, further, prompts, named))
     scores = torch.cat(psnrs).sort().values
     rows[1] |= {"psnr": scores.mean().item(), "psnr_worst_tenth": scores[: max(1, len(scores) // 10)].mean().item()}
     return rows
+
+
+def another(clip, named, style, seed, index):
+    """A further clip that the caption of `clip` describes, which names the factors `named`, {factor: value}.
+
+    Captions of style "train" name factors at random. The others name certain factors wherever they are seen: there
+    silence says something too, and the further clip must have the same caption.
+    """
+    rng = random.Random(f"another {seed} {index}")
+    if named == clip.visible():  # all but where the scene's texture begins
+        return replace(clip, offset=rng.choice(shapes.OFFSETS))
+    while True:
+        other = shapes.Clip.at_random(rng)
+        if other.relation and "object2" in named:  # any two objects go with the rest: no need to wait for both
+            other = replace(other, object=named["object"], object2=named["object2"])
+        shown = named.items() <= other.visible().items()
+        if shown and (style == "train" or shapes.caption(other, style)[1] == named):
+            return other
 
 
 def measurements(row, cfg, evaluator, reference, draw, further, prompts, named):
