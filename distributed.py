@@ -264,9 +264,7 @@ class Checkpoints:
         self.wait()
         self._clean()
         extra, part, final = json.dumps(extra), self.folder / f".tmp_{step}", self.folder / f"step_{step:08d}"
-        # read ahead of nothing: all is on the CPU, but DCP would still wait for the GPU's stream, and in this thread it
-        # is that of GPU 0 on every rank
-        writer = dcp.FileSystemWriter(part, per_thread_copy_ahead=0)
+        writer = dcp.FileSystemWriter(part)
         write_index = writer.finish
 
         def finish(metadata, results):  # DCP calls it on rank 0 when all ranks have written

@@ -359,6 +359,28 @@ def test_a_further_clip_shows_what_its_prompt_names(style):
         assert 40 < sum(other.look == "monochrome" for other in others) < 95
 
 
+def test_rendered_clips_are_others_of_the_same_prompts(tiny, monkeypatch):
+    clips, prompts, named = shapes.held_out(20, style="short")
+    cfg = evaluation.WorldConfig(prompts=20, vendi_prompts=2, captions="short", vae=str(tiny / "vae.safetensors"))
+    asked = []
+
+    def measured(row, cfg, evaluator, reference, draw, further, *rest):
+        asked.append((row["label"], draw, further, rest))
+        raise StopIteration
+
+    monkeypatch.setattr(reading, "measurements", measured)
+    monkeypatch.setattr(shapes, "render_batch", lambda clips: clips)
+    with pytest.raises(StopIteration):
+        reading.reference_rows(cfg, None, None, clips, prompts, named)
+    ((label, draw, further, rest),) = asked
+    assert label == "rendered clips, short" and rest == (prompts, named)
+    assert further == [(i, copy) for i in range(2) for copy in range(1, 5)]
+    drawn = draw([(i, 0) for i in range(20)]) + draw(further)
+    names = named + [named[i] for i, _ in further]
+    assert [shapes.caption(clip, "short")[1] for clip in drawn] == names
+    assert len(set(drawn) & set(clips)) <= 3 and len(set(drawn)) >= 25  # a few are alike by chance
+
+
 def test_world_repeats_itself_and_makes_its_table(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = flags(tiny, "--steps", 4, 1, "--prompts", 20, "--vendi-prompts", 2)
