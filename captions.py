@@ -42,9 +42,9 @@ def list_clips(folder):
             skipped[name] = f"{kind or 'such'} files are not read"
             continue
         caption = said.get(_same(name))
-        if not caption and beside.exists():
-            caption = read_text(beside)
-        if isinstance(caption, str) and caption.strip():
+        if not (isinstance(caption, str) and caption.strip()):
+            caption = read_text(beside) if beside.exists() else ""
+        if caption.strip():
             captions[name] = " ".join(caption.split())
         else:
             skipped[name] = "it has no caption"

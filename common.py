@@ -18,6 +18,7 @@ import math
 import os
 import re
 import secrets
+import shlex
 import sys
 import textwrap
 import time
@@ -375,8 +376,11 @@ def save_model(path, model, dtype=None, **made):
 
 
 def made_by(settings):
-    """What a file of weights says of how it was made: the command, the date, and all flags, `settings`."""
-    return {"command": " ".join(["python", *sys.argv]), "date": time.strftime("%Y-%m-%d"), "settings": settings}
+    """What a file of weights or a result says of how it was made: the command, the date, and its flags, `settings`."""
+    ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    launcher = ["python"] if ranks == "1" else ["torchrun", f"--nproc_per_node={ranks}"]
+    command = shlex.join([*launcher, Path(sys.argv[0]).name, *sys.argv[1:]])
+    return {"command": command, "date": time.strftime("%Y-%m-%d"), "settings": settings}
 
 
 def load_model(path, cls, device="cpu"):

@@ -156,7 +156,8 @@ def build(cfg, ranks) -> Nets:
         about["weights_dtype"] = teacher.about["weights_dtype"]
     if vae and cached and not cfg.sample_every and cfg.reward == "none":
         vae = None  # nothing is decoded
-    if cfg.data == "shapes" and (file := Path(cfg.vae).parent / "judge.safetensors").exists():
+    file = Path(cfg.vae).parent / "judge.safetensors"
+    if cfg.data == "shapes" and cfg.text == "words" and file.exists():  # it judges held-out prompts of the small world
         judge = common.load_model(file, Judge, ranks.device)[0]
     if cached:
         prompts = [prompt for prompt in encoder.known if prompt]

@@ -6,11 +6,7 @@ README.md and docs/ have its place between `<!-- table:NAME -->` and `<!-- /tabl
 another view of the same files. A score is {"mean", "error", "n"}, its error one standard error.
 """
 
-import os
 import re
-import shlex
-import sys
-import time
 from dataclasses import fields
 from pathlib import Path
 
@@ -24,12 +20,8 @@ from world.shapes import FACTORS
 
 def save(cfg, kind, **content):
     """Write a result to cfg.out, if it names a file. -> the result, as it would be read again"""
-    ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    launcher = ["python"] if ranks == "1" else ["torchrun", f"--nproc_per_node={ranks}"]
-    command = shlex.join([*launcher, Path(sys.argv[0]).name, *sys.argv[1:]])
     said = {f.name: getattr(cfg, f.name) for f in fields(cfg) if getattr(cfg, f.name) != f.default}
-    result = {"kind": kind, "command": command, "date": time.strftime("%Y-%m-%d"), "settings": said}
-    result = common.tidy(result | content)
+    result = common.tidy({"kind": kind} | common.made_by(said) | content)
     if cfg.out and Path(cfg.out).suffix == ".json":
         common.write_json(cfg.out, result)
         print(f"wrote {cfg.out}")

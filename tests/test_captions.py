@@ -106,6 +106,12 @@ def test_tables_of_each_kind(tmp_path, kind):
         list_clips(tmp_path)
 
 
+@pytest.mark.parametrize("empty", ["", "  ", None, 3])
+def test_a_row_without_a_caption_leaves_it_to_the_text_beside(tmp_path, empty):
+    make(tmp_path, {"metadata.jsonl": row("a.mp4", empty), "a.mp4": b"", "a.txt": "a cat"})
+    assert list_clips(tmp_path) == ({"a.mp4": "a cat"}, {})
+
+
 def test_links_to_folders_are_followed(tmp_path):
     make(tmp_path, {"disk/a.mp4": b"", "disk/a.txt": "a cat", "disk/more/b.mp4": b"", "disk/more/b.txt": "a dog"})
     (tmp_path / "clips").mkdir()

@@ -9,7 +9,7 @@ from typing import Literal
 
 import pytest
 
-from common import UserError, atomic, check_spared, claimed, opt, parse, read_json, read_prompts, writable
+from common import UserError, atomic, check_spared, claimed, made_by, opt, parse, read_json, read_prompts, writable
 
 
 @dataclass
@@ -232,3 +232,11 @@ def test_files_of_prompts(tmp_path):
             read_prompts(file)
     with pytest.raises(UserError, match=r"cannot read .*nowhere\.txt: No such file"):
         read_prompts(tmp_path / "nowhere.txt")
+
+
+def test_files_say_by_which_command_they_were_made(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/some where/train.py", "--out", "my folder"])
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert made_by({"seed": 3})["command"] == "python train.py --out 'my folder'"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert made_by({})["command"] == "torchrun --nproc_per_node=8 train.py --out 'my folder'"

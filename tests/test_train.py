@@ -169,6 +169,15 @@ def test_a_student_of_the_opposite_velocity_begins_where_its_teacher_stands(tiny
         assert torch.allclose(made.ema(x, t, text), -made.teacher(x, t, text), atol=1e-5)
 
 
+def test_the_judge_reads_only_prompts_of_its_world(tiny, tmp_path, monkeypatch):
+    """With another text encoder the pictures are of other prompts, few of them and in words that it does not know."""
+    load = nets.load_encoder
+    monkeypatch.setattr(nets, "load_encoder", lambda name, *rest: load("words", *rest))
+    for text, judges in (("words", True), ("t5", False)):
+        made = nets.build(config(tiny, tmp_path / "run", text=text), Ranks(0, 1, torch.device("cpu")))
+        assert (made.judge is not None) == judges
+
+
 def test_accumulation_equals_the_large_batch(tiny, tmp_path):
     *_, a = fit(config(tiny, tmp_path / "one", iterations=1, batch=4))
     *_, b = fit(config(tiny, tmp_path / "two", iterations=1, batch=1, global_batch=4))
