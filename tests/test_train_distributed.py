@@ -125,6 +125,7 @@ def distil(ranks, folder, out, happens=None, adam=train.adam, patience=5, **chan
             error = str(e)
     for number, handler in zip((signal.SIGTERM, signal.SIGINT), before):
         signal.signal(number, handler)
+    distributed.any_rank(False, ranks)  # waits: rank 0 writes the log, and may be behind
     log = Path(out) / "log.jsonl"
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     return {"gradients": seen, "final": final, "log": lines, "said": printed.getvalue(), "error": error}
